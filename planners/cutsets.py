@@ -40,7 +40,7 @@ def cutset(problem: Problem, max_table_entries: int = MAX_TABLE_ENTRIES) -> tupl
 
 
 def _components(problem: Problem) -> list[Problem]:
-    """The parts of the problem that no factor connects.
+    """Return the parts of the problem that no factor connects.
 
     Variables that share no factor stay with the first part: they are decided by themselves
     wherever they are.

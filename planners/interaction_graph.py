@@ -1,4 +1,4 @@
-"""Which variables share a table, as a networkx graph: what can be solved apart, and how narrow.
+"""The networkx graph of variables that share a table: what is solved apart, and how narrow it is.
 
 Eliminating a variable joins all its neighbours. The largest number of neighbours that any variable
 has when it goes is the width of the order; no order has less than the graph's treewidth.
@@ -19,7 +19,7 @@ __all__ = ["components", "interaction_graph", "network_graph", "width_of_order"]
 
 
 def interaction_graph(problem: Problem) -> networkx.Graph:
-    """The problem's variables, by their places, with an edge for every two that share a factor."""
+    """Return the problem's variables, by place, with an edge for every two that share a factor."""
     import networkx
 
     graph = networkx.Graph()
@@ -31,7 +31,7 @@ def interaction_graph(problem: Problem) -> networkx.Graph:
 
 
 def network_graph(network: Network) -> networkx.Graph:
-    """The graph of the variables that are still to be decided."""
+    """Return the graph of the variables that are still to be decided."""
     import networkx
 
     graph = networkx.Graph()
@@ -42,7 +42,8 @@ def network_graph(network: Network) -> networkx.Graph:
 
 
 def components(graph: networkx.Graph) -> list[list[int]]:
-    """Variables that nothing connects are in different lists, each ascending, by first variable.
+    """Return lists of variables, each ascending, by first variable; nothing connects different
+    lists.
 
     What the variables of one list take says nothing of the others: each is a problem of its own.
     """
@@ -52,7 +53,7 @@ def components(graph: networkx.Graph) -> list[list[int]]:
 
 
 def width_of_order(graph: networkx.Graph, order: Iterable[int]) -> int:
-    """The most neighbours that a variable has when it is eliminated in this order."""
+    """Return the most neighbours that a variable has when it is eliminated in this order."""
     left = graph.copy()
     width = 0
     for variable in order:

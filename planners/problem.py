@@ -388,7 +388,7 @@ class Problem:
         return problem
 
     def text(self) -> str:
-        """Two lines: how many variables, states, factors and distinct tables; one for a limit."""
+        """Return two lines: the numbers of variables, states, factors and tables; and the limit."""
         sizes = [variable.size for variable in self.variables] or [0]
         scopes = dict.fromkeys(tuple(sorted(factor.scope)) for factor in self.factors)
         prices = [item.prices for group in (self.variables, self.factors) for item in group]

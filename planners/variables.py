@@ -82,7 +82,7 @@ class Factor:
 
 
 def title(factor: Factor) -> str:
-    """The words by which error messages name a factor."""
+    """Return the words by which error messages name a factor."""
     return "factor between " + " and ".join(map(repr, factor.scope))
 
 

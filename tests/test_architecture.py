@@ -33,7 +33,7 @@ ROWS = (
 RAISE_ERRORS = ("mesh", "options", "support")
 AT_THE_ROOT = {
     "__init__.py", "__main__.py", "api.py", "cli.py", "errors.py", "mesh.py", "options.py",
-    "placement.py", "py.typed",
+    "py.typed",
 }  # fmt: skip
 
 
@@ -66,7 +66,10 @@ def roots() -> dict[str, Path]:
 
 # Files with a table `_HOMES`, from a name to the module that it is imported from when it is first
 # asked for; and what comes before the modules' names there.
-LAZY_TABLES = {"autoparallel/__init__": "autoparallel.", "autoparallel/support/torch_private": ""}
+LAZY_TABLES = {
+    "autoparallel/__init__": "autoparallel.",
+    "autoparallel/support/torch_private/__init__": "",
+}
 
 
 def named_modules(path: Path) -> set[str]:
@@ -104,12 +107,19 @@ def named_modules(path: Path) -> set[str]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Files of ours that a file imports, as `files` names them; packages are among them."""
-    return {
+    """Files of ours that a file imports, as `files` names them; packages are among them, with the
+    files that they import themselves, but for the root, which imports nothing before it is asked.
+    """
+    imports = {
         module.replace(".", "/")
         for module in named_modules(path)
         if module.split(".")[0] in PACKAGES
     }
+    for name in sorted(imports):
+        package = ROOT / name / "__init__.py"
+        if "/" in name and package.exists() and package != path:
+            imports |= imports_of(package)
+    return imports
 
 
 def rank_of_rows() -> dict[str, int]:
@@ -206,7 +216,7 @@ def test_every_way_to_import_is_counted(tmp_path: Path) -> None:
 def test_lazy_tables_count_as_imports() -> None:
     """The root of the package imports the home of each public name, when it is asked for."""
     assert "autoparallel/view/report" in imports_of(ROOT / "autoparallel" / "__init__.py")
-    private = named_modules(ROOT / "autoparallel" / "support" / "torch_private.py")
+    private = named_modules(ROOT / "autoparallel" / "support" / "torch_private" / "__init__.py")
     assert "torch.utils._pytree" in private
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -206,28 +205,6 @@ def test_the_guides_run(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "RuleError" not in result.stderr
     assert "would cost" in result.stdout
-
-
-def commands(path: Path) -> list[str]:
-    """The lines of a document's blocks that call the program; comments are the shell's."""
-    lines = [line for language, text in blocks(path) if not language for line in text.splitlines()]
-    return [line for line in lines if line.startswith("autoparallel ")]
-
-
-@pytest.mark.broad
-@pytest.mark.parametrize("guide", [g for g in GUIDES if commands(ROOT / f"docs/{g}.md")])
-def test_the_commands_of_the_guides_run(guide: str, tmp_path: Path) -> None:
-    """In the order in which they are written, in one folder."""
-    for line in commands(ROOT / f"docs/{guide}.md"):
-        result = subprocess.run(
-            [sys.executable, "-m", *shlex.split(line, comments=True)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, (line, result.stderr)
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -113,6 +113,14 @@ REFUSED = {
     "numpy": ({"features": GOOD["features"].numpy()}, ["features of", "numpy array", "from_numpy"]),
     "list": ({"tokens": [1, 2, 3]}, ["embedding()", "must be Tensor, not list", "table  ("]),
     "float ids": ({"tokens": torch.ones(6, 5)}, ["Long, Int", "FloatTensor", "tokens: float32"]),
+    "wide features": (
+        {"features": GOOD["features"].double()},
+        ["linear:", "same dtype", "scale  (", "features: float64 (6, 4)"],
+    ),
+    "whole features": (
+        {"features": GOOD["features"].long()},
+        ["linear:", "same dtype", "scale  (", "features: int64 (6, 4)"],
+    ),
     "feature size": ({"features": torch.ones(6, 3)}, ["6x3 and 4x8", "scale  (", "(6, 3)"]),
     "batch": ({"labels": GOOD["labels"][:4]}, ["batch_size (6)", "(4)", "labels: int64 (4,)"]),
     "other batch": ({"tokens": GOOD["tokens"][:4]}, ["tensor a (4)", "tensor b (6)"]),

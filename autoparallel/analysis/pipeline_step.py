@@ -16,7 +16,7 @@ from autoparallel.errors import PlanError
 from autoparallel.mesh import MICROBATCH
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.runtime.schedule_orders import FORWARD, WEIGHTS, schedule_order
-from autoparallel.support.units import seconds_text
+from autoparallel.support.units import rate_text, seconds_text
 
 __all__ = [
     "PipelineTimeline",
@@ -69,7 +69,7 @@ class PipelineTimeline(Timeline):
             ("computing", f"{seconds_text(busy)} on the mean rank"),
             ("waiting", f"{self.bubble:.1%} of the passes' time"),
             ("sending", f"{seconds_text(self.busy(COMMUNICATION))} on the mean rank"),
-            (self.unit, f"{self.tokens} a step, {self.tokens_per_second:.4g} a second"),
+            (self.unit, f"{self.tokens:,} a step, {rate_text(self.tokens_per_second)} a second"),
             ("utilization", f"{self.mfu:.1%} of the peak FLOP/s (MFU)"),
         ]
         return "\n".join(f"{name:15}{text}" for name, text in rows)

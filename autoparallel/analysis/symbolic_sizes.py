@@ -204,17 +204,7 @@ class Algebra:
 
     def grown(self, graph: Graph, symbol: sympy.Symbol, factor: int) -> Graph:
         """Return the graph for inputs with one size `factor` times as large."""
-        grow = self._growth(symbol, factor)
-        nodes = tuple(
-            replace(
-                node,
-                results=tuple(replace(v, shape=map_leaves(grow, v.shape)) for v in node.results),
-                args=map_leaves(grow, node.args),
-                kwargs=map_leaves(grow, node.kwargs),
-            )
-            for node in graph.nodes
-        )
-        return replace(graph, nodes=nodes)
+        return graph.map_leaves(self._growth(symbol, factor))
 
     def scaled(self, call: OpCall, symbol: sympy.Symbol, factor: int) -> OpCall:
         """Return the call for inputs with one size `factor` times as large."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoparallel.support.units import seconds_text
+from autoparallel.support.units import rate_text, seconds_text
 
 __all__ = ["COMMUNICATION", "COMPUTE", "Event", "Timeline", "TrainingStep"]
 
@@ -85,7 +85,7 @@ class Timeline(TrainingStep):
     passes         forward 1.64 ms, backward 1.46 ms, gradients and update after them 132 µs
     computing      2.89 ms
     communicating  342 µs; nothing is computed for 342 µs
-    rows           8192 a step, 2.535e+06 a second
+    rows           8,192 a step, 2,535,000 a second
     utilization    81.8% of the peak FLOP/s (MFU)
     """
 
@@ -113,7 +113,7 @@ class Timeline(TrainingStep):
                 "communicating",
                 f"{seconds_text(self.busy(COMMUNICATION))}; nothing is computed for {exposed}",
             ),
-            (self.unit, f"{self.tokens} a step, {self.tokens_per_second:.4g} a second"),
+            (self.unit, f"{self.tokens:,} a step, {rate_text(self.tokens_per_second)} a second"),
             ("utilization", f"{self.mfu:.1%} of the peak FLOP/s (MFU)"),
         ]
         return "\n".join(f"{name:15}{text}" for name, text in rows)

@@ -321,7 +321,7 @@ def weight_norm(direction: Any, length: Any, dim: int = 0) -> Any:
 def _with_running(
     x: Any, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, epsilon: float
 ) -> tuple[Any, ...]:
-    """Batch norm that writes the new running mean and variance in place of the old ones.
+    """Run batch norm, and write the new running mean and variance in place of the old ones.
 
     No gradient flows through these, even where they are no buffers. Returns the result, and the
     mean and the inverse deviation of the batch.

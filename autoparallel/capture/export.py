@@ -2,243 +2,67 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from autoparallel.capture import traced_forward
 from autoparallel.capture.asked_switches import (
     Switches,
-    refusing_contexts,
-    watching_gradient_mode,
 )
-from autoparallel.capture.assigned_buffers import writing_assigned_buffers
-from autoparallel.capture.attribute_reads import AttributeReads, alike_reads, moving_error
-from autoparallel.capture.attribute_writes import Attributes, Written
+from autoparallel.capture.attribute_reads import alike_reads
+from autoparallel.capture.attribute_writes import Written
 from autoparallel.capture.block_folding import Folding, Unfoldable
 from autoparallel.capture.branch_ways import (
     NO_WAYS,
     Asked,
-    TakeWays,
     ValueBranchError,
     Ways,
 )
-from autoparallel.capture.decided_draws import ConstantComparisons
-from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_blocks import Group, find_groups
-from autoparallel.capture.example_inputs import as_given, bind_inputs
-from autoparallel.capture.forward_contexts import plain_surroundings, quiet, unprinted
-from autoparallel.capture.global_reads import OuterVariables, global_reads
+from autoparallel.capture.example_inputs import bind_inputs
+from autoparallel.capture.forward_contexts import plain_surroundings, quiet
+from autoparallel.capture.global_reads import OuterVariables
 from autoparallel.capture.graph_builder import GraphBuilder
-from autoparallel.capture.held_tensors import HeldTensors, held_among
+from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.importer import Importer
 from autoparallel.capture.intricate_sizes import (
     IntricateSizes,
-    WatchedSizes,
     fails_at_sizes,
     require_free_sizes,
 )
-from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import first_paths
-from autoparallel.capture.python_draws import PythonDraws
-from autoparallel.capture.refused_models import export_failure, refuse_running
-from autoparallel.capture.seeded_draws import SeededDraws
+from autoparallel.capture.refused_models import export_failure
 from autoparallel.capture.side_effects import (
-    NoReplacing,
-    changed,
-    effects,
-    moving,
     refuse_backward_hooks,
-    refuse_effects,
-    written_arguments,
 )
+from autoparallel.capture.source_files import ModelFiles
 from autoparallel.capture.steady_forward import is_steady
-from autoparallel.capture.tensor_facts import TensorFacts
-from autoparallel.capture.traced_calls import TracedCalls
+from autoparallel.capture.traced_forward import FlatForward, Ran, Wanted, unsteady
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError
-from autoparallel.graph.attribute_read import AttributeRead, TensorRead
+from autoparallel.graph.attribute_read import AttributeRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
 from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
-from autoparallel.support.pytree import SYMBOLIC, Skeleton, flatten, rebuild, with_constants
-from autoparallel.support.rng_state import PythonNumbers
-from autoparallel.support.torch_private import expression_of, remembering_fake_results
+from autoparallel.support.pytree import SYMBOLIC, flatten, with_constants
+from autoparallel.support.torch_private import (
+    expression_of,
+    keeping_frames,
+    remembering_fake_results,
+)
 
 __all__ = ["Captured", "capture"]
 
 _log = logging.getLogger(__name__)
 # A block whose call matches no traced block is traced itself in the next of three attempts.
 _ATTEMPTS = 3
-
-
-@dataclass
-class _Ran:
-    """The facts that are known when a forward has been traced.
-
-    outputs: the skeleton of what it returned. changes: the names of all that it leaves otherwise
-    than it was. written: what it writes to attributes, which is returned too. reads: the plain
-    attributes that it has read. gradients, given, own, numbers: see Captured.
-    """
-
-    outputs: Skeleton
-    changes: tuple[str, ...]
-    written: Written
-    reads: tuple[AttributeRead, ...]
-    gradients: bool | None
-    given: tuple[TensorRead, ...]
-    own: tuple[tuple[int, str], ...]
-    numbers: tuple[PythonNumbers, ...]
-
-
-class _Flat(nn.Module):
-    """The model with tensors in and tensors out, as torch.export takes it.
-
-    wanted: the model and how it is traced. inputs: skeleton of its arguments. folding, tensors: the
-    modes under which it runs. twice: call it twice, the second time as the first has left it (see
-    steady_forward.py), and return both results. ran: a list that gets what is known afterwards;
-    attributes of this module are no place for that, as export puts them back.
-    """
-
-    def __init__(
-        self,
-        wanted: _Wanted,
-        inputs: Skeleton,
-        folding: Folding,
-        tensors: HeldTensors,
-        twice: bool,
-        ran: list[_Ran],
-    ) -> None:
-        super().__init__()
-        self.model, self.wanted, self.tensors = wanted.model, wanted, tensors
-        self.inputs, self.folding, self.twice = inputs, folding, twice
-        self.calls = TracedCalls(tensors.owns)
-        self.no_replacing = NoReplacing(wanted.model)
-        self.remember = ran.append
-        # While it is traced, the model has other parameters, but attributes may refer to these.
-        self.known = {number: places[0][0] for number, places in tensors.places.items()}
-        self.training = self.model.training
-        self.reads = AttributeReads()
-        self.asked: list[str] = []
-        given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
-        self.facts = TensorFacts(wanted.model, given, folding)
-        self.refused: list[CaptureError] = []
-        self.numbers: tuple[PythonNumbers, ...] = ()
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the model, and return the tensors in its result and those that it leaves behind."""
-        before, attributes = self.state({}), Attributes(self.model)
-        hidden = self.folding.state()
-        result = self.called(tensors)
-        if self.folding.state() != hidden:
-            raise self.folding.fail("the forward changes a block that is not called by its own")
-        after = self.state({})
-        changes = changed(before, after)
-        written = attributes.written() if changes else Written()
-        # Hooks that a forward registers once, for itself, are in the trace of what it computes.
-        others = [
-            name
-            for name in changes
-            if not name.startswith("its attribute ") and "_hooks of " not in name
-        ]
-        if others or written.unknown:
-            unknown = (f"its attribute {name}" for name in written.unknown)
-            raise _unsteady(self.model, [*unknown, *others])
-        if self.twice:
-            again = [torch.ops.autoparallel.again(tensor) for tensor in tensors]
-            second = self.called(again)
-            names = moving(after, self.state({}))
-            if names:
-                raise _unsteady(self.model, names)
-            result = (result, second)
-        elif written.places:
-            result = (result, written.values)
-        flat, skeleton = flatten(result)
-        self.facts.refuse_marked(flat)
-        refuse_running(skeleton, self.model)
-        gradients = torch.is_grad_enabled() if self.asked else None
-        for module in self.model.modules():
-            for name in self.wanted.outer.unwatched.get(type(module), ()):
-                self.reads.note(module, name)
-        reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
-        reads += global_reads(self.model)
-        given, own = tuple(self.facts.given), held_among(self.model, flat)
-        numbers = self.numbers
-        self.remember(_Ran(skeleton, changes, written, reads, gradients, given, own, numbers))
-        return tuple(flat)
-
-    def state(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all that the model and its arguments hold and a graph would not change."""
-        return effects(self.model, arguments, self.known, self.wanted.outer.objects)
-
-    def called(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Run the model's forward under all modes of a trace, and return its result.
-
-        tensors: the tensors of its arguments. Raises CaptureError for random numbers that are not
-        torch's, and for a part's side effects.
-        """
-        wanted = self.wanted
-        arguments = rebuild(self.inputs, list(tensors))
-        args, kwargs = as_given(wanted.bound.signature, arguments, wanted.positional)
-        # A cache that is given and written to is returned as well. A list or a dict is not.
-        boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
-        before = self.state(arguments) if wanted.part else written_arguments(boxes)
-        draws = PythonDraws(type(self.model).__name__)
-        # Not __call__: the model's own hooks run where the program is called.
-        watched = WatchedSizes(tuple(tensors))
-        no_replacing = self.no_replacing.installed(operators=False)
-        device, autocast = wanted.device, wanted.autocast
-        results: list[Any] = []
-        modes = (
-            writing_assigned_buffers(self.model, results),
-            self.reads.installed(self.model),
-            watching_gradient_mode(self.asked),
-            wanted.switches.installed(),
-            refusing_contexts(self.refused),
-            contextlib.nullcontext()
-            if autocast is None
-            else torch.autocast(device.type, dtype=autocast),
-            self.calls.installed(),
-            self.folding.forward(),
-            ConstantComparisons(),
-            decomposing(wanted.known),
-            watched,
-            no_replacing,
-            self.facts.installed(tensors),
-            SeededDraws(),
-            draws,
-            idle_conversions(),
-            unprinted(type(self.model).__name__),
-            TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
-        )
-        with contextlib.ExitStack() as stack:
-            for mode in (*modes, self.tensors):
-                stack.enter_context(mode)
-            results.append(self.model.forward(*args, **kwargs))
-        refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
-        moving = (*self.reads.moving, *wanted.outer.moving)
-        if moving:
-            raise moving_error(moving)
-        draws.finish()
-        self.numbers = draws.left
-        return results[0]
-
-
-def _unsteady(model: nn.Module, names: Sequence[str]) -> CaptureError:
-    """Return the error for a forward that is not the same at every call, with what it changes."""
-    return CaptureError(
-        f"{type(model).__name__}.forward changes {', '.join(names)} at every call, or goes another "
-        "way when it is called again",
-        why="a graph does the same at every call, and what it leaves behind in Python is lost",
-        fix="keep it in a buffer, return it, or set it up before the model is split",
-    )
 
 
 def _all(_: str) -> bool:
@@ -282,7 +106,7 @@ def capture(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     # A guess is good for nothing where no example run can confirm it.
     guesses = find_ways is not None and not any(tensor.is_meta for tensor in tensors)
-    wanted = _Wanted(
+    wanted = Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
         *(Switches(), NO_WAYS, Asked(guesses, likely)),
@@ -324,35 +148,7 @@ def capture(
             wanted = replace(wanted, ways=ways)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """The arguments of `capture` in one value.
-
-    positional: how many arguments were given by position. fixed: (input, dim) pairs that are not
-    symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
-    call, None where there is none. gradients: whether they are recorded around the call; the trace
-    records them in any case, unless the forward asks for that. outer: the variables outside of the
-    model to which it may write. switches: of torch, around the call. ways: see `capture`.
-    asked: what the ways do not tell.
-    """
-
-    model: nn.Module
-    bound: inspect.BoundArguments
-    positional: int
-    known: Known
-    part: bool
-    around: nn.Module | None
-    fixed: frozenset[tuple[int, int]]
-    device: torch.device
-    autocast: torch.dtype | None
-    gradients: bool
-    outer: OuterVariables
-    switches: Switches
-    ways: Ways
-    asked: Asked
-
-
-def _folded(wanted: _Wanted) -> Captured:
+def _folded(wanted: Wanted) -> Captured:
     """Return a trace in which equal blocks were traced once, if that can be."""
     apart: frozenset[str] = frozenset()
     groups: tuple[Group, ...] = ()
@@ -384,7 +180,7 @@ def _unfolded() -> Folding:
     return Folding((), frozenset())
 
 
-def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Captured:
+def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captured:
     """Return one trace of the model, and prove by a second that it may be called again.
 
     folding: which blocks are hidden. one_by_one: whether equal blocks are traced one by one.
@@ -404,7 +200,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
         if second_reads is None and folding.groups:
             second_reads = _read_twice(wanted, _unfolded())
         if second_reads is None:
-            raise _unsteady(model, ran.changes)
+            raise unsteady(model, ran.changes)
         reads = _lasting(model, ran.written, (*reads, *second_reads))
     aliases = first_paths(model)
     return Captured(
@@ -428,7 +224,7 @@ def _traced(wanted: _Wanted, folding: Folding, one_by_one: bool = False) -> Capt
     )
 
 
-def _read_twice(wanted: _Wanted, folding: Folding) -> tuple[AttributeRead, ...] | None:
+def _read_twice(wanted: Wanted, folding: Folding) -> tuple[AttributeRead, ...] | None:
     """Return the attributes that two calls in a row read; None where they are not alike.
 
     folding: the one of the first trace. The second call of a block that is traced must turn out
@@ -465,8 +261,8 @@ def _lasting(
 
 
 def _exported(
-    wanted: _Wanted, folding: Folding, one_by_one: bool, twice: bool = False
-) -> tuple[_Ran, Importer, Graph]:
+    wanted: Wanted, folding: Folding, one_by_one: bool, twice: bool = False
+) -> tuple[Ran, Importer, Graph]:
     """Return a graph of the model, with its importer and the facts of the run.
 
     twice: call the model twice in the graph. The other arguments are those of `_traced`.
@@ -475,7 +271,7 @@ def _exported(
     tensors, inputs = flatten(dict(bound.arguments))
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
-    ran: list[_Ran] = []
+    ran: list[Ran] = []
     held = HeldTensors(model, folding, wanted.around)
     free, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
     shapes = tuple(
@@ -487,11 +283,13 @@ def _exported(
     # costs as much as to find out twice: it pays only for blocks that come again and again.
     remembers = remembering_fake_results(one_by_one)
     start_autograd()
+    files = ModelFiles(wanted.around or model)
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        with quiet(), kept, outer.forgotten(), folding.installed(), remembers:
-            flat = _Flat(wanted, inputs, folding, held, twice, ran)
+        framed = keeping_frames(files.__contains__, inside=traced_forward.__file__)
+        with quiet(), kept, outer.forgotten(), folding.installed(), remembers, framed:
+            flat = FlatForward(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure
         failure = failure or next(iter(flat.refused), None)
@@ -511,7 +309,12 @@ def _exported(
     folding.require_called()
     trained = [part or tensor.requires_grad for tensor in tensors]
     importer = Importer(
-        program, GraphBuilder(), model=model, folding=folding, held=held, trained_inputs=trained
+        program,
+        GraphBuilder(files),
+        model=model,
+        folding=folding,
+        held=held,
+        trained_inputs=trained,
     )
     graph = importer.graph()
     outputs = with_constants(ran[-1].outputs, partial(_size_number, importer, model))

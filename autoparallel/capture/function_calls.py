@@ -7,7 +7,6 @@ from typing import Any
 
 from autoparallel.capture.custom_functions import FunctionOp
 from autoparallel.capture.graph_builder import GraphBuilder
-from autoparallel.capture.source_locations import source_line
 from autoparallel.errors import CaptureError
 from autoparallel.graph.aliasing import owner_of
 from autoparallel.graph.graph import Node, Ref
@@ -38,10 +37,12 @@ class FunctionCalls:
                 continue
             name = self.builder.fresh("detach")
             result = replace(value, name=name, requires_grad=False)
-            origins, line = self.builder.origins, source_line(node)
+            origins = self.builder.origins
             call = ("aten.detach.default", (result,), (rows[index],), ())
             self.builder.add(
-                Node(name, "call", *call, origins.scope(node), line), grad, origins.frames(node)
+                Node(name, "call", *call, origins.scope(node), origins.line(node)),
+                grad,
+                origins.frames(node),
             )
             self.builder.follow(self.builder.nodes[-1], False)
             rows[index] = Ref(name)

@@ -1,55 +1,23 @@
 """Global variables that a forward may read: found in the code of the functions that it may call.
 
 Variables of a function around are found likewise. A read of either cannot be watched as one of an
-attribute can. What a function may read
-is written in its code, so that this finds a little more than is read: a program is then made anew
-where it need not be, and never kept where it must not.
+attribute can. The search (`capture/variable_search.py`) finds a little more than is read: a program
+is then made anew where it need not be, and never kept where it must not.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
 import contextlib
-import contextvars
-import functools
-import sys
-import types
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
-from autoparallel.graph.attribute_read import (
-    ABSENT,
-    SIMPLE,
-    Answer,
-    AttributeRead,
-    Cell,
-    Contents,
-    Where,
-    kept_of,
-    name_of,
-)
+from autoparallel.capture.variable_search import searched
+from autoparallel.graph.attribute_read import AttributeRead
 from autoparallel.support.model_snapshot import untouched
-from autoparallel.support.module_paths import join_path
-from autoparallel.support.object_state import moves_on, random_state
 from autoparallel.support.one_at_a_time import planning
 
 __all__ = ["OuterVariables", "global_reads", "undisturbed"]
-
-# Packages whose own settings are not looked at; the standard library is none either.
-_LEFT_OUT = {"torch", "numpy", "einops", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
-# Containers to which code writes, whatever is in them.
-_WRITTEN = (
-    *(list, dict, set, collections.deque, bytearray),
-    *(types.SimpleNamespace, argparse.Namespace),
-)
-# By these a function looks up Python modules, and attributes past `__getattribute__` of the object.
-_IMPORTING = {"import_module", "__import__", "modules"}
-_PAST = {"__getattribute__", "getattr_static", "__getattr__"}
-_DEEPEST = 4  # objects inside of others whose attributes are looked at
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
 def global_reads(model: nn.Module) -> tuple[AttributeRead, ...]:
@@ -59,14 +27,14 @@ def global_reads(model: nn.Module) -> tuple[AttributeRead, ...]:
     an object has to which a global variable refers. Functions are followed inside of the package
     that the model's class is from.
 
-    >>> import autoparallel.capture.global_reads as here
+    >>> import autoparallel.capture.variable_search as here
     >>> class Limited(nn.Module):
     ...     def forward(self, x):
     ...         return x.clamp(max=here._DEEPEST)
     >>> [(read.name, read.value) for read in global_reads(Limited())]
     []
     """
-    return _walked(model).reads()
+    return searched(model).reads()
 
 
 class OuterVariables:
@@ -82,7 +50,7 @@ class OuterVariables:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        walk = _walked(model)
+        walk = searched(model)
         walk.reads()
         self.objects, self.caches, self.moving = walk.objects, walk.caches, walk.moving
         self.unwatched = walk.unwatched
@@ -116,285 +84,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         outer = OuterVariables(model)
         with untouched(model, *outer.objects.values()), outer.forgotten():
             yield
-
-
-def _walked(model: nn.Module) -> _Walk:
-    """Return a search that is to begin at the forwards of a model."""
-    walk = _Walk()
-    for path, module in model.named_modules():
-        walk.places.setdefault(type(module), path)
-    walk.collect()
-    for kind in walk.places:
-        for name in ("forward", "__getattr__", "__getattribute__"):
-            walk.method(kind, name)
-    for module in model.modules():
-        walk.value(vars(module).get("forward"), type(module))
-    return walk
-
-
-class _Walk:
-    """The search from function to function.
-
-    found: the reads, by the name of the Python module and the names from there. seen: the functions
-    that were met, each with the class whose method it is: decorators make many of one code. todo:
-    those of them that are still to be looked at. objects, caches, moving, unwatched: see
-    OuterVariables. places: the path of a module of each class. settings: by the name of an
-    attribute the classes that have it, each with the one that it inherits it from.
-    """
-
-    def __init__(self) -> None:
-        self.found: dict[tuple[Any, ...], AttributeRead] = {}
-        self.seen: dict[tuple[int, type], types.FunctionType] = {}
-        self.todo: list[tuple[types.FunctionType, type]] = []
-        self.objects: dict[str, Any] = {}
-        self.caches: list[Any] = []
-        self.places: dict[type, str] = {}
-        self.settings: dict[str, list[tuple[type, type]]] = {}
-        self.unwatched: dict[type, dict[str, None]] = {}
-        self.moving: list[str] = []
-
-    def reads(self) -> tuple[AttributeRead, ...]:
-        """Look at all functions that are to be looked at, and return what they may read."""
-        while self.todo:
-            self.look(*self.todo.pop())
-        return tuple(self.found.values())
-
-    def method(self, kind: type, name: str) -> None:
-        """Take up a method of a class, wherever it inherits it from."""
-        for owner in kind.__mro__:
-            if name in vars(owner):
-                if not _left_out(owner.__module__):
-                    self.value(vars(owner)[name], kind)
-                return
-
-    def value(self, value: Any, kind: type) -> None:
-        """Take up the functions in a value, which is an attribute of a class, say.
-
-        kind: the class of which they are methods.
-        """
-        for function in _functions(value):
-            if (id(function), kind) not in self.seen:
-                self.seen[id(function), kind] = function
-                self.todo.append((function, kind))
-
-    def look(self, function: types.FunctionType, kind: type) -> None:
-        """Look at the code of a function, and at the functions that are written in it."""
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        for name, cell in cells:
-            self.enclosed(name, cell, kind)
-        codes = [function.__code__]
-        while codes:
-            code = codes.pop()
-            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-            # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
-            texts = [item for item in code.co_consts if isinstance(item, str) and _is_name(item)]
-            names = (*code.co_names, *texts)
-            for name in code.co_names if "globals" not in code.co_names else names:
-                if name in function.__globals__:
-                    self.variable(function, name, names, kind)
-                # It may be a method that is called on self.
-                elif name != "forward":
-                    self.method(kind, name)
-            for name in names:
-                self.of_classes(name)
-                if not _PAST.isdisjoint(code.co_names):
-                    self.past(kind, name)
-            for name in names if not _IMPORTING.isdisjoint(code.co_names) else code.co_names:
-                self.imported(function, name, names, kind)
-
-    def collect(self) -> None:
-        """Note the settings among the attributes of the modules' classes, by their names."""
-        for kind in self.places:
-            names: set[str] = set()
-            for owner in kind.__mro__:
-                for name, value in vars(owner).items() if not _left_out(owner.__module__) else ():
-                    setting = isinstance(value, SIMPLE) or Contents.fit(value)
-                    if setting and name not in names and not name.startswith("__"):
-                        self.settings.setdefault(name, []).append((kind, owner))
-                    names.add(name)
-
-    def of_classes(self, name: str) -> None:
-        """Note an attribute of classes, which may be read by type(self) or in a class method."""
-        for kind, owner in self.settings.get(name, ()):
-            route = (("class", name_of(owner)),)
-            value = kept_of(vars(owner)[name])
-            read = AttributeRead(self.places[kind], route, name, Where.INSTANCE, value)
-            self.found.setdefault((owner, name), read)
-
-    def past(self, kind: type, name: str) -> None:
-        """Note an attribute that is read past the ways that can be watched."""
-        if name.isidentifier():
-            self.unwatched.setdefault(kind, {})[name] = None
-
-    def imported(
-        self, function: types.FunctionType, name: str, names: tuple[str, ...], kind: type
-    ) -> None:
-        """Look at a Python module that a function may import, or look up, when it is called."""
-        package = str(function.__globals__.get("__package__") or "")
-        for full in dict.fromkeys((name, join_path(package, name))):
-            module = sys.modules.get(full)
-            if isinstance(module, types.ModuleType) and not _left_out(full):
-                self.inside(function, full, (), module, names, kind)
-
-    def enclosed(self, name: str, cell: types.CellType, kind: type) -> None:
-        """Look at a variable of a function around, by its name and its cell."""
-        try:
-            value = cell.cell_contents
-        except ValueError:  # it has no value yet
-            return
-        self.value(value, kind)
-        self.keep(name, value)
-        if isinstance(value, contextvars.ContextVar):
-            self.asked(value)
-        if isinstance(value, SIMPLE) or Contents.fit(value):
-            route = (("cell", Cell(cell)),)
-            read = AttributeRead("", route, name, Where.ENCLOSED, kept_of(value))
-            self.found.setdefault((id(cell),), read)
-
-    def variable(
-        self, function: types.FunctionType, name: str, names: tuple[str, ...], kind: type
-    ) -> None:
-        """Look at a global variable that a function reads. names: all that its code has."""
-        value, module = function.__globals__[name], str(function.__globals__.get("__name__"))
-        self.keep(name, value)
-        if not self.function(function, value, kind) and not self.read(module, (), name, value):
-            self.inside(function, module, (("attribute", name),), value, names, kind)
-
-    def function(self, function: types.FunctionType, value: Any, kind: type) -> bool:
-        """Take up a function that another one may call; return whether it is one."""
-        if not isinstance(value, types.FunctionType):
-            return False
-        home, package = value.__module__ or "", function.__module__.partition(".")[0]
-        if home.partition(".")[0] == package or _is_users(home):
-            self.value(value, kind)
-        return True
-
-    def inside(
-        self,
-        function: types.FunctionType,
-        module: str,
-        way: tuple[tuple[str, Any], ...],
-        value: Any,
-        names: tuple[str, ...],
-        kind: type,
-    ) -> None:
-        """Look at the attributes of an object, as far as the code has their names.
-
-        way: the steps to the object from the Python module `module`, as in AttributeRead.
-        """
-        if isinstance(value, (list, tuple, dict)):
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
-        elif isinstance(value, nn.Module) or _home_left_out(value):
-            return
-        else:
-            own = getattr(value, "__dict__", {})
-            # What the way has passed already leads round in a circle, as a rule.
-            passed = {step for _, step in way}
-            here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
-            steps = [("attribute", name, own[name]) for name in here if not name.startswith("__")]
-        for step, key, item in steps if len(way) <= _DEEPEST else ():
-            inner = (*way, (step, key))
-            if way or not isinstance(value, types.ModuleType):
-                self.keep(".".join(str(part) for _, part in inner), item)
-            # The contents of a small container are compared with the container.
-            whole = step == "item" and isinstance(item, SIMPLE)
-            if whole or self.function(function, item, kind):
-                continue
-            if step == "item" or not self.read(module, way, str(key), item):
-                self.inside(function, module, inner, item, names, kind)
-
-    def asked(self, variable: contextvars.ContextVar[Any]) -> None:
-        """Note a context variable."""
-        value = variable.get(ABSENT)
-        route = (("cell", Answer(variable.get)),)
-        read = AttributeRead("", route, variable.name, Where.ENCLOSED, kept_of(value))
-        self.found.setdefault((id(variable),), read)
-
-    def keep(self, name: str, value: Any) -> None:
-        """Keep what a variable refers to, where code may write to it."""
-        if isinstance(value, functools._lru_cache_wrapper):
-            if not _left_out(value.__module__) and all(value is not one for one in self.caches):
-                self.caches.append(value)
-        elif moves_on(value):
-            self.moving.append(f"the variable {name} (a {type(value).__name__})")
-        elif (
-            isinstance(value, _WRITTEN)
-            or random_state(value) is not None
-            or (
-                getattr(type(value), "__slots__", None)
-                and type(value).__flags__ & _HEAP_TYPE
-                and not _left_out(type(value).__module__)
-            )
-        ) or (
-            hasattr(value, "__dict__")
-            and not isinstance(value, (type, types.ModuleType, types.FunctionType, nn.Module))
-            and not _left_out(type(value).__module__)
-        ):
-            self.objects.setdefault(name, value)
-
-    def read(self, module: str, way: tuple[tuple[str, Any], ...], name: str, value: Any) -> bool:
-        """Note a read, where the value is a setting; return whether it is.
-
-        module, way: see `inside`; of the object that has the attribute.
-        """
-        if isinstance(value, contextvars.ContextVar):
-            self.asked(value)
-            return True
-        simple = isinstance(value, SIMPLE)
-        if name.startswith("__") or not (simple or Contents.fit(value)):
-            return False
-        route = (("global", module), *way)
-        self.found.setdefault(
-            (module, way, name), AttributeRead("", route, name, Where.GLOBAL, kept_of(value))
-        )
-        return True
-
-
-def _left_out(module: str | None) -> bool:
-    """Return whether a Python module is of a package whose settings are not looked at."""
-    return (module or "builtins").partition(".")[0] in _LEFT_OUT
-
-
-def _home_left_out(value: Any) -> bool:
-    """Return whether the attributes of a value are of a package that is not looked at.
-
-    An object of the standard library, such as a namespace, has what a program has put there.
-    """
-    if isinstance(value, types.ModuleType):
-        return _left_out(value.__name__)
-    if isinstance(value, type):
-        return _left_out(value.__module__)
-    package = (type(value).__module__ or "").partition(".")[0]
-    return package in _LEFT_OUT and package not in sys.stdlib_module_names
-
-
-def _is_name(text: str) -> bool:
-    """Return whether a text may be the name of a variable, an attribute or a Python module."""
-    return all(map(str.isidentifier, text.split(".")))
-
-
-def _is_users(module: str) -> bool:
-    """Return whether a Python module lies beside the user's own, and in no installed package."""
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return bool(file) and "-packages" not in str(file) and not _left_out(module)
-
-
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """Yield the Python functions in a value: a method, a property, or one under decorators."""
-    depth = 0
-    while value is not None and depth < 10:
-        depth += 1
-        if isinstance(value, property):
-            yield from _functions(value.fget)
-            return
-        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
-            value = value.__func__
-        elif isinstance(value, functools.partial):
-            value = value.func
-        elif isinstance(value, types.FunctionType):
-            yield value
-            # A decorated function keeps the one that it decorates.
-            value = getattr(value, "__wrapped__", None)
-        else:
-            return

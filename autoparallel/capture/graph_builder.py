@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 
+from autoparallel.capture.source_files import ModelFiles
 from autoparallel.capture.source_locations import Origins
 from autoparallel.errors import CaptureError
 from autoparallel.graph.aliasing import owner_of, shares_memory
@@ -51,7 +52,7 @@ class GraphBuilder:
     the names of a fully traced one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, files: ModelFiles | None = None) -> None:
         self.nodes: list[Node] = []
         self.grad_enabled: list[bool] = []
         self.translated: dict[Any, Any] = {}
@@ -64,7 +65,7 @@ class GraphBuilder:
         self.trained_memory: set[str] = set()
         self.input_symbols: set[sympy.Basic] = set()
         self.equal_sizes: dict[sympy.Basic, sympy.Basic] = {}
-        self.origins = Origins()
+        self.origins = Origins(ModelFiles() if files is None else files)
         self.frames: dict[str, tuple[str, ...]] = {}
         self.bases: dict[str, str] = {}
         self.values: dict[str, Value] = {}

@@ -22,7 +22,6 @@ from autoparallel.capture.custom_functions import function_op
 from autoparallel.capture.function_calls import FunctionCalls
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
-from autoparallel.capture.source_locations import source_line
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.graph.operators import BRANCH_TAKEN
@@ -268,7 +267,8 @@ class Importer:
             return  # such as that a number of true values is not negative
         # A size is known to the tensor that has it, and perhaps to nothing else.
         if unknown and str(node.target) != "aten.sym_size.int":
-            path, line = self.builder.origins.path(node), source_line(node)
+            origins = self.builder.origins
+            path, line = origins.path(node), origins.line(node)
             raise CaptureError(
                 "the forward computes with a tensor's value in Python",
                 where=f"{line}  in {path}" if path else line,
@@ -328,7 +328,7 @@ class Importer:
                 for index, item in enumerate(example)
             )
             builder.translated[node] = tuple(Ref(value.name) for value in results)
-        scope, line = builder.origins.scope(node), source_line(node)
+        scope, line = builder.origins.scope(node), builder.origins.line(node)
         translated = replace(call, name=unique, results=results, scope=scope, line=line)
         builder.add(translated, grad, builder.origins.frames(node))
         builder.follow(translated, flows)
@@ -341,7 +341,7 @@ class Importer:
         condition, expected, number = builder.leaf_all(node.args)
         name = builder.fresh("branch")
         result = builder.value(name, node.args[0].meta["val"], False)
-        scope, line = builder.origins.scope(node), source_line(node)
+        scope, line = builder.origins.scope(node), builder.origins.line(node)
         arguments = (condition, expected, number)
         check = Node(name, "call", BRANCH_TAKEN, (result,), arguments, (), scope, line)
         builder.add(check, False, builder.origins.frames(node))
@@ -373,7 +373,7 @@ class Importer:
                 fix="cast explicitly, or run the whole model in the lower precision",
             )
         position = -1
-        origins, line = self.builder.origins, source_line(node)
+        origins, line = self.builder.origins, self.builder.origins.line(node)
 
         def leaf(item: Any) -> Any:
             """Return an argument of the call, cast where it is an operand that autocast casts."""

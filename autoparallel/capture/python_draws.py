@@ -26,6 +26,8 @@ _LOOK_EVERY = 8
 # seed that may come from one of them is no seed of the forward's own.
 _MOVING = {"time", "datetime", "uuid", "secrets"}
 _MOVING_FUNCTIONS = {"urandom", "getrandom", "getpid"}
+# The module whose functions call the user's forward: frames from there on are not the user's.
+_FORWARD = "autoparallel.capture.traced_forward"
 # Functions that call one another which are looked at.
 _DEEPEST = 3
 
@@ -109,7 +111,7 @@ class PythonDraws(TorchFunctionMode):
 def _users_code() -> Iterator[tuple[types.CodeType, dict[str, Any]]]:
     """Yield the code of the user's functions that run now inside of the trace, with its globals."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != "autoparallel.capture.export":
+    while frame is not None and frame.f_globals.get("__name__") != _FORWARD:
         if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("torch", "autoparallel"):
             yield frame.f_code, frame.f_globals
         frame = frame.f_back  # type: ignore[assignment]

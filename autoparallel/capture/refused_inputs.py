@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from torch.overrides import TorchFunctionMode
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.errors import InputMismatchError
+from autoparallel.graph.graph import Graph, Node, Ref, Sym, hint, map_leaves
+from autoparallel.graph.operators import operator_of
 from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import flatten, leaf_paths
 from autoparallel.support.torch_private import tree_leaves, tree_map
 
-__all__ = ["refuse_arrays", "refuse_devices", "refuse_inputs"]
+__all__ = ["refuse_arrays", "refuse_devices", "refuse_inputs", "refuse_types"]
 
 # The number of elements, of all operands together, up to which an op is tried again.
 _MOST_ELEMENTS = 2**24
@@ -60,7 +62,7 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     ones and on zeros: if it takes neither, its sizes or types are wrong, not the way it is run.
     """
     bound = bind_inputs(model, args, kwargs)
-    tensors, skeleton = flatten(dict(bound.arguments))
+    tensors, _ = flatten(dict(bound.arguments))
     # A model without weights takes inputs of any device: those on meta stand for all others.
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     mode, watch = fake_mode(allow_non_fake_inputs=True), _FirstFailure()
@@ -83,17 +85,79 @@ def refuse_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         failed, where = watch.failed, _place(error, model)
     why = _why_refused(*failed, ask_devices=not on_meta) if failed is not None else None
     if why is not None:
-        rows = [
-            f"{path}: {_text(tensor)}"
-            for path, tensor in zip(leaf_paths(skeleton, "tensor"), tensors, strict=True)
-        ]
-        raise InputMismatchError(
-            f"{type(model).__name__}.forward does not take inputs like these",
-            where=where,
-            why=why,
-            fix="pass what the model takes when it is called by itself; given were\n"
-            + ("\n".join(rows) or "no tensors"),
-        )
+        raise _refusal(model, bound.arguments, where, why)
+
+
+def refuse_types(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    graph: Graph,
+    is_product: Callable[[Node], bool],
+) -> None:
+    """Refuse inputs that bring a product factors of different types, as float64 beside float32.
+
+    args, kwargs: of the call that was traced to `graph`. is_product: tells of a call whether it
+    multiplies matrices. Tensors without data do not show it: torch's product of such looks at sizes
+    alone. A product of mixed types is therefore tried on ones and zeros, as they are and in one
+    type; some take them, such as attention with a mask. Raises InputMismatchError as
+    `refuse_inputs` does.
+    """
+    seen: set[Any] = set()
+    for node in graph.calls:
+        operands = [graph.values[name] for name in node.operands()]
+        dtypes = {value.dtype for value in operands if value.shape}
+        shapes = tuple((value.dtype, tuple(map(hint, value.shape))) for value in operands)
+        if len(dtypes) < 2 or (node.target, shapes) in seen or not is_product(node):
+            continue
+        seen.add((node.target, shapes))
+        widest = max(dtypes, key=lambda kind: (kind.is_floating_point, kind.itemsize))
+        why = _why_mixed(graph, node, widest)
+        if why is not None:
+            where = node.where or type(model).__name__
+            where += f"  ({node.line})" if node.line else ""
+            raise _refusal(model, bind_inputs(model, args, kwargs).arguments, where, why)
+
+
+def _why_mixed(graph: Graph, node: Node, dtype: torch.dtype) -> str | None:
+    """Say why a call refuses the types of its operands; None if it takes them, or does not take
+    operands of one type, `dtype`, either.
+    """
+    function = operator_of(node.target)
+
+    def refused(change: Callable[[torch.dtype], torch.dtype]) -> str | None:
+        """Say why the op refuses operands of changed types, as `_why_refused` does."""
+
+        def leaf(item: Any) -> Any:
+            if isinstance(item, Ref):
+                value = graph.values[item.name]
+                sizes = tuple(map(hint, value.shape))
+                return torch.empty(sizes, dtype=change(value.dtype), device="meta")
+            return hint(item) if isinstance(item, Sym) else item
+
+        kwargs = {key: map_leaves(leaf, item) for key, item in node.kwargs}
+        return _why_refused(function, map_leaves(leaf, node.args), kwargs, ask_devices=False)
+
+    why = refused(lambda kind: kind)
+    return why if why is None or refused(lambda kind: dtype) is None else None
+
+
+def _refusal(
+    model: nn.Module, arguments: Mapping[str, Any], where: str, why: str
+) -> InputMismatchError:
+    """Return the error for inputs that an op of the model does not take. arguments: by name."""
+    tensors, skeleton = flatten(dict(arguments))
+    rows = [
+        f"{path}: {_text(tensor)}"
+        for path, tensor in zip(leaf_paths(skeleton, "tensor"), tensors, strict=True)
+    ]
+    return InputMismatchError(
+        f"{type(model).__name__}.forward does not take inputs like these",
+        where=where,
+        why=why,
+        fix="pass what the model takes when it is called by itself; given were\n"
+        + ("\n".join(rows) or "no tensors"),
+    )
 
 
 def refuse_devices(model: nn.Module, bound: Mapping[str, Any], device: torch.device) -> None:
@@ -167,8 +231,8 @@ def _why_refused(
 
 
 def _name(func: Any) -> str:
-    """Return the name of a function of torch."""
-    return str(getattr(func, "__name__", func))
+    """Return the name of a function of torch, or of an op without its overload's."""
+    return str(getattr(func, "__name__", func)).partition(".")[0]
 
 
 def _place(error: BaseException, model: nn.Module) -> str:
@@ -185,7 +249,7 @@ def _place(error: BaseException, model: nn.Module) -> str:
 
 
 def _is_array(leaf: Any) -> bool:
-    """True for a numpy array; numpy is not imported to find out."""
+    """Return whether it is a numpy array; numpy is not imported to find out."""
     kind = type(leaf)
     return (kind.__module__, kind.__name__) == ("numpy", "ndarray")
 

@@ -13,7 +13,7 @@ from autoparallel.commands.command import Command, progress
 from autoparallel.errors import PlanError
 
 if TYPE_CHECKING:
-    from autoparallel.questions.explain import Alternative, Explanation
+    from autoparallel.questions.explanation import Alternative, Explanation
 
 __all__ = ["EXPLAIN"]
 
@@ -80,6 +80,7 @@ def _rows(answer: Explanation) -> dict[str, Any]:
     """Return an explanation as JSON can hold it."""
     return {
         "subject": answer.subject.node,
+        "module": answer.subject.module,
         "kind": answer.kind,
         "chosen": answer.chosen,
         "seconds": answer.seconds,

@@ -10,7 +10,8 @@ _NUMBERS = {"sgd": 0, "momentum": 1, "adam": 2, "mixed_adam": 2}
 
 
 def state_bytes_per_element(optimizer: str, itemsize: int) -> tuple[int, bool]:
-    """Bytes of optimizer state per element of a parameter, and whether a master copy is in them.
+    """Return the bytes of optimizer state per element of a parameter, and whether a master copy is
+    in them.
 
     itemsize: bytes of one element of the parameter. "sgd" keeps nothing, "momentum" one number of
     the parameter's type, "adam" two. "mixed_adam" keeps a master copy and two moments in float32

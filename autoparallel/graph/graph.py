@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -271,6 +271,25 @@ class Graph:
         Plans store it to know their model again.
         """
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
+
+    def map_leaves(self, function: Callable[[Any], Any]) -> Graph:
+        """Return the graph with `function` applied to every size of a shape and to every argument
+        of a call, as to symbolic sizes that are written in other symbols, or get other hints.
+
+        function: returns what it does not change as it is. Names and types stay.
+        """
+        nodes = tuple(
+            replace(
+                node,
+                results=tuple(
+                    [replace(v, shape=map_leaves(function, v.shape)) for v in node.results]
+                ),
+                args=map_leaves(function, node.args),
+                kwargs=map_leaves(function, node.kwargs),
+            )
+            for node in self.nodes
+        )
+        return replace(self, nodes=nodes)
 
     def verify(self) -> Graph:
         """Return the graph itself, after a check that every value is produced once,

@@ -58,14 +58,14 @@ class FxBuilder:
     def add(
         self, kind: str, target: Any, args: Any = (), kwargs: Any = None, name: str = ""
     ) -> Any:
-        """A node. name: as it is to be called, else one is made of the target that nobody has."""
+        """Add a node. name: as it is to be called, else a free one is made of the target."""
         name = self.legal(name) if name else self.fresh(_named(target))
         made = self.graph.create_node(kind, target, args, kwargs or {}, name)
         assert made.name == name, (made.name, name)
         return made
 
     def legal(self, name: str) -> str:
-        """`name`, with an underscore behind it where it means something else to torch.fx."""
+        """Return `name`, with an underscore behind it where it means something else to torch.fx."""
         legal = name
         while _is_illegal(legal) or (legal != name and legal in self.reserved):
             legal += "_"
@@ -73,7 +73,10 @@ class FxBuilder:
         return legal
 
     def attribute(self, path: str, value: Any, name: str = "") -> Any:
-        """A node that reads an attribute of the module. Raises PlanError for a path of fx's own."""
+        """Add a node that reads an attribute of the module.
+
+        Raises PlanError for a path that torch.fx itself has.
+        """
         first = path.partition(".")[0]
         if hasattr(fx.GraphModule, first) or first in _taken():
             raise PlanError(
@@ -85,7 +88,7 @@ class FxBuilder:
         return self.add("get_attr", path, name=name)
 
     def fresh(self, name: str) -> str:
-        """`name`, with a number behind it where another node has it."""
+        """Return `name`, with a number behind it where another node has it."""
         made, count = name, 0
         while made in self.reserved or _is_illegal(made):
             count += 1
@@ -94,7 +97,7 @@ class FxBuilder:
         return made
 
     def module(self, outputs: Iterable[Any], name: str) -> fx.GraphModule:
-        """The module that returns `outputs` as a tuple."""
+        """Return the module that returns `outputs` as a tuple."""
         self.graph.output(tuple(outputs))
         made = fx.GraphModule(self.attributes, self.graph, name)
         made.graph.lint()
@@ -119,7 +122,7 @@ def _is_illegal(name: str) -> bool:
 
 
 def _taken() -> set[str]:
-    """Attributes that every module has."""
+    """Return the attributes that every module has."""
     return set(vars(torch.nn.Module()))
 
 
@@ -131,7 +134,7 @@ def graph_module(
     device: torch.device | None = None,
     name: str = "Graph",
 ) -> fx.GraphModule:
-    """The graph as a torch.fx.GraphModule: flat tensors in, a tuple of what the graph returns out.
+    """Return the graph as a torch.fx.GraphModule: flat tensors in, a tuple of its outputs out.
 
     tensors: parameters, buffers and constants by their paths; they are shared, not copied, so that
     gradients and written buffers are those of whoever owns them. fused: products and the additions
@@ -171,7 +174,7 @@ class _Importer:
         return self.builder.module((self.values[output] for output in self.graph.outputs), name)
 
     def stored(self) -> None:
-        """Inputs first, as torch.fx has them, then what the module holds."""
+        """Add the inputs first, as torch.fx has them, and then what the module holds."""
         stored = [node for node in self.graph.nodes if node.kind not in ("input", "call")]
         for node in self.graph.nodes:
             if node.kind == "input":
@@ -223,7 +226,7 @@ class _Importer:
             )
 
     def leaf(self, leaf: Any) -> Any:
-        """An argument as torch.fx takes it."""
+        """Return an argument as torch.fx takes it."""
         if isinstance(leaf, Ref):
             return self.values[leaf.name]
         if isinstance(leaf, Sym):
@@ -233,7 +236,7 @@ class _Importer:
         return leaf
 
     def size(self, expr: sympy.Expr) -> Any:
-        """A size as a number, or as nodes that compute it from the inputs' sizes."""
+        """Return a size as a number, or as nodes that compute it from the inputs' sizes."""
         if expr.is_Integer:
             return int(expr)
         if expr not in self.sizes:
@@ -263,13 +266,13 @@ class _Importer:
 
 
 def value_nbytes(graph: Graph, name: str) -> int:
-    """Bytes of a whole value, for the example inputs."""
+    """Return the bytes of a whole value, for the example inputs."""
     value = graph.values[name]
     return numel_hint(value.shape) * value.dtype.itemsize
 
 
 def dataflow(graph: Graph) -> networkx.DiGraph:
-    """Nodes of the graph and what flows between them, with what the graph knows of both.
+    """Return the nodes of the graph and what flows between them, with what the graph knows of both.
 
     A node has kind, op, module, line, and per result values, shapes, sizes (for the example inputs)
     and dtypes, and nbytes of all results. An edge has values, shapes, nbytes: a node may read

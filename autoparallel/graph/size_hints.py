@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import sympy
@@ -14,7 +13,6 @@ from autoparallel.graph.graph import (
     Graph,
     Node,
     Sym,
-    map_leaves,
     numel_hint,
 )
 
@@ -25,7 +23,8 @@ _COUNT, _RUNNING_SUM = "aten.arange.", "aten.cumsum.default"
 
 
 def with_larger_hints(captured: Captured, elements: int) -> Graph:
-    """The same program with hints as for inputs of at least `elements` elements, if it takes such.
+    """Return the same program with hints as for inputs of at least `elements` elements, if it takes
+    such.
 
     Why: example inputs are often tiny, and a plan for tiny inputs saves latency, not work. Their
     batch grows: the first dims of the inputs, where they are symbolic, by one common factor; all
@@ -56,7 +55,7 @@ def with_larger_hints(captured: Captured, elements: int) -> Graph:
 
 
 def _batch(shapes: Sequence[tuple[Dim, ...]]) -> frozenset[Any]:
-    """The symbols that the batch consists of.
+    """Return the symbols that the batch consists of.
 
     They are first dims of inputs. A symbol that is a later dim of some input is the batch only
     where nothing else is: a mask of (sequence, sequence) does not make the sequence the batch, and
@@ -72,7 +71,8 @@ def _is_free(dim: Dim) -> TypeGuard[Sym]:
 
 
 def _table_bounds(graph: Graph) -> tuple[tuple[sympy.Expr, int], ...]:
-    """Sizes that are counted up to, (size, rows of the table that is read at the numbers counted).
+    """Return sizes that are counted up to, as (size, rows of the table that is read at the numbers
+    counted).
 
     The numbers may be shifted, masked or repeated on their way. Where the size is already beyond
     the rows they are put into buckets or the like, and it is no bound.
@@ -94,7 +94,7 @@ def _table_bounds(graph: Graph) -> tuple[tuple[sympy.Expr, int], ...]:
 
 
 def _counts(node: Node) -> Iterator[Sym]:
-    """The symbolic size up to which the results of a node count."""
+    """Yield the symbolic size up to which the results of a node count."""
     if node.target.startswith(_COUNT):
         dims: Iterable[Any] = node.result.shape
     elif node.target == _RUNNING_SUM:
@@ -105,7 +105,8 @@ def _counts(node: Node) -> Iterator[Sym]:
 
 
 def _resized(graph: Graph, sizes: dict[Any, int]) -> Graph | None:
-    """The program with hints for these sizes of the inputs; None where a size comes out negative.
+    """Return the program with hints for these sizes of the inputs; None where a size comes out
+    negative.
 
     Sizes that add up to a fixed one cannot all grow.
     """
@@ -118,13 +119,5 @@ def _resized(graph: Graph, sizes: dict[Any, int]) -> Graph | None:
             resized[leaf.expr] = Sym(leaf.expr, int(leaf.expr.subs(sizes)))
         return resized[leaf.expr]
 
-    nodes = tuple(
-        replace(
-            node,
-            results=tuple(replace(v, shape=map_leaves(resize, v.shape)) for v in node.results),
-            args=map_leaves(resize, node.args),
-            kwargs=map_leaves(resize, node.kwargs),
-        )
-        for node in graph.nodes
-    )
-    return replace(graph, nodes=nodes) if all(s.hint >= 0 for s in resized.values()) else None
+    grown = graph.map_leaves(resize)
+    return grown if all(size.hint >= 0 for size in resized.values()) else None

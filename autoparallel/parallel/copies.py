@@ -99,7 +99,7 @@ def usual_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 
 def _states(module: nn.Module) -> Iterator[tuple[str, State]]:
-    """The states of all parallel modules in a tree, with the paths of these."""
+    """Yield the states of all parallel modules in a tree, with the paths of these."""
     for path, inner in module.named_modules():
         state = inner.__dict__.get("_autoparallel")
         if isinstance(state, State):

@@ -100,7 +100,7 @@ def kind_of(function: Any) -> FunctionKind:
 
 
 def _overloads(name: str) -> Iterator[Any]:
-    """The overloads of the op of a name, if there is one."""
+    """Return the overloads of the op of a name, if there is one."""
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     if packet is not None and hasattr(packet, "overloads"):
         for overload in packet.overloads():

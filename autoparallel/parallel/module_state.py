@@ -312,7 +312,7 @@ def user_forward(
 
 
 def state_of(module: nn.Module) -> State:
-    """The state of a parallel module. Raises AutoParallelError for any other module."""
+    """Return the state of a parallel module. Raises AutoParallelError for any other module."""
     found = module.__dict__.get("_autoparallel")
     if not isinstance(found, State):
         raise AutoParallelError(

@@ -331,7 +331,7 @@ def _restore(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _split_parameters(optimizer: torch.optim.Optimizer) -> Iterator[DTensor]:
-    """The optimizer's parameters that are DTensors of this package."""
+    """Return the optimizer's parameters that are DTensors of this package."""
     known: dict[int, bool] = {}  # by mesh: to ask a mesh for its hash takes long
     for group in optimizer.param_groups:
         for parameter in group["params"]:

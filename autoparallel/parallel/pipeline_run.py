@@ -42,7 +42,12 @@ from autoparallel.rewrite.stage_programs import (
     joined_in_time,
     sizes_of_symbols,
 )
-from autoparallel.rewrite.stages import Stage, cut_plan, parameter_gradients
+from autoparallel.rewrite.stages import (
+    Stage,
+    cut_plan,
+    parameter_gradients,
+    reached_parameters,
+)
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import OpCall
 from autoparallel.runtime import rng
@@ -70,6 +75,8 @@ class PipelineRun:
     ) -> None:
         assert plan.pipeline is not None
         self.pipeline, self.place, self.ranks = plan.pipeline, place, ranks
+        self.stages = tuple(stages)
+        self._reached: dict[tuple[bool, ...], frozenset[str]] = {}
         self.shapes, self.draws = tuple(shapes), draws
         self.count = plan.pipeline.microbatches
         own = [stages[number] for number in plan.pipeline.of_rank(place.number)]
@@ -270,9 +277,27 @@ class PipelineRun:
                     grads[index] = gradient if before is None else before
                 else:
                     grads[index] = before + gradient
+        reached = self.reached(tuple(each is not None for each in gradients))
+        tied = [each for each in self.tied if self.paths[each[0]] in reached]
         with self.place.answered("an exchange of gradients that several stages have"):
-            add_over_stages(grads, call.parameters, self.tied, self.place)
-        return grads
+            add_over_stages(grads, call.parameters, tied, self.place)
+        # Between stages, nothing that has no gradient is sent: zeros go in its place.
+        return [
+            gradient if path in reached else None
+            for path, gradient in zip(self.paths, grads, strict=True)
+        ]
+
+    def reached(self, wanted: tuple[bool, ...]) -> frozenset[str]:
+        """Return the paths of the parameters that have a gradient on any rank.
+
+        wanted: whether each output has one. All ranks know all stages, and answer alike.
+        """
+        if wanted not in self._reached:
+            names = [
+                name for name, asked in zip(self.stages[-1].gives, wanted, strict=True) if asked
+            ]
+            self._reached[wanted] = reached_parameters(self.stages, names)
+        return self._reached[wanted]
 
     def scaled(
         self, call: PipelineCall, held: Sequence[torch.Tensor | None], gradient: torch.Tensor
@@ -291,7 +316,7 @@ class PipelineRun:
             return self.again(call, gradients)
         if self.narrow:
             return list(held)
-        return [None if g is None else g.mul_(gradient.to(g.dtype)) for g in held]
+        return [None if g is None else _multiplied(g, gradient) for g in held]
 
     def _step(self, call: PipelineCall, gradients: Sequence[torch.Tensor | None] | None) -> None:
         """Run all micro-batches through this stage, as the schedule says.
@@ -363,6 +388,13 @@ def pipeline_program(plan: Plan, captured: Captured, place: PipelinePlace, ranks
     rules = (known_rule(OpCall.of(graph, node)) for node in graph.calls)
     draws = any(rule is not None and rule.random for rule in rules)
     return PipelineRun(plan, cut_plan(graph, plan), place, ranks, shapes, draws).program()
+
+
+def _multiplied(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor multiplied in place by a number of a type that may be more exact."""
+    if torch.promote_types(tensor.dtype, factor.dtype) == tensor.dtype:
+        return tensor.mul_(factor.to(tensor.dtype))
+    return tensor.copy_(tensor.to(factor.dtype) * factor)
 
 
 class _Step(torch.autograd.Function):

@@ -77,7 +77,8 @@ def describe(module: nn.Module, optimizers: Optimizers) -> list[dict[str, Any]]:
 def entries_of(
     module: nn.Module, optimizers: Optimizers
 ) -> Iterator[tuple[str, dict[Any, Any], Any]]:
-    """The name of each value of the optimizers' state, the dict that holds it, and its key there.
+    """Yield the name of each value of the optimizers' state, the dict that holds it, and its key
+    there.
 
     Raises AutoParallelError for tensors inside of lists and the like, as LBFGS has them: nothing
     says which part of which parameter they are.

@@ -21,7 +21,8 @@ def add_over_stages(
     """Add up the gradients of parameters that stages of several ranks read, on each of these.
 
     gradients: of `parameters`, as this rank has them; the shared ones are replaced. shared: places
-    among them, with the other ranks of the pipeline that hold the parameter. place: this rank's.
+    among them, with the other ranks of the pipeline that hold the parameter; some rank has a
+    gradient of each. place: this rank's.
     All of them add in the order of the ranks, so that they have the same number bit for bit.
     """
     waiting = []

@@ -10,18 +10,33 @@ function runs on the whole value, alike on all ranks, and what it wrote is put i
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy
 import torch
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Replicate
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.distributed_layouts import layout_of
+from autoparallel.parallel.cut_values import (
+    at_start_of_memory,
+    cut_value,
+    gathered_value,
+    without_sums,
+)
+from autoparallel.parallel.function_arguments import (
+    replaced_tensors,
+    tensors_among,
+    without_own_device,
+    written_argument,
+)
 from autoparallel.parallel.function_kinds import FunctionKind, kind_of, writes
 from autoparallel.parallel.pipelined_parameters import refuse_norms_of_stages
+from autoparallel.parallel.refused_functions import (
+    recorded_write,
+    refuse_memory,
+    refuse_recorded_write,
+)
 from autoparallel.parallel.split_views import (
     forget_values,
     is_stale,
@@ -32,9 +47,7 @@ from autoparallel.parallel.split_views import (
     without_history,
 )
 from autoparallel.runtime.faults import explained, is_lost
-from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import (
-    distributed_tensor_like,
     local_part,
     share_local_part,
     storage_key,
@@ -154,63 +167,27 @@ def _unmarked(tensor: SplitTensor) -> DTensor:
 
     A parameter's is one without a gradient, as torch's copies of parameters are.
     """
-    twin = _at_start(tensor)
+    twin = at_start_of_memory(tensor)
     twin.requires_grad_(tensor.requires_grad)
     if isinstance(tensor, torch.nn.Parameter):
         twin = cast("DTensor", torch.nn.Parameter(twin, tensor.requires_grad))
     elif tensor.is_leaf and tensor.grad is not None:
-        twin.grad = _at_start(tensor.grad)
+        twin.grad = at_start_of_memory(tensor.grad)
     vars(twin).update(without_history(vars(tensor)))
     return twin
-
-
-def _at_start(tensor: Any) -> DTensor:
-    """Return a DTensor whose part lies at the start of its memory, as torch copies and writes it.
-
-    Gradients that were reduced together lie one behind the other. From such a part a DTensor has
-    an offset in memory that it has not, so that torch takes it for a tensor with data of its own.
-    """
-    local = local_part(tensor)
-    return distributed_tensor_like(local.clone() if local.storage_offset() else local, tensor)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors among a function's arguments."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
-def _replaced(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return arguments or results with another tensor for each."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if type(value) in (list, tuple):
-        return type(value)([_replaced(item, change) for item in value])
-    if type(value) is dict:
-        return {key: _replaced(item, change) for key, item in value.items()}
-    # A result such as that of `max` is a tuple with names.
-    if isinstance(value, tuple):
-        return type(value)([_replaced(item, change) for item in value])
-    return value
 
 
 def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run a function that computes, on parts or on whole values."""
     if function is torch.Tensor.to:
-        args, kwargs = _staying(args, kwargs)
+        args, kwargs = without_own_device(args, kwargs)
     if kind is FunctionKind.MARKED:
-        result = _replaced(function(*args, **kwargs), mark)
+        result = replaced_tensors(function(*args, **kwargs), mark)
         if function.__name__ == "detach":
             keep_view(result, view_of(args[0]))
         return result
     if kind is FunctionKind.DERIVES:
-        return _replaced(_derived(function, args, kwargs), mark)
+        return replaced_tensors(_derived(function, args, kwargs), mark)
     if kind is FunctionKind.DATA:
         data = mark(function(*args, **kwargs))
         keep_view(data, view_of(args[0]))
@@ -224,10 +201,10 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
         # p.expand_as(p) is how one asks for the node that adds to a parameter's gradient.
         return mark(function(*args, **kwargs))
     if kind is FunctionKind.MEMORY:
-        return _memory(function, args, kwargs)
+        return refuse_memory(function, args, kwargs)
     if kind is FunctionKind.GRADIENT:
         return function(args[0], *(cut_like(item, args[0]) for item in args[1:]))
-    tensors = list(_tensors((args, kwargs)))
+    tensors = list(tensors_among((args, kwargs)))
     recorded = torch.is_grad_enabled()
     split = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     for tensor in split:
@@ -244,7 +221,7 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
     if getattr(function, "__module__", "") == "torch.nn.init":
         with torch.no_grad():  # as these functions do themselves
             return _on_whole(function, args, kwargs)
-    target = _target(args, kwargs)
+    target = written_argument(args, kwargs)
     if writes(function) and isinstance(target, DTensor) and view_of(target) is not None:
         return _written_through(function, target, args, kwargs)
     if whole:
@@ -260,42 +237,17 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
         for place, view in placed(result):
             _note_copy(view, function, args, kwargs, place)
     if writes(function):
-        note_writes(_tensors(_target(args, kwargs)))
-    return _replaced(result, mark)
-
-
-def _staying(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the arguments without the device on which the tensor lies already.
-
-    "cpu:0" is "cpu", too. DTensor tries what is given a device on the meta device, and raises
-    "Cannot copy out of meta tensor".
-    """
-    here = args[0].device
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, torch.device | str):
-            return value
-        to = torch.device(value)
-        same = to.type == here.type and (here.type == "cpu" or to.index in (None, here.index))
-        return None if same else value
-
-    if "device" in kwargs:
-        kwargs = {**kwargs, "device": moved(kwargs["device"])}
-    return (*args[:1], *map(moved, args[1:])), kwargs
+        note_writes(tensors_among(written_argument(args, kwargs)))
+    return replaced_tensors(result, mark)
 
 
 # What torch says of an op that DTensor cannot split, before anything runs.
 _NO_WAY = ("sharding", "not supported with dtensor")
 
 
-def _target(args: Any, kwargs: dict[str, Any]) -> Any:
-    """Return the first argument of a function, to which it writes if it writes to any."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
 def _note_copy(view: Any, function: Any, args: Any, kwargs: dict[str, Any], place: Any) -> None:
     """Have a view remember how it was taken if it shares no memory with the tensor it is of."""
-    source = _target(args, kwargs)
+    source = written_argument(args, kwargs)
     if isinstance(view, DTensor) and isinstance(source, DTensor):
         same = storage_key(local_part(view)) == storage_key(local_part(source))
         if args and (not same or view_of(source) is not None):
@@ -317,7 +269,7 @@ def _views_on_whole(kind: FunctionKind, function: Any, args: Any, kwargs: dict[s
     for place, view in placed(result):
         tracked = torch.is_grad_enabled() and view.requires_grad
         if not isinstance(view, DTensor) and not tracked:
-            view = mark(_cut(view.detach(), source.device_mesh, everywhere))
+            view = mark(cut_value(view.detach(), source.device_mesh, everywhere))
             note_view(view, source, function, args[1:], kwargs, place)
         views.append(view)
     return type(result)(views) if isinstance(result, (list, tuple)) else views[0]
@@ -328,16 +280,18 @@ def _written_through(function: Any, target: DTensor, args: Any, kwargs: dict[str
     view = view_of(target)
     assert view is not None
     base = view.base
-    _refuse_recorded(function, base)
+    refuse_recorded_write(function, base)
     recorded = torch.is_grad_enabled() and any(
-        one.requires_grad for one in _tensors((args, kwargs))
+        one.requires_grad for one in tensors_among((args, kwargs))
     )
     if recorded and "_unrecorded" not in vars(base):
-        raise _recorded(function)
+        raise recorded_write(function)
     with torch.inference_mode(False), torch.no_grad():
         whole = whole_of(base)
         value = view.of_whole(whole)
-        given = _replaced((args, kwargs), lambda tensor: value if tensor is target else tensor)
+        given = replaced_tensors(
+            (args, kwargs), lambda tensor: value if tensor is target else tensor
+        )
         result = _on_whole(function, *given)
     _keep(function, base, whole)
     _show(target, value)
@@ -377,7 +331,7 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     It is a collective call, as all that reads whole values.
     """
     if writes(function):
-        _refuse_recorded(function, _target(args, kwargs))
+        refuse_recorded_write(function, written_argument(args, kwargs))
     shown: dict[int, tuple[DTensor, torch.Tensor, int]] = {}
     recorded = torch.is_grad_enabled()
 
@@ -391,7 +345,7 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             shown[id(tensor)] = (tensor, value, value._version)
         return shown[id(tensor)][1]
 
-    result = function(*_replaced(args, show), **_replaced(kwargs, show))
+    result = function(*replaced_tensors(args, show), **replaced_tensors(kwargs, show))
     originals = {id(value): tensor for tensor, value, _ in shown.values()}
     for tensor, value, version in shown.values():
         if value._version != version:
@@ -399,39 +353,16 @@ def _on_whole(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if isinstance(result, numpy.ndarray):
         # What is written to it would not reach the parts.
         result.flags.writeable = False
-    return _replaced(result, lambda tensor: originals.get(id(tensor), tensor))
+    return replaced_tensors(result, lambda tensor: originals.get(id(tensor), tensor))
 
 
 def _keep(function: Any, tensor: DTensor, value: torch.Tensor) -> None:
     """Write the rank's part of a whole value that was written to."""
     if value.grad_fn is not None:
-        _refuse_recorded(function, tensor)
+        refuse_recorded_write(function, tensor)
         if "_unrecorded" not in vars(tensor):
-            raise _recorded(function)
+            raise recorded_write(function)
     _show(tensor, value)
-
-
-def _refuse_recorded(function: Any, target: Any) -> None:
-    """Raise an error for a function that writes to a split tensor where autograd records it."""
-    for tensor in _tensors(target):
-        if not torch.is_grad_enabled() or not isinstance(tensor, DTensor):
-            continue
-        if tensor.is_leaf and tensor.requires_grad:
-            # In torch's own words, because it is the user's mistake, and not one of splitting.
-            raise RuntimeError(
-                "a leaf Variable that requires grad is being used in an in-place operation."
-            )
-        if tensor.requires_grad:
-            raise _recorded(function)
-
-
-def _recorded(function: Any) -> AutoParallelError:
-    """Return the error for a function that writes in place what autograd is to record."""
-    return AutoParallelError(
-        f"{function.__name__} writes to a split tensor in place, which autograd records",
-        why="it was run on the whole value, of which each rank keeps a part",
-        fix="use the function that returns its result: tensor = tensor.add(other)",
-    )
 
 
 def _derived(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -442,7 +373,7 @@ def _derived(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     outputs, given = named.get(names[0]), named.get(names[-1])
     if isinstance(outputs, torch.Tensor):
-        named[names[-1]] = _replaced(given, lambda one: _as_given(one, outputs))
+        named[names[-1]] = replaced_tensors(given, lambda one: _as_given(one, outputs))
     elif given is not None and outputs is not None:
         given = [given] if isinstance(given, torch.Tensor) else given
         named[names[-1]] = list(map(_as_given, given, outputs))
@@ -464,7 +395,7 @@ def _as_given(gradient: Any, output: Any) -> Any:
         return whole_of(gradient)
     whole = isinstance(gradient, torch.Tensor) and not isinstance(gradient, DTensor)
     if whole and isinstance(output, DTensor) and gradient.shape == output.shape:
-        return part_of(gradient, output.device_mesh, _without_sums(output.placements))
+        return part_of(gradient, output.device_mesh, without_sums(output.placements))
     return gradient
 
 
@@ -484,24 +415,6 @@ class WholeHook:
         return cut_like(result, tensor)
 
 
-def _memory(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Refuse libraries that read a split tensor's memory; torch itself knows that it has none."""
-    frame: Any = sys._getframe(3)
-    # Torch's own Python, or a mode that watches calls, may stand between.
-    between = ("__torch_function__", "handle_torch_function", function.__name__)
-    while frame.f_back is not None and frame.f_code.co_name in between:
-        frame = frame.f_back
-    caller = str(frame.f_globals.get("__name__"))
-    if caller.startswith(("torch.", "autoparallel.")):
-        return function(*args, **kwargs)
-    raise AutoParallelError(
-        f"{caller} asks for the memory of a split tensor",
-        why="this rank holds a part of it, which is not what the whole tensor's memory would be",
-        fix="pass whole tensors: autoparallel.full_state_dict(model), on every rank; or "
-        "tensor.full_tensor()",
-    )
-
-
 def whole_of(tensor: DTensor) -> torch.Tensor:
     """Return the whole value, in memory of its own, through which gradients flow to the parts.
 
@@ -509,7 +422,7 @@ def whole_of(tensor: DTensor) -> torch.Tensor:
     """
     # A value that is no result of a Function may be written to in place.
     if not torch.is_grad_enabled() or not tensor.requires_grad:
-        return _gathered(tensor)
+        return gathered_value(tensor)
     value: torch.Tensor = _Whole.apply(tensor)
     return value
 
@@ -527,7 +440,7 @@ def cut_like(value: Any, like: Any) -> Any:
         or value.shape != like.shape
     ):
         return value
-    return mark(_cut(value, like.device_mesh, _without_sums(like.placements)))
+    return mark(cut_value(value, like.device_mesh, without_sums(like.placements)))
 
 
 def part_of(value: torch.Tensor, mesh: Any, placements: Any) -> Any:
@@ -547,36 +460,6 @@ def note_writes(tensors: Iterable[Any]) -> None:
     torch.autograd.graph.increment_version([part for part in parts if not part.is_inference()])
 
 
-def _without_sums(placements: Any) -> Any:
-    """Return placements with every pending sum made."""
-    return tuple(Replicate() if isinstance(one, Partial) else one for one in placements)
-
-
-def _cut(value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
-    """Return the rank's part of a whole tensor that is the same on all ranks, as a DTensor."""
-    everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    like = DTensor.from_local(
-        torch.empty(0, device="meta", dtype=value.dtype), mesh, placements, run_check=False,
-        shape=value.shape, stride=torch.empty(value.shape, device="meta").stride(),
-    )  # fmt: skip
-    layout, here = layout_of(like), mesh.get_coordinate()
-    if layout is None or here is None:
-        return everywhere.redistribute(mesh, placements)
-    part = take_layout_part(value, layout, tuple(mesh.shape), tuple(here))
-    # A part that is a view would keep the whole in memory.
-    local = part.clone(memory_format=torch.contiguous_format)
-    cut: DTensor = distributed_tensor_like(local, like)
-    return cut
-
-
-@torch.no_grad()
-def _gathered(tensor: DTensor) -> torch.Tensor:
-    """Gather the parts, and make the sums that are pending; the result is a view of nothing."""
-    local = local_part(tensor)
-    whole: torch.Tensor = distributed_tensor_like(local.detach(), tensor).full_tensor()
-    return whole.clone() if storage_key(whole) == storage_key(local) else whole.data
-
-
 class _Whole(torch.autograd.Function):
     """The whole value of a split tensor; its gradient is cut as the tensor is."""
 
@@ -584,8 +467,8 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, tensor: DTensor) -> torch.Tensor:
         """Gather the parts."""
         ctx.set_materialize_grads(False)
-        ctx.mesh, ctx.placements = tensor.device_mesh, _without_sums(tensor.placements)
-        return _gathered(tensor)
+        ctx.mesh, ctx.placements = tensor.device_mesh, without_sums(tensor.placements)
+        return gathered_value(tensor)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
@@ -600,7 +483,7 @@ class _Part(torch.autograd.Function):
     def forward(ctx: Any, value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
         """Cut the value."""
         ctx.set_materialize_grads(False)
-        return _cut(value.detach(), mesh, placements)
+        return cut_value(value.detach(), mesh, placements)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from autoparallel.errors import PlanError
 from autoparallel.mesh import MICROBATCH, PIPELINE, Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Layout, layout_text
+from autoparallel.placement import Layout
 from autoparallel.plan.choices import (
     Break,
     Conversion,
@@ -19,13 +19,15 @@ from autoparallel.plan.choices import (
     Pipeline,
     PlannedInput,
 )
-from autoparallel.plan.plan_rows import VERSION, broken_plan, read_rows, row_of, typed, value_of
+from autoparallel.plan.plan_rows import broken_plan, read_rows
 from autoparallel.support.units import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from autoparallel.graph.captured import Captured
     from autoparallel.graph.graph import Graph
     from autoparallel.threads import Threads
+
+from autoparallel.plan.plan_fields import fields_of_rows, parts_of_rows, rows_of_plan
 
 __all__ = ["Part", "Plan"]
 
@@ -345,7 +347,7 @@ class Plan:
 
         The graph is not in it: what needs the graph, as applying the plan does, traces the model.
         """
-        return json.dumps(self._rows(), indent=1) + "\n"
+        return json.dumps(rows_of_plan(self), indent=1) + "\n"
 
     def checked(self) -> Plan:
         """Return the plan, marked as one that follows the rules of its ops; see `is_checked`."""
@@ -366,180 +368,18 @@ class Plan:
             why = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise broken_plan(why) from None
 
-    def _rows(self) -> dict[str, Any]:
-        """Return what JSON is to hold; keys that not every text has are last."""
-        rows: dict[str, Any] = {
-            "version": VERSION,
-            "model": self.model,
-            "mesh": dict(self.mesh.axes),
-            "options": {name: getattr(self.options, name) for name in Options.__slots__},
-            "hardware": self.hardware,
-            "fingerprint": self.fingerprint,
-            "cost": self.cost,
-            "lower_bound": self.lower_bound,
-            "method": self.method,
-            "seconds": self.seconds,
-            "product_weight": self.product_weight,
-            "outputs": [layout_text(layout) for layout in self.outputs],
-            "parameters": [row_of(parameter) for parameter in self.parameters],
-            "ops": [row_of(op) for op in self.ops],
-            "conversions": [row_of(conversion) for conversion in self.conversions],
-            "recomputed": [list(group) for group in self.recomputed],
-            "recompute": [list(item) for item in self.recompute],
-            "memory": dict(self.memory),
-        }
-        for name in (*_TOLD, "device_nbytes"):
-            if getattr(self, name):
-                rows[name] = getattr(self, name)
-        if self.remade:
-            rows["remade"] = list(self.remade)
-        if self.collectives is not None:
-            rows["collectives"] = [list(row) for row in self.collectives]
-        if self.inputs or self.returned:
-            rows["inputs"] = [row_of(item) for item in self.inputs]
-            rows["returned"] = list(self.returned)
-        if self.pipeline is not None:
-            rows["pipeline"] = row_of(self.pipeline)
-        if self.request:
-            rows["request"] = dict(self.request)
-        if self.breaks:
-            rows["breaks"] = [row_of(item) for item in self.breaks]
-            rows["parts"] = [
-                {"paths": list(part.paths), "plan": part.plan._rows()} for part in self.parts
-            ]
-        return rows
-
     @staticmethod
     def _from_rows(rows: Mapping[str, Any], inside: bool = False) -> Plan:
-        """Return the plan of these rows; keys that not every text has may be absent.
+        """Return the plan of these rows. inside: whether it is the plan of a part, which has no
+        parts of its own.
 
-        inside: whether it is the plan of a part, which has no parts of its own. Raises KeyError,
-        TypeError and ValueError for rows that are not those of a plan.
+        Raises KeyError, TypeError and ValueError for rows that are not those of a plan.
         """
-        unknown = [key for key in rows if key not in _KEYS]
-        if unknown:
-            raise ValueError(f"a plan has no {unknown[0]!r:.60}")
-        simple = {name: typed(kind, rows[name], name) for name, kind in _SCALARS.items()}
-        simple |= {name: typed("float", rows.get(name, 0.0), name) for name in _TOLD}
-        counts = rows.get("collectives")
-        parts = _list(rows.get("parts", []), "parts")
+        values = fields_of_rows(rows)
+        parts = parts_of_rows(rows)
         if inside and parts:
             raise ValueError("a part has parts")
         return Plan(
-            **simple,
-            mesh=_mesh(rows["mesh"]),
-            device_nbytes=typed("int", rows.get("device_nbytes", 0), "device_nbytes"),
-            options=_options(rows["options"]),
-            parameters=_values(ParameterChoice, rows["parameters"]),
-            ops=_values(OpChoice, rows["ops"]),
-            conversions=_values(Conversion, rows["conversions"]),
-            outputs=typed("tuple[Layout, ...]", rows["outputs"], "outputs"),
-            recomputed=typed("tuple[tuple[str, ...], ...]", rows["recomputed"], "recomputed"),
-            recompute=_table_of(rows["recompute"], "recompute", "str", "str"),
-            remade=typed("tuple[str, ...]", rows.get("remade", []), "remade"),
-            memory=_table_of(
-                [list(row) for row in _table(rows["memory"], "memory").items()],
-                *("memory", "str", "int"),
-            ),
-            # None says that nobody has counted; an empty tuple, that there are none.
-            collectives=None
-            if counts is None
-            else _table_of(counts, "collectives", "str", "str", "str", "int"),
-            inputs=_values(PlannedInput, rows.get("inputs", [])),
-            returned=typed("tuple[str, ...]", rows.get("returned", []), "returned"),
-            pipeline=value_of(Pipeline, rows["pipeline"]) if "pipeline" in rows else None,
-            request=_table_of(
-                [list(row) for row in _table(rows.get("request", {}), "request").items()],
-                *("request", "str", "str"),
-            ),
-            breaks=_values(Break, rows.get("breaks", [])),
-            parts=tuple(
-                Part(
-                    typed("tuple[str, ...]", part["paths"], "paths"),
-                    Plan._from_rows(_table(part["plan"], "plan"), inside=True),
-                )
-                for part in (_table(item, "parts") for item in parts)
-            ),
+            **values,
+            parts=tuple(Part(paths, Plan._from_rows(part, inside=True)) for paths, part in parts),
         )
-
-
-# The fields that are a single value, with their types.
-_SCALARS = {
-    "model": "str",
-    "hardware": "str",
-    "fingerprint": "str",
-    "cost": "float",
-    "lower_bound": "float",
-    "method": "str",
-    "seconds": "float",
-    "product_weight": "float",
-}
-# Numbers that not every text has.
-_TOLD = ("step_seconds", "step_bound", "memory_price")
-# All keys of a plan's rows: a key that is misspelt would be left out without a word.
-_KEYS = {
-    *_SCALARS,
-    *_TOLD,
-    "device_nbytes",
-    *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
-    *"collectives inputs returned request breaks parts pipeline remade".split(),
-}
-_OPTIONS = {
-    field.name: str(field.type)
-    for field in fields(Options)
-    if field.name not in ("memory_limit", "microbatches")
-}
-# Ranks in all that a plan may be for: those that run are compared with it, and counted by it.
-_MOST_RANKS = 2**24
-
-
-def _table(content: Any, what: str) -> dict[str, Any]:
-    """Return a table of named entries. Raises TypeError for anything else."""
-    if not isinstance(content, dict):
-        raise TypeError(f"{what} is no table")
-    return content
-
-
-def _list(content: Any, what: str) -> list[Any]:
-    """Return a list. Raises TypeError for anything else."""
-    if not isinstance(content, list):
-        raise TypeError(f"{what} is no list")
-    return content
-
-
-def _values(kind: Any, rows: Any) -> tuple[Any, ...]:
-    """Return the frozen values of a list of rows."""
-    return tuple([value_of(kind, row) for row in _list(rows, kind.__name__)])
-
-
-def _table_of(rows: Any, what: str, *kinds: str) -> tuple[Any, ...]:
-    """Return rows of as many values as there are types."""
-    lists = [_list(row, what) for row in _list(rows, what)]
-    return tuple(
-        tuple(typed(kind, item, what) for kind, item in zip(kinds, row, strict=True))
-        for row in lists
-    )
-
-
-def _mesh(rows: Any) -> Mesh:
-    """Return the mesh of these axes."""
-    mesh = Mesh(**_table(rows, "mesh"))
-    if mesh.world_size > _MOST_RANKS:
-        raise ValueError(f"mesh has {mesh.world_size} ranks")
-    return mesh
-
-
-def _options(rows: Any) -> Options:
-    """Return the options of these entries; those that are missing have their defaults."""
-    rows = dict(_table(rows, "options"))
-    limit, count = rows.pop("memory_limit", None), rows.pop("microbatches", None)
-    seconds = rows.pop("seconds", None)
-    unknown = [name for name in rows if name not in _OPTIONS]
-    if unknown:
-        raise ValueError(f"there is no option {unknown[0]!r:.60}")
-    return Options(
-        **{name: typed(_OPTIONS[name], content, name) for name, content in rows.items()},
-        memory_limit=None if limit is None else typed("int", limit, "memory_limit"),
-        microbatches=None if count is None else typed("int", count, "microbatches"),
-        seconds=None if seconds is None else typed("float", seconds, "seconds"),
-    )

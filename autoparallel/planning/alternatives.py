@@ -1,10 +1,15 @@
-"""The alternatives of each op: other strategies, and their extra cost with all else as planned."""
+"""The alternatives of each decision of a plan, and what each would cost more.
+
+Of an op they are its other strategies, of a parameter the other ways to store it, and of a
+redistribution the two ways to do without it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +17,17 @@ from numpy.typing import NDArray
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
-from autoparallel.plan import Plan
+from autoparallel.placement import Layout
+from autoparallel.plan import Conversion, Plan
 from autoparallel.planning.solution_to_plan import solution_of_plan
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.mesh_strategies import MeshStrategy
+from autoparallel.strategy.parameter_storage import ParameterStorage
 from planners import Factor, Problem, TooWideError, Variable, min_marginals
 
-__all__ = ["Alternative", "find_alternatives"]
+__all__ = ["Alternative", "Alternatives", "Without", "find_alternatives"]
 
 Array = NDArray[np.float64]
 
@@ -47,24 +54,55 @@ class Alternative:
     anew: float = math.nan
 
 
-def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
-    """Return the alternatives of each op, the cheapest first, by the op's name.
+@dataclass(frozen=True, slots=True)
+class Without:
+    """The Without of a redistribution is what the two ways to do without it would cost more.
 
-    How its parameters are stored, and the copies that are made of what it reads and makes, are
-    chosen anew; everything else is as planned. So the extra seconds are an upper bound of those of
-    planning anew with that choice, which are told beside them. What is impossible next to the
-    others is left out. The result is empty for a plan without its graph, for one in parts, and on
+    made: the value is made as the redistribution would bring it. unread: nothing reads it so. Each
+    is the seconds that all else planned anew adds to those of the plan, added up; infinite where no
+    plan does that, NaN where it would take long to tell. Less than 0 is of a plan with a longer
+    step, in which work overlaps.
+    """
+
+    made: float = math.nan
+    unread: float = math.nan
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The Alternatives of a plan's decisions, the cheapest first.
+
+    ops: by their names in the graph. parameters: by their names, other ways to store them, each
+    with the seconds that all else planned anew adds, as in Without; what reads a parameter follows
+    its storage, so that nothing can be told of all else as planned. redistributions: by value and
+    target.
+    """
+
+    ops: Mapping[str, tuple[Alternative, ...]] = field(default_factory=dict)
+    parameters: Mapping[str, tuple[tuple[ParameterStorage, float], ...]] = field(
+        default_factory=dict
+    )
+    redistributions: Mapping[tuple[str, Layout], Without] = field(default_factory=dict)
+
+
+def find_alternatives(plan: Plan) -> Alternatives:
+    """Return the alternatives of each op, parameter and redistribution.
+
+    Of an op, how its parameters are stored, and the copies that are made of what it reads and
+    makes, are chosen anew; everything else is as planned. So the extra seconds are an upper bound
+    of those of planning anew with that choice, which are told beside them. What is impossible next
+    to the others is left out. There are none for a plan without its graph, for one in parts, and on
     one rank.
 
     >>> import torch, autoparallel
     >>> layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
     >>> plan = autoparallel.make_plan(layers, 2, example_inputs=torch.ones(8, 64))
-    >>> "linear_product" in find_alternatives(plan)
+    >>> "linear_product" in find_alternatives(plan).ops
     True
     """
     captured = plan.captured
     if captured is None or plan.world_size == 1:
-        return {}
+        return Alternatives()
     options = plan.options
     graph = with_larger_hints(captured, options.tokens)
     hardware = find_hardware(options.hardware)
@@ -74,38 +112,94 @@ def find_alternatives(plan: Plan) -> dict[str, tuple[Alternative, ...]]:
         chosen = solution_of_plan(network, plan)
     except PlanError:
         # Of a plan that was made next to others, or changed since, nothing is known here.
-        return {}
-    search = _Search(network, network.problem(), chosen)
-    anew = _planned_anew(network, plan, chosen)
+        return Alternatives()
+    problem = network.problem()
+    anew = _Anew(network, plan, chosen, problem.names)
+    search = _Search(network, problem, chosen)
+
+    ops: dict[str, tuple[Alternative, ...]] = {}
     known: dict[tuple[str, int], tuple[Alternative, ...]] = {}
-    found: dict[str, tuple[Alternative, ...]] = {}
     for op in plan.ops:
         # Ops that are alike in equal blocks, and are planned alike, have equal alternatives.
         key = (captured.blocks.twin(op.name), chosen[op.name])
         if key not in known:
-            known[key] = search.alternatives(op.name, anew.get(op.name))
-        found[op.name] = known[key]
-    return found
+            known[key] = search.alternatives(op.name, anew.of(op.name))
+        ops[op.name] = known[key]
+    return Alternatives(
+        ops,
+        {parameter.name: anew.stored(parameter.name) for parameter in plan.parameters},
+        {(one.value, one.target): anew.without(one) for one in plan.conversions},
+    )
 
 
-def _planned_anew(network: CostNetwork, plan: Plan, chosen: Mapping[str, int]) -> dict[str, Array]:
-    """Return what each strategy of an op costs more than that of the plan, by the op's name, with
-    all else chosen anew.
+class _Anew:
+    """What each state of a variable costs more than the chosen one, with all else chosen anew.
 
-    It takes one pass over the network. Empty where that would take long, and for a plan in which
-    products count more than their seconds.
+    One pass over the network tells of all. Nothing is known where that would take long, and of a
+    plan in which products count more than their seconds. names: of all variables.
     """
-    if plan.product_weight != 1.0:
-        return {}
-    limit = plan.memory_limit
-    problem = network.problem(1.0, {}, None if limit is None else limit - network.fixed_nbytes)
-    priced = problem.weighed(plan.memory_price)
-    names = [op.name for op in plan.ops]
-    try:
-        marginals = min_marginals(priced, names, most_work=_MOST_WORK)
-    except TooWideError:
-        return {}
-    return {name: table - table[chosen[name]] for name, table in marginals.items()}
+
+    def __init__(
+        self, network: CostNetwork, plan: Plan, chosen: Mapping[str, int], names: Sequence[str]
+    ) -> None:
+        self.network, self.chosen, self.names = network, chosen, frozenset(names)
+        self.costs: Mapping[str, Array] = {}
+        self.whole = 0.0  # cost of the plan itself
+        if plan.product_weight != 1.0:
+            return
+        limit = plan.memory_limit
+        problem = network.problem(1.0, {}, None if limit is None else limit - network.fixed_nbytes)
+        asked = dict.fromkeys([op.name for op in plan.ops])
+        asked |= dict.fromkeys(parameter.name for parameter in plan.parameters)
+        asked |= dict.fromkeys(self.reads(conversion.value) for conversion in plan.conversions)
+        priced = problem.weighed(plan.memory_price)
+        self.whole = priced.cost(chosen)
+        with suppress(TooWideError):
+            self.costs = min_marginals(priced, list(asked), most_work=_MOST_WORK)
+
+    def of(self, name: str) -> Array | None:
+        """Return the extra seconds of each state of a variable, None where they are not known."""
+        table = self.costs.get(name)
+        return None if table is None else table - table[self.chosen[name]]
+
+    def reads(self, value: str) -> str:
+        """Return the variable whose states are the layouts in which a value is read."""
+        if f"{value}*" in self.names:
+            return f"{value}*"
+        readers = self.network.graph.readers[value]
+        return readers[0].name if readers else f"return:{value}"
+
+    def stored(self, name: str) -> tuple[tuple[ParameterStorage, float], ...]:
+        """Return the other ways to store a parameter, the cheapest first."""
+        costs = self.costs.get(name)
+        if costs is None:
+            return ()
+        states = enumerate(zip(self.network.storages[name], costs, strict=True))
+        rows = [
+            (storage, float(cost) - self.whole)
+            for state, (storage, cost) in states
+            if state != self.chosen[name] and np.isfinite(cost)
+        ]
+        return tuple(sorted(rows, key=lambda row: row[1]))
+
+    def without(self, conversion: Conversion) -> Without:
+        """Return what it would cost to do without a redistribution."""
+        network, value, target = self.network, conversion.value, conversion.target
+        if not self.costs:
+            return Without()
+        layouts = network.values[value].produced.layouts
+        maker = network.graph.producers[value].name
+        made = self.least(maker, [layout == target for layout in layouts])
+        groups = network.values[value].groups
+        unread = self.least(self.reads(value), [target not in group for group in groups])
+        return Without(made, unread)
+
+    def least(self, name: str, allowed: Sequence[bool]) -> float:
+        """Return the least of some states' extra seconds; infinity where nobody decides on it."""
+        costs = self.costs.get(name)
+        if costs is None:
+            return math.inf
+        return float(np.min(costs[np.array(allowed)], initial=math.inf)) - self.whole
 
 
 class _Search:
@@ -120,7 +214,7 @@ class _Search:
                 self.factors.setdefault(name, []).append(factor)
 
     def alternatives(self, name: str, anew: Array | None) -> tuple[Alternative, ...]:
-        """Return the alternatives of one op. anew: see `_planned_anew`."""
+        """Return the alternatives of one op. anew: what `_Anew` tells of its states."""
         own = np.asarray(self.variables[name].unary, dtype=float)
         total = own.copy()
         copies: dict[str, Array] = {}

@@ -49,7 +49,7 @@ _MOST_PASSES = 20_000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a step of a pipeline would take.
+    """An Estimate tells what a step of a pipeline would take.
 
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
     not limited. recompute: as of Options.

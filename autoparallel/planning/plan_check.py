@@ -32,7 +32,7 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
 from autoparallel.planning.stage_check import require_sound_stages
-from autoparallel.rules.lookup import find_rule
+from autoparallel.rules.lookup import rule_of_whole_tensors
 from autoparallel.rules.loop_splits import LoopSplit, tile_of
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.strategies import Strategy, strategies
@@ -248,14 +248,7 @@ class _Check:
         call = OpCall.of(self.graph, node)
         operands = tuple(operand.requires_grad and not inert for operand in call.operands)
         results = tuple(result.requires_grad for result in call.results)
-        rule = matched.rule
-        if rule is None:
-            rule = ShardingRule(
-                ((),) * len(operands),
-                ((),) * len(results),
-                {},
-                replicates=find_rule(node.target) is not None,
-            )
+        rule = matched.rule or rule_of_whole_tensors(call)
         kernels = op.kernels or ("",) * len(self.sizes)
         per_axis: list[tuple[Strategy, ...]] = []
         for axis, ranks in enumerate(self.sizes):

@@ -13,8 +13,7 @@ from torch import nn
 
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.analysis.memory import memory_of
-from autoparallel.capture.graph_breaks import GraphBreaks, trace, trace_parts
-from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
+from autoparallel.capture.graph_breaks import GraphBreaks, trace_parts
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Captured
@@ -29,6 +28,7 @@ from autoparallel.planning.request import require_clear, require_known
 from autoparallel.planning.search import search
 from autoparallel.planning.stage_cuts import with_memory
 from autoparallel.planning.traced_parts import search_parts
+from autoparallel.planning.whole_trace import trace_whole
 from autoparallel.rules.lookup import find_rule
 from planners.effort import Effort, current, effort
 
@@ -44,15 +44,12 @@ def trace_model(
     does not take, AliasError where the model keeps a view of a parameter, and CaptureError where
     strict_capture asks for one graph, or no part can be traced.
     """
-    refuse_arrays(model, args, kwargs)
     try:
-        return trace(model, args, kwargs, known=find_rule)
+        return trace_whole(model, args, kwargs)
     except AliasError:
         raise
     except CaptureError as error:
         whole = error
-    # Tracing also fails for inputs that the model does not take; that is told in the model's words.
-    refuse_inputs(model, args, kwargs)
     broken = trace_parts(model, args, kwargs, whole, known=find_rule)
     if options.strict_capture:
         raise CaptureError(
@@ -280,6 +277,7 @@ def _with_stages(
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
     """Return a plan, which was read from JSON, with the graphs that it was made for.
 
+    Source lines are those of the code as it is now: a comment above makes no other program.
     traced: the model, traced again. Raises PlanError where its fingerprint is not the plan's.
     """
     if plan.pipeline is not None and isinstance(traced, Captured):
@@ -294,18 +292,31 @@ def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
     if isinstance(traced, Captured) == bool(plan.breaks or plan.parts):
         raise PlanError(f"the plan is no plan of {plan.model}, or of its parts", fix="plan again")
     if isinstance(traced, Captured):
-        return replace(plan, captured=traced)
+        return _with_graph(plan, traced)
     graphs = {path: part.captured for part in traced.parts for path in part.paths}
     told = [path for part in plan.parts for path in part.paths]
-    breaks = [item.path for item in plan.breaks]
-    if sorted(told) != sorted(graphs) or breaks != [item.path for item in traced.breaks]:
+    stay = {item.path: item.line for item in traced.breaks}
+    if sorted(told) != sorted(graphs) or [item.path for item in plan.breaks] != [*stay]:
         raise PlanError(
             f"the plan was made for another {plan.model}",
             why="the modules that are split, or those that stay Python, are others",
             fix="plan again",
         )
-    parts = (
-        replace(part, plan=replace(part.plan, captured=graphs[part.paths[0]]))
-        for part in plan.parts
+    parts = tuple(
+        replace(part, plan=_with_graph(part.plan, graphs[part.paths[0]])) for part in plan.parts
     )
-    return replace(plan, parts=tuple(parts))
+    named = ((f"{path}/", part.plan) for part in parts for path in part.paths)
+    lines = {prefix + op.name: op.line for prefix, one in named for op in one.ops}
+    breaks = tuple(replace(item, line=stay[item.path]) for item in plan.breaks)
+    return replace(_with_lines(plan, lines), parts=parts, breaks=breaks)
+
+
+def _with_graph(plan: Plan, captured: Captured) -> Plan:
+    """Return a plan of one program with its graph, and with the lines that the graph has."""
+    lines = {node.name: node.line for node in captured.graph.calls}
+    return replace(_with_lines(plan, lines), captured=captured)
+
+
+def _with_lines(plan: Plan, lines: Mapping[str, str]) -> Plan:
+    """Return a plan with other source lines of its ops, by their names."""
+    return replace(plan, ops=tuple(replace(op, line=lines.get(op.name, "")) for op in plan.ops))

@@ -11,8 +11,7 @@ from torch import nn
 
 from autoparallel.capture.branch_ways import Ways
 from autoparallel.capture.equal_modules import EqualModules
-from autoparallel.capture.graph_breaks import trace, trace_alike
-from autoparallel.capture.refused_inputs import refuse_arrays, refuse_inputs
+from autoparallel.capture.graph_breaks import trace_alike
 from autoparallel.errors import CaptureError, PlanError
 from autoparallel.graph.captured import Surroundings
 from autoparallel.mesh import Mesh
@@ -21,6 +20,7 @@ from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.search import search
+from autoparallel.planning.whole_trace import trace_whole
 from autoparallel.rules.lookup import find_rule
 from autoparallel.support.one_at_a_time import planning
 from autoparallel.support.pytree import flatten
@@ -93,12 +93,7 @@ class Replanner:
             )
         if not part:
             module = root.get_submodule(path)
-            refuse_arrays(module, args, kwargs)
-            try:
-                captured = trace(module, args, kwargs, known=find_rule, ways=ways)
-            except CaptureError:
-                refuse_inputs(module, args, kwargs)
-                raise
+            captured = trace_whole(module, args, kwargs, ways)
             if pipelined:
                 return pipeline_plan(
                     captured, self.model, self.mesh, self.options, stored, self.holders or None

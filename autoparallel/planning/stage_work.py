@@ -1,4 +1,4 @@
-"""What a planned model's ops bring to the stages that compute them: seconds, bytes, and sends."""
+"""The seconds, bytes and sends that a planned model's ops bring to the stages that compute them."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.timeline import MOVED, PIECES, REDUCED, step_and_waits
+from autoparallel.analysis.step_simulation import MOVED, PIECES, REDUCED
+from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.graph.captured import Captured
 from autoparallel.plan import Plan
 from autoparallel.planning.least_bytes import LeastBytes

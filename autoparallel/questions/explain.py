@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,12 @@ from autoparallel.questions.differences import (
     Choice,
     Difference,
     choice_text,
-    difference_lines,
     differences,
-    signed,
 )
+from autoparallel.questions.explanation import Alternative, Explanation
 from autoparallel.questions.forcing import Forcing
-from autoparallel.questions.subjects import Subject, find_subject
+from autoparallel.questions.subjects import find_subject
 from autoparallel.support.arguments import MAKE_ONE, require_kind
-from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.words import Words
 
 __all__ = ["Alternative", "Explainer", "Explanation", "explain"]
@@ -35,142 +33,6 @@ __all__ = ["Alternative", "Explainer", "Explanation", "explain"]
 # tells the costs of all.
 _TOLD = 4
 _SOLVED = 2
-_LINES = 6
-_ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """An Alternative is what one decision might be instead, with all others planned anew.
-
-    text: the decision in words. added_cost: what the best plan with it costs more, in the cost that
-    was minimized; infinity where there is no such plan. proven: no plan with it adds less.
-    plan: that plan; None of alternatives that were only priced. added_seconds: what all its work
-    takes longer, added up; added_step: what its step does, in which work overlaps; NaN where nobody
-    has told that of the plan. differences: all decisions that come with it. chain: names of the ops
-    from this decision to the one that makes it dear. excess_nbytes: the bytes of a rank that its
-    plan takes beyond the memory limit: where alternatives are told at the price of memory, or where
-    the search within the limit has found none.
-    """
-
-    text: str
-    added_cost: float
-    proven: float
-    plan: Plan | None = None
-    added_seconds: float = math.nan
-    differences: tuple[Difference, ...] = ()
-    chain: tuple[str, ...] = ()
-    excess_nbytes: int = 0
-    added_step: float = math.nan
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """An Explanation answers why one decision of a plan is as it is; print it to read it.
-
-    plan, subject: what was asked. kind: "op", "parameter" or "redistribution". chosen: the decision
-    in words. seconds: what it takes of a step by itself. alternatives: the cheapest first. asked:
-    the one that was asked for by why_not. price: the seconds that a byte is charged in the costs of
-    the alternatives, in place of a memory limit; 0 where there is none, and where they were
-    searched within it.
-    """
-
-    plan: Plan
-    subject: Subject
-    kind: str
-    chosen: str
-    seconds: float
-    alternatives: tuple[Alternative, ...]
-    asked: Alternative | None = None
-    price: float = 0.0
-
-    def __str__(self) -> str:
-        """Return a paragraph for the decision and one for each alternative."""
-        lines = [self._decision()]
-        shown = [self.asked] if self.asked is not None else []
-        shown += [other for other in self.alternatives if other is not self.asked]
-        if not shown:
-            lines.append("There is nothing else that it could be.")
-        for number, other in enumerate(shown):
-            lines += self._alternative(other, number == 0)
-        if self.price and shown:
-            charged = (
-                f"{seconds_text(self.price * 2**30)} a GiB, the price at which the limit holds"
-            )
-            lines.append(f"Memory is charged at {charged}; search (--search) plans within it.")
-        if self.subject.others:
-            others = ", ".join(self.subject.others[:3])
-            more = " and others" if len(self.subject.others) > 3 else ""
-            lines.append(f"The name also fits {others}{more}.")
-        return "\n".join(lines)
-
-    def _decision(self) -> str:
-        """Say what was decided, where, and what it takes."""
-        choice = self.subject.choice
-        place = ""
-        if isinstance(choice, OpChoice):
-            place = _place(choice)
-        elif isinstance(choice, Conversion):
-            op = Words(self.plan).producers.get(choice.value)
-            place = f", made{_place(op)}," if op is not None else ""
-        name = choice.path if isinstance(choice, ParameterChoice) else self.subject.node
-        share = self.seconds / self.plan.seconds if self.plan.seconds else 0.0
-        takes = f"; {seconds_text(self.seconds)} of a step ({share:.1%})" if self.seconds else ""
-        return f"{name}{place} is {self.chosen}{takes}."
-
-    def _alternative(self, other: Alternative, first: bool) -> list[str]:
-        """Say what an alternative would cost, and by what."""
-        if other.proven == math.inf:
-            return [f"  {other.text}: no plan has that."]
-        if other.added_cost == math.inf:
-            least = signed(max(other.proven, 0.0))
-            return [
-                f"  {other.text}: would cost at least {least}; search (--search) looks for a plan."
-            ]
-        lines = [f"  {other.text}: {'; '.join(self._told(other))}."]
-        if other.plan is None or not first:
-            return lines
-        lines += [f"  {line}" for line in difference_lines(other.differences, _LINES)]
-        if len(other.chain) > 1:
-            lines.append(f"    forced along {' → '.join(other.chain)}")
-        return lines
-
-    def _told(self, other: Alternative) -> list[str]:
-        """Return what an alternative adds, in words: its cost, its step, how sure, its bytes."""
-        least = _ROUNDING * self.plan.cost
-        told = ["costs the same"]
-        if abs(other.added_cost) > least:
-            share = f" ({other.added_cost / self.plan.cost:+.2%})" if self.plan.cost else ""
-            unit = " of weighted cost" if self._is_weighted else ""
-            told = [f"would cost {signed(other.added_cost)}{unit}{share}"]
-            if self._is_weighted and other.plan is not None:
-                told[0] += f", {signed(other.added_seconds)} a step"
-        if other.plan is not None:
-            told[0] += " with all else planned anew"
-        if abs(other.added_step) > least:
-            longer = "longer" if other.added_step > 0 else "shorter"
-            told.append(f"its step would be {seconds_text(abs(other.added_step))} {longer}")
-        if other.added_cost < -least and other.added_step > least:
-            told.append("that decided, as the work of a step overlaps")
-        elif other.added_cost < -least and not other.excess_nbytes:
-            told.append("the step in which work overlaps speaks against it, or what was asked for")
-        elif other.added_cost > least and other.added_cost - other.proven > least:
-            sure = signed(other.proven)
-            told.append(f"{sure} is proven" if other.proven > 0 else "less may do, by the bound")
-        if other.excess_nbytes:
-            told.append(f"it would take {bytes_text(other.excess_nbytes)} more than the limit")
-        return told
-
-    @property
-    def _is_weighted(self) -> bool:
-        """Whether the cost is another figure than the predicted seconds."""
-        return self.plan.product_weight != 1.0 or not self.plan.options.sequence_parallel
-
-
-def _place(op: OpChoice) -> str:
-    """Return where an op is: its module and its line."""
-    line = f" ({op.line})" if op.line else ""
-    return f" in {op.where}{line}" if op.where else line
 
 
 def explain(plan: Plan, subject: str, *, why_not: str = "", search: bool = False) -> Explanation:
@@ -303,15 +165,7 @@ class Explainer:
         """Return each state of an op or a parameter in words."""
         network = self.forcing.network
         if isinstance(choice, ParameterChoice):
-            told = []
-            for way in network.storages[node.name]:
-                text = self.words.layout(way.storage)
-                if way.gradient != way.storage:
-                    text += f", gradient {self.words.layout(way.gradient)}"
-                if way.state != way.storage:
-                    text += f", optimizer state {self.words.layout(way.state)}"
-                told.append(text)
-            return told
+            return [self.words.stored(way) for way in network.storages[node.name]]
         return [
             choice_text(
                 self.words,
@@ -322,13 +176,9 @@ class Explainer:
 
     def _without(self, choice: Conversion) -> list[Alternative]:
         """Return the two ways to do without a redistribution, the cheaper first."""
-        target = self.words.layout(choice.target)
-        ways = {
-            f"made as {target} at once": self.forcing.made_as(choice),
-            f"never read as {target}": self.forcing.never_read_as(choice),
-        }
+        ways = (self.forcing.made_as(choice), self.forcing.never_read_as(choice))
         found = []
-        for text, allowed in ways.items():
+        for text, allowed in zip(self.words.without(choice), ways, strict=True):
             if allowed is None:
                 found.append(Alternative(text, math.inf, math.inf))
             else:
@@ -378,6 +228,10 @@ def _chain(plan: Plan, start: str, rows: tuple[Difference, ...]) -> tuple[str, .
     if not dearer:
         return ()
     goal = max(dearer, key=lambda row: row.seconds).name
+    # Parameters and inputs are told by the names that users know.
+    users = {parameter.path: parameter.name for parameter in plan.parameters}
+    users |= {item.path: item.name for item in plan.inputs if item.path}
+    goal = users.get(goal, goal)
     around: dict[str, dict[str, None]] = {}
     for op in plan.ops:
         for value in (*op.reads, *op.makes):

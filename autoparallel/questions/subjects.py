@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from autoparallel.errors import PlanError
-from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
 
 __all__ = ["Subject", "find_subject"]
 
@@ -18,11 +18,13 @@ class Subject:
     """A Subject is one decision of a plan.
 
     choice: the decision. others: names of what the text could also have meant, such as the same
-    module in other blocks.
+    module in other blocks. module: the path of the module that was asked about, for which an op in
+    it stands; "" where it was something else.
     """
 
     choice: OpChoice | ParameterChoice | Conversion
     others: tuple[str, ...] = ()
+    module: str = ""
 
     @property
     def node(self) -> str:
@@ -35,8 +37,9 @@ def find_subject(plan: Plan, text: str) -> Subject:
 
     text: the path of a parameter ("blocks.0.fc1.weight"); the name of an op or of a value that it
     makes, as the report has them ("linear_2"); the path of a module, which stands for the op in it
-    that costs most; or "collective VALUE" for the redistribution of a value. Of paths the end is
-    enough ("fc1"): the first that fits is meant. Raises PlanError where nothing is called so.
+    that costs most; or "collective VALUE" for the redistribution of a value, which is meant of an
+    input too. Of paths the end is enough ("fc1"): the first that fits is meant. Raises PlanError
+    where nothing is called so, and where nothing is decided about it.
 
     >>> import autoparallel, torch
     >>> layer, inputs = torch.nn.Linear(8, 8), torch.ones(4, 8)
@@ -57,10 +60,24 @@ def find_subject(plan: Plan, text: str) -> Subject:
         modules = [w for w in _modules(plan) if matches(w, name)]
         # A module is more than its parameters: fc1 is the layer, fc1.weight the parameter.
         if modules:
-            return Subject(_costliest(plan, modules[0]), tuple(modules[1:]))
+            return Subject(_costliest(plan, modules[0]), tuple(modules[1:]), modules[0])
         if parameters:
             return Subject(parameters[0], tuple(p.path for p in parameters[1:]))
+    for item in plan.inputs:
+        if name in (item.path, item.name):
+            return _input(plan, item)
     raise _nothing(plan, text)
+
+
+def _input(plan: Plan, item: PlannedInput) -> Subject:
+    """Return the redistribution of an input; about the input itself nothing is decided."""
+    if any(conversion.value == item.name for conversion in plan.conversions):
+        return _collective(plan, item.name)
+    raise PlanError(
+        f"nothing is decided about {item.path}",
+        why="it is an input: every rank is given all of it, and reads it so",
+        fix="ask about an op that reads it",
+    )
 
 
 def _collective(plan: Plan, value: str) -> Subject:
@@ -78,8 +95,9 @@ def _collective(plan: Plan, value: str) -> Subject:
 
 
 def _paths_of(plan: Plan, value: str) -> tuple[str, ...]:
-    """Return the path of a parameter by its value's name, nothing for other values."""
-    return tuple(p.path for p in plan.parameters if p.name == value)
+    """Return the path of a parameter or an input by its value's name, nothing for other values."""
+    paths = [one.path for one in plan.parameters if one.name == value]
+    return (*paths, *(one.path for one in plan.inputs if one.name == value))
 
 
 def _modules(plan: Plan) -> list[str]:

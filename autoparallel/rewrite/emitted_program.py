@@ -14,7 +14,7 @@ __all__ = ["emitted_program", "joined_programs", "require_graph"]
 
 
 def emitted_program(plan: Plan, rank: int = 0) -> str:
-    """The Python that `rank` runs in place of the model's forward, as the plan says.
+    """Return the Python that `rank` runs in place of the model's forward, as the plan says.
 
     A plan in parts gives the program of each kind of part, under a comment that names its modules.
 
@@ -55,7 +55,7 @@ def _program_of_stage(plan: Plan, rank: int) -> str:
 
 
 def joined_programs(sources: list[tuple[str, str]]) -> str:
-    """Programs of several modules, (path, text) each, one after another; equal ones once."""
+    """Return programs of several modules, (path, text) each, one after another; equal ones once."""
     paths: dict[str, list[str]] = {}
     for path, source in sources:
         paths.setdefault(source, []).append(path)

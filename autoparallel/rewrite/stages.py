@@ -30,6 +30,7 @@ __all__ = [
     "cut_plan",
     "holders_of",
     "parameter_gradients",
+    "reached_parameters",
     "stages_of_calls",
     "value_stages",
 ]
@@ -266,6 +267,23 @@ def parameter_gradients(stage: Stage, plan: Plan) -> dict[str, Layout]:
         )
         for row in plan.parameters
     }
+
+
+def reached_parameters(stages: Sequence[Stage], names: Iterable[str]) -> frozenset[str]:
+    """Return the paths of the parameters that gradients of some values come to.
+
+    stages: all, in order. names: of values that the last one gives.
+    """
+    waiting = set(names)
+    paths: set[str] = set()
+    for stage in reversed(stages):
+        for node in reversed(stage.graph.nodes):
+            if not any(value.name in waiting and value.requires_grad for value in node.results):
+                continue
+            if node.kind == "parameter":
+                paths.add(node.target)
+            waiting.update(node.operands())
+    return frozenset(paths)
 
 
 def _closure(graph: Graph, names: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from autoparallel.rules.ops import (  # noqa: F401
 from autoparallel.rules.registry import Author, recalled_rule, written_rule, written_targets
 from autoparallel.rules.rule import OpCall, ShardingRule
 
-__all__ = ["find_rule", "known_rule", "registered"]
+__all__ = ["find_rule", "known_rule", "registered", "rule_of_whole_tensors"]
 
 
 def find_rule(target: str) -> Author | None:
@@ -44,6 +44,27 @@ def known_rule(call: OpCall) -> ShardingRule | None:
     # A rule that is registered after the op was discovered takes its place.
     author = find_rule(call.node.target)
     return author(call) if author is not None else recalled_rule(call)
+
+
+def rule_of_whole_tensors(call: OpCall) -> ShardingRule:
+    """Return the rule of a call that every rank runs on whole tensors: it has no loop to split.
+
+    Where nobody wrote a rule for the op, its backward pass may be anything, and gets no summands of
+    a gradient.
+
+    >>> from autoparallel.graph.graph import Node, Ref, Value
+    >>> import torch
+    >>> x, y = (Value(name, (4,), torch.float32) for name in "xy")
+    >>> node = Node("y", "call", "mylib.op.default", (y,), (Ref("x"),))
+    >>> rule_of_whole_tensors(OpCall(node, (x,))).replicates
+    False
+    """
+    return ShardingRule(
+        ((),) * len(call.operands),
+        ((),) * len(call.results),
+        {},
+        replicates=find_rule(call.node.target) is not None,
+    )
 
 
 def registered() -> tuple[str, ...]:

@@ -29,8 +29,7 @@ from autoparallel.placement import (
     Shard,
     whole_layout,
 )
-from autoparallel.rules.lookup import find_rule
-from autoparallel.rules.rule import ShardingRule
+from autoparallel.rules.lookup import rule_of_whole_tensors
 from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_network import CostNetwork
@@ -234,14 +233,7 @@ class _Builder:
         results = tuple(result.requires_grad for result in call.results)
         rule = matched.rule
         if rule is None:
-            # Without a rule there are no loops to split: all tensors whole, on every rank.
-            # Of an op that nobody knows, the backward pass may be anything.
-            rule = ShardingRule(
-                ((),) * len(operands),
-                ((),) * len(results),
-                {},
-                replicates=find_rule(node.target) is not None,
-            )
+            rule = rule_of_whole_tensors(call)
             if node.name in self.inert:
                 operands = (False,) * len(operands)
         alone: dict[int, tuple[Strategy, ...]] = {}

@@ -66,7 +66,7 @@ class Stored(Enum):
 
 
 class Split(Enum):
-    """Which loops an axis may split."""
+    """A Split says which loops an axis may split."""
 
     DATA = "batch"
     TENSOR = "tensor"

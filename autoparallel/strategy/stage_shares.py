@@ -9,7 +9,7 @@ __all__ = ["WHOLE_MODEL", "StageShares"]
 
 @dataclass(frozen=True, slots=True)
 class StageShares:
-    """What a network of one micro-batch on all stages has to count otherwise than a step.
+    """A StageShares says what a network of one micro-batch on all stages counts unlike a step.
 
     ranks: that share out the stages, of the size of a mesh axis. passes: micro-batches that pass a
     stage in the time of a step, with those that would fit in the bubble: what is done once a step,

@@ -61,7 +61,8 @@ def zero_gradient_seconds(
     links: Sequence[Link],
     sizes: tuple[int, ...],
 ) -> float:
-    """Seconds ZeRO adds: a reduce-scatter in place of the all-reduce that is already counted.
+    """Return the seconds that ZeRO adds: a reduce-scatter in place of an all-reduce that is counted
+    already.
 
     Usually negative, because a reduce-scatter takes half the time of an all-reduce. value: the
     parameter. stored: how it is stored. target: the layout in which an op reads it. links, sizes:

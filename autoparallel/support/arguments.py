@@ -13,7 +13,7 @@ MAKE_ONE = "make a plan: autoparallel.make_plan(model, world_size); Plan.from_js
 
 
 def require_kind(value: Any, kind: type, fix: str) -> None:
-    """Raises AutoParallelError where `value` is not of this kind. fix: how to get one."""
+    """Raise AutoParallelError where `value` is not of this kind. fix: how to get one."""
     if not isinstance(value, kind):
         raise AutoParallelError(
             f"a {type(value).__name__} is given in place of a {kind.__name__}", fix=fix

@@ -277,7 +277,7 @@ def _settings(kind: type) -> dict[str, Any]:
 
 
 def _is_array(value: Any) -> bool:
-    """True for a numpy array; numpy is not imported to find out."""
+    """Return whether it is a numpy array; numpy is not imported to find out."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 

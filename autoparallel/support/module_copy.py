@@ -108,7 +108,7 @@ def _held_inside(
 
 
 def _own_containers(value: Any, known: dict[int, Any], depth: int = 0) -> Any:
-    """Lists, dicts and sets copied, the same one to the same copy; anything else as it is.
+    """Return lists, dicts and sets copied, the same one to the same copy; anything else as it is.
 
     known: of what has been copied, by id, the object and its copy.
     """
@@ -299,7 +299,7 @@ def inherit_originals(model: nn.Module, before: nn.Module) -> None:
 
 
 def originals(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Module, str, str]]:
-    """The tensors of the model that `on_meta` copied, as long as they are still there.
+    """Return the tensors of the model that `on_meta` copied, as long as they are still there.
 
     Each comes with the module of the copy that has its twin, the path of that module, and the name
     in it.

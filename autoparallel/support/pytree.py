@@ -79,7 +79,7 @@ def flatten(structure: Any) -> tuple[list[torch.Tensor], Skeleton]:
 
 
 def leaf_paths(skeleton: Skeleton, kind: str, path: str = "") -> dict[str, Any]:
-    """The leaves of one kind by the keys that lead to them, in order: "past_key_values.0.1".
+    """Return the leaves of one kind by the keys that lead to them, in order: "past_key_values.0.1".
 
     >>> leaf_paths(flatten({"ids": torch.zeros(2), "cache": [torch.zeros(2)]})[1], "tensor")
     {'ids': None, 'cache.0': None}

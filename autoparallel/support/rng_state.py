@@ -131,7 +131,7 @@ def torch_generators() -> tuple[torch.Generator, ...]:
 
 @contextlib.contextmanager
 def seeded(seed: int, python: bool = True, numpy: bool = True) -> Iterator[None]:
-    """A context in which all global generators draw from `seed`; afterwards they go on where they
+    """Have all global generators draw from `seed` within; afterwards they go on where they
     were. python, numpy: False for one that is left alone.
 
     >>> with seeded(0):

@@ -6,7 +6,7 @@ import re
 
 from autoparallel.errors import PlanError
 
-__all__ = ["bytes_text", "parse_bytes", "seconds_text"]
+__all__ = ["bytes_text", "parse_bytes", "rate_text", "seconds_text"]
 
 # Binary prefixes (IEC 80000-13) have an i: 1 KiB is 1024 bytes, 1 kB is 1000.
 _UNITS = {
@@ -52,6 +52,16 @@ def bytes_text(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+def rate_text(per_second: float) -> str:
+    """Return a number of things in a second to four digits, those of large ones in groups of three.
+
+    >>> rate_text(143217.3), rate_text(8.29145)
+    ('143,200', '8.291')
+    """
+    rounded = float(f"{per_second:.4g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{rounded:.4g}"
 
 
 def seconds_text(seconds: float) -> str:

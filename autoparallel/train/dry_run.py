@@ -1,4 +1,4 @@
-"""What a run would do, told without devices, text or weights."""
+"""A dry run tells what a run would do, without devices, text or weights."""
 
 from __future__ import annotations
 

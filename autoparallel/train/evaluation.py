@@ -1,4 +1,4 @@
-"""What a trained model knows, measured by published methods on the user's files.
+"""A trained model's knowledge, measured by published methods on the user's files.
 
 All ranks call these functions with the same texts. The sums of losses come from the model's own
 loss, so that the logits stay split; where a token has to be the likeliest, logits are gathered.

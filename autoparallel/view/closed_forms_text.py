@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import sympy
 
-from autoparallel.analysis.closed_forms import AMOUNTS, ClosedForms, Form, Sent, closed_forms
+from autoparallel.analysis.closed_forms import closed_forms
+from autoparallel.analysis.module_forms import AMOUNTS, ClosedForms, Form, Sent
 from autoparallel.plan import Plan
 from autoparallel.view.folded_rows import fold
 from autoparallel.view.size_names import size_names

@@ -234,16 +234,19 @@ class _Drawing:
         return [value for value in op.reads if value not in self.words.parameters]
 
     def _is_view(self, op: OpChoice) -> bool:
-        """True if an op takes no time and has one operand: it is drawn as part of an arrow."""
+        """Return whether an op takes no time and has one operand: it is drawn as part of an
+        arrow.
+        """
         if op.seconds or not is_unary(op):
             return False
         return not self.words.sent(self.words.converted.get((op.reads[0], op.name)))
 
     def _side_work(self) -> dict[str, Box | None]:
-        """Ops that prepare masks, positions and labels, whole on all ranks: by name, their box.
+        """Return the ops that prepare masks, positions and labels, whole on all ranks: by
+        name, their box.
 
-        These depend on inputs alone. What hangs together is one box; None stands for ops that
-        are part of an arrow: chains of ops with one operand, and those within a repeated layer.
+            These depend on inputs alone. What hangs together is one box; None stands for ops that
+            are part of an arrow: chains of ops with one operand, and those within a repeated layer.
         """
         from_inputs: set[str] = set()
         groups: dict[str, list[OpChoice]] = {}  # by value: all that hangs together with it
@@ -291,7 +294,7 @@ class _Drawing:
         return value
 
     def _goes_on(self, box: Box, op: OpChoice) -> bool:
-        """True if an op only goes on with the work of the box: same module, same placement."""
+        """Return whether an op goes on with the work of the box: in one module, placed alike."""
         last = box.ops[-1]
         if box.where != op.where or op.whole_flops or any((*op.kernels, *last.kernels)):
             return False

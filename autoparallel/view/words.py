@@ -21,6 +21,7 @@ from autoparallel.placement import (
     Shard,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
+from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.view.size_names import shape_text, size_names
 
 __all__ = [
@@ -175,6 +176,22 @@ class Words:
             if len(layout) == 1 or not isinstance(placement, Invariant)
         )
 
+    def stored(self, way: ParameterChoice | ParameterStorage) -> str:
+        """Return how a parameter is stored, with its gradient and its optimizer's state where these
+        lie otherwise.
+        """
+        text = self.layout(way.storage)
+        if way.gradient != way.storage:
+            text += f", gradient {self.layout(way.gradient)}"
+        if way.state != way.storage:
+            text += f", optimizer state {self.layout(way.state)}"
+        return text
+
+    def without(self, conversion: Conversion) -> tuple[str, str]:
+        """Return the two ways to do without a conversion: it is made so, or nothing reads it so."""
+        target = self.layout(conversion.target)
+        return f"made as {target} at once", f"never read as {target}"
+
     def change(self, conversion: Conversion, between: str = ", ") -> str:
         """Return "I → R", or "I → R on dp" where there are several axes; the others stay."""
         pairs = enumerate(zip(conversion.source, conversion.target, strict=True))
@@ -282,7 +299,7 @@ class Words:
 
 
 def is_unary(op: OpChoice) -> bool:
-    """True if an op reads one operand, and is neither a product nor run by a kernel of ours.
+    """Return whether an op reads one operand, and is neither a product nor run by a kernel of ours.
 
     Views and casts are such ops. The op's placements then say nothing that those of its operand
     do not.

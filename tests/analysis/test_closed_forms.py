@@ -10,9 +10,10 @@ import sympy
 import torch
 
 import autoparallel
-from autoparallel.analysis.closed_forms import ClosedForms, Form, closed_forms
+from autoparallel.analysis.closed_forms import closed_forms
 from autoparallel.analysis.communication import transfers
 from autoparallel.analysis.memory import memory_of
+from autoparallel.analysis.module_forms import ClosedForms, Form
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.parameters import ParameterLayouts

@@ -320,7 +320,7 @@ def test_what_a_step_counts(
     labels = PlannedInput("y", "y", ("s0",), (4,), (4,), is_integer=True)
     made = timeline(replace(whole, inputs=(labels, largest)))
     assert (made.tokens, made.unit) == counted
-    assert f"\n{counted[1]:15}{counted[0]} a step" in str(made)
+    assert f"\n{counted[1]:15}{counted[0]:,} a step, " in str(made)
 
 
 def test_a_causal_mask_hides_half() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -389,6 +390,14 @@ def test_a_plan_of_python_says_how_to_ask(tmp_path: Path) -> None:
     assert main(["explain", str(tmp_path / "plan.json"), "weight"]) == 2
 
 
+def test_every_command_has_a_row_in_the_documents() -> None:
+    """And no row is of a command that there is not."""
+    text = (ROOT / "docs" / "command_line.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
+    (commands,) = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    assert rows == list(commands.choices)
+
+
 def test_the_shell_completes_words(tmp_path: Path) -> None:
     """Commands, options and models, by argcomplete, which asks the program itself."""
     pytest.importorskip("argcomplete")
@@ -416,13 +425,16 @@ def test_examples_are_arguments_that_commands_take() -> None:
             assert parser.parse_args(words[start:]).command == command.name
 
 
-def test_the_readmes_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documents_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order, in a folder with my_module.py; bundled models have one layer here, and what
-    is trained is so for two steps.
+    is trained is so for two steps. README's are some of those of the page about them.
     """
-    text = (ROOT / "README.md").read_text()
-    lines = re.findall(r"^autoparallel (.*?)(?:\s+#.*)?$", text, re.MULTILINE)
-    assert len(lines) > 5
+    shown, lines = (
+        re.findall(r"^autoparallel (.*?)(?:\s+#.*)?$", (ROOT / name).read_text(), re.MULTILINE)
+        for name in ("README.md", "docs/command_line.md")
+    )
+    assert len(shown) > 4
+    assert set(shown) <= set(lines)
     (tmp_path / "my_module.py").write_text(BUILD.replace("self.up", "self.fc1"))
     (tmp_path / "my_text.txt").write_text("def forward(self, x):\n    return x\n" * 2000)
     for part in ("train", "dev", "test"):

@@ -10,6 +10,7 @@ from dataclasses import field, make_dataclass, replace
 
 import pytest
 import torch
+from releases import attention_without_heads
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,6 +61,7 @@ def test_texts_are_of_their_languages(target: str, planned: tuple[GPT, Plan]) ->
         assert all(sentence in text for sentence in result.missing)
 
 
+@attention_without_heads
 def test_ranks_of_unequal_parts_have_programs_of_their_own() -> None:
     """Four heads on three ranks: two programs in one file, and a name for each rank."""
     with torch.device("meta"):

@@ -4,6 +4,7 @@ where nothing else would change.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -13,9 +14,10 @@ import autoparallel
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import Plan
-from autoparallel.planning.alternatives import find_alternatives
+from autoparallel.planning.alternatives import Alternatives, find_alternatives
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import solution_of_plan
+from autoparallel.questions.forcing import Forcing
 from autoparallel.strategy.build_network import build_network
 from autoparallel.train.models import GPT, GPTConfig
 from planners import least_among
@@ -48,7 +50,7 @@ def test_they_cost_no_less_than_planning_anew(data_parallel: bool) -> None:
     chosen = solution_of_plan(network, plan)
     found = find_alternatives(plan)
     compared = exact = 0
-    for name, alternatives in found.items():
+    for name, alternatives in found.ops.items():
         for alternative in alternatives:
             at = network.strategies[name].index(alternative.strategy)
             forced = least_among(problem, {name: [at]}, memo=solve.memo)[name]
@@ -61,13 +63,38 @@ def test_they_cost_no_less_than_planning_anew(data_parallel: bool) -> None:
         assert len(network.strategies[name]) > len(alternatives)
     assert compared > 50
     assert exact
+    for name, stored in found.parameters.items():
+        for storage, anew in stored:
+            at = network.storages[name].index(storage)
+            forced = least_among(problem, {name: [at]}, memo=solve.memo)[name]
+            assert anew == pytest.approx(forced - problem.cost(chosen), abs=1e-9 * best.cost)
+    assert any(found.parameters.values())
+
+
+@pytest.mark.parametrize("data_parallel", [False, True])
+def test_doing_without_a_redistribution_costs_what_forbidding_it_does(data_parallel: bool) -> None:
+    """In both ways: as the value is made, and as it is read. Each is solved for itself."""
+    plan = plan_of(1, data_parallel)
+    found = find_alternatives(plan).redistributions
+    assert {(one.value, one.target) for one in plan.conversions} == {*found}
+    forcing = Forcing(plan)
+    compared = 0
+    for conversion in plan.conversions:
+        without = found[conversion.value, conversion.target]
+        ways = (forcing.made_as(conversion), forcing.never_read_as(conversion))
+        for told, allowed in zip((without.made, without.unread), ways, strict=True):
+            solution = None if allowed is None else forcing.solve(allowed)
+            wanted = math.inf if solution is None else solution.cost - forcing.own_cost
+            assert told == pytest.approx(wanted, abs=1e-9 * plan.cost), conversion
+            compared += math.isfinite(told)
+    assert compared > len(plan.conversions)
 
 
 def test_equal_blocks_have_equal_alternatives() -> None:
     """They are found for the first one."""
     plan = plan_of(2, False)
     assert plan.captured is not None
-    found = find_alternatives(plan)
+    found = find_alternatives(plan).ops
     twins = [name for name in found if plan.captured.blocks.twin(name) != name]
     assert twins
     for name in twins:
@@ -80,7 +107,8 @@ def test_equal_blocks_have_equal_alternatives() -> None:
 def test_there_are_none_where_nothing_is_known() -> None:
     """One rank has no choice, and a plan that was read has no graph."""
     layer, inputs = torch.nn.Linear(4, 4), torch.ones(2, 4)
-    assert find_alternatives(autoparallel.make_plan(layer, 1, example_inputs=inputs)) == {}
+    alone = autoparallel.make_plan(layer, 1, example_inputs=inputs)
+    assert find_alternatives(alone) == Alternatives()
     plan = autoparallel.make_plan(layer, 2, example_inputs=inputs)
-    assert find_alternatives(plan)
-    assert find_alternatives(Plan.from_json(plan.to_json())) == {}
+    assert find_alternatives(plan) != Alternatives()
+    assert find_alternatives(Plan.from_json(plan.to_json())) == Alternatives()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -167,6 +168,49 @@ def test_it_says_what_a_reader_asks_for(explainer: Explainer) -> None:
     of_weight = explainer.explain("feed_forward.expand.weight", why_not="row")
     assert of_weight.asked is not None
     assert of_weight.asked == explainer.explain("feed_forward.expand", why_not="row").asked
+
+
+def test_each_kind_of_subject_is_told_with_its_place(explainer: Explainer) -> None:
+    """Of a parameter where it is read, of a collective where its value is made, of a module all
+    that it takes; and of what is decided nothing about, that it is so.
+    """
+    plan, line = explainer.plan, r"\(\w+\.py:\d+\)"
+    block = r"blocks\.0\.feed_forward"
+    parameter = str(explainer.explain("feed_forward.expand.weight"))
+    assert re.match(rf"{block}\.expand\.weight, read in {block}\.expand {line}, is ", parameter)
+    op = next(op for op in plan.ops if op.target == "aten.gelu.default")
+    assert re.match(rf"{op.name} in {op.where} {line} makes ", str(explainer.explain(op.name)))
+    made = next(row for row in plan.conversions if row.value in explainer.words.producers)
+    sent = str(explainer.explain(f"collective {made.value}"))
+    assert re.match(rf"{made.value}, made( in [\w.]+)? {line}, is .+ → .+ of a step\.", sent)
+    module = str(explainer.explain("feed_forward"))
+    assert re.match(rf"{block} takes .+ of a step: \d+ ops, and \d+ redistribution", module)
+    inside = [op for op in plan.ops if f"{op.where}.".startswith("blocks.0.feed_forward.")]
+    assert f": {len(inside)} ops, " in module.splitlines()[0]
+    with pytest.raises(PlanError, match="nothing is decided about input_ids"):
+        explainer.explain("input_ids")
+
+
+def test_the_chain_leads_to_what_costs_most(explainer: Explainer) -> None:
+    """From the decision on, each op with its module and line; parameters by their paths."""
+    plan = explainer.plan
+    chains = 0
+    for subject in ("feed_forward.expand", "attention.projection", "token_embedding.weight"):
+        answer = explainer.explain(subject)
+        for other in answer.alternatives[:1]:
+            dearer = [row for row in other.differences if row.seconds > 0 and row.kind != "update"]
+            if not dearer:
+                continue
+            goal = max(dearer, key=lambda row: row.seconds).name
+            paths = {one.name: one.path for one in (*plan.parameters, *plan.inputs)}
+            named = [paths.get(name, name) for name in other.chain]
+            assert named[-1] == goal
+            assert other.chain[0] == answer.subject.node
+            told = [line for line in str(answer).splitlines() if re.match(" +(→|forced)", line)]
+            assert (not told) == (len(named) == 1)
+            assert all(re.search(r"\.py:\d+\)$|[\w.]+\.\w+$| more$", line) for line in told)
+            chains += len(named) > 1
+    assert chains
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from autoparallel.support.torch_versions import ATTENTION_NEEDS_HEADS, RELEASE
 
 __all__ = [
     "applied_by_keyword",
+    "attention_in_float64_without_data",
     "attention_without_heads",
     "float_indices_are_refused",
     "lstm_states",
@@ -16,6 +17,9 @@ __all__ = [
 
 attention_without_heads = pytest.mark.skipif(
     ATTENTION_NEEDS_HEADS, reason="fused attention of this torch cannot run without heads"
+)
+attention_in_float64_without_data = pytest.mark.skipif(
+    RELEASE < (2, 13), reason="without data, this torch takes statistics of float64 for float32"
 )
 lstm_states = pytest.mark.skipif(
     RELEASE < (2, 13), reason="this torch gives the last state of an LSTM a dim too many"

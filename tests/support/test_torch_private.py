@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import importlib
 import logging
 import pickle
 import re
@@ -190,16 +191,24 @@ def test_the_innermost_modes_are_told() -> None:
         assert torch_private.current_function_mode() is calls
 
 
-def test_private_names_are_used_in_one_file() -> None:
-    """So that a new release of torch breaks one file."""
-    adapter = Path(torch_private.__file__)
+def test_private_names_are_used_in_one_package() -> None:
+    """So that a new release of torch breaks files of one folder."""
+    adapter = Path(torch_private.__file__).parent
     used = []
     for folder in ("autoparallel", "planners", "megatron_rules", "examples", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path != adapter:
+            if path.parent != adapter:
                 used += private_names(path)
     assert not used
-    assert private_names(adapter)
+    assert all(private_names(path) for path in adapter.glob("*.py"))
+
+
+def test_every_public_name_of_the_adapter_is_importable_from_it() -> None:
+    """Its files are by subject, and nobody needs to know in which one a name is."""
+    for path in sorted(Path(torch_private.__file__).parent.glob("*.py")):
+        if path.stem != "__init__":
+            module = importlib.import_module(f"{torch_private.__name__}.{path.stem}")
+            assert set(module.__all__) <= set(torch_private.__all__), path
 
 
 def test_every_name_of_the_adapter_is_tested_here() -> None:
@@ -743,6 +752,30 @@ def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
     last = [row for row in call.meta["stack_trace"].splitlines() if "File " in row][-1]
     assert Path(__file__).name in last
     assert re.search(r'File "[^"]+", line \d+', last)
+
+
+def test_frames_of_more_functions_are_kept() -> None:
+    """Of a file that is asked for, inside of the forward that is told by its file."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return self.helper(x)
+
+        def helper(self, x):
+            return torch.sin(x)
+
+    def functions() -> list[str]:
+        program = torch.export.export(Model(), (torch.ones(3),), strict=False)
+        (call,) = (node for node in program.graph.nodes if node.op == "call_function")
+        return re.findall(r"in (\w+)$", call.meta.get("stack_trace", ""), re.MULTILINE)
+
+    assert functions() == ["forward"]
+    with torch_private.keeping_frames(lambda file: file == __file__, inside=torch.nn.__file__):
+        kept = functions()
+    assert kept[-2:] == ["forward", "helper"]
+    with torch_private.keeping_frames(lambda file: file == __file__, inside=__file__):
+        assert functions() == []
+    assert functions() == ["forward"]
 
 
 def test_loggers_of_the_tracer_have_these_names() -> None:

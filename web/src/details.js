@@ -6,7 +6,7 @@ export function details(model, item) {
   if (item === null) return about(model.data);
   if (typeof item !== "number") return container(model, item);
   const element = model.data.elements[item];
-  if (element.k === "sync") return sync(model, element);
+  if (element.k === "sync") return sync(model, element, item);
   if (element.k === "input") return input(element);
   return op(model, element, item);
 }
@@ -85,6 +85,11 @@ function alternatives(element) {
   ]), ["instead", "all else as planned", "all planned anew", "why it lost"]);
 }
 
+// What costs less by the sum of seconds has a longer step, in which work overlaps.
+function anewText(seconds) {
+  return more(seconds) + (seconds < -1e-9 ? ", but for its step" : "");
+}
+
 // Less than a nanosecond is what sums in another order leave.
 function more(seconds) {
   return seconds > 1e-9 ? `+${secondsText(seconds)}` : "no dearer";
@@ -105,20 +110,27 @@ function loops(element) {
 function parameters(model, numbers) {
   if (!numbers.length) return "";
   const shown = numbers.slice(0, 24).map((number) => model.data.parameters[number]);
-  const rows = shown.map(([path, shape, size, split, stored, gradient, state, reason, added]) => {
+  const rows = shown.map((row) => {
+    const [path, shape, size, split, stored, gradient, state, reason, added, instead] = row;
     const lies = stored === gradient && stored === state
       ? text(stored) : `${text(stored)}; gradient ${text(gradient)}; state ${text(state)}`;
     const why = reason ? `<div class="quiet">${text(reason)}${added ? `: ${added} more` : ""}</div>` : "";
     return [`<code>${text(path)}</code><div class="quiet">${text(shape)} · ${size}</div>`,
-      `${text(split)}<div class="quiet">stored ${lies}</div>${why}`];
+      `${text(split)}<div class="quiet">stored ${lies}</div>${why}`, instead.length
+        ? `<ul>${instead.map(([told, anew]) => `<li>${text(told)}: ${anewText(anew)}</li>`).join("")}</ul>`
+        : ""];
   });
-  const more = numbers.length - shown.length;
-  return table(rows, ["parameter", "split"]) + (more > 0 ? `<p>and ${more} more</p>` : "");
+  const rest = numbers.length - shown.length;
+  return table(rows, ["parameter", "split", "instead, all planned anew"]) +
+    (rest > 0 ? `<p>and ${rest} more</p>` : "");
 }
 
-function sync(model, element) {
+function sync(model, element, item) {
+  const path = model.chains[item][model.chains[item].length - 1].path;
   const rows = [
     ["value", `<code>${text(element.n)}</code>`],
+    ["module", `<code>${text(path || "(model)")}</code>`],
+    ["source", element.line ? `<code>${text(element.line)}</code>` : ""],
     ["shape", text(element.shape)],
     ["threads", text(element.threads)],
     ["size", bytesText(element.nb)],
@@ -130,7 +142,13 @@ function sync(model, element) {
   const moves = table(element.moves.map(([phase, axis, kind, nbytes]) => [
     phase, axis, kind, bytesText(nbytes)]), ["phase", "axis", "collective", "size"]);
   return `<h2>${text(element.t)} <small>${text(element.n)}</small></h2>${facts(rows)}` +
-    section("Why", list(element.why)) + section("What crosses the links", moves);
+    section("Why", list(element.why)) + section("What crosses the links", moves) +
+    section("Alternatives", without(element.alt || []));
+}
+
+function without(rows) {
+  return rows.length ? table(rows.map(([what, anew]) => [
+    text(what), anew === null ? "no plan has that" : anewText(anew)]), ["instead", "all planned anew"]) : "";
 }
 
 function input(element) {

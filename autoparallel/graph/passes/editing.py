@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autoparallel.graph.graph import Graph, Node, Ref, map_leaves
+from autoparallel.graph.graph import Graph, Node, Ref, Value, map_leaves
 
-__all__ = ["Rename", "first_operand", "rebuilt", "renamed"]
+__all__ = ["Rename", "expand_to", "first_operand", "rebuilt", "renamed", "reshape_to"]
 
 # New names of values by their old names.
 Rename = dict[str, str]
@@ -42,3 +42,22 @@ def first_operand(node: Node) -> str:
     reference = node.args[0]
     assert isinstance(reference, Ref), node
     return reference.name
+
+
+def reshape_to(like: Node, result: Value, source: Value) -> Node:
+    """Return a reshape of `source` to the value `result`.
+
+    like: the node whose place in the program it has.
+    """
+    return _view(like, "aten.reshape.default", result, source)
+
+
+def expand_to(like: Node, result: Value, source: Value) -> Node:
+    """Return an expansion of `source` to the value `result`."""
+    return _view(like, "aten.expand.default", result, source)
+
+
+def _view(like: Node, target: str, result: Value, source: Value) -> Node:
+    """Return a call that gives `source` the shape of a new value."""
+    args = (Ref(source.name), result.shape)
+    return replace(like, name=result.name, target=target, results=(result,), args=args, kwargs=())

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 
 from autoparallel.graph.captured import Captured, SizeNumber
-from autoparallel.graph.graph import Dim, Graph, Node, Sym, map_leaves
+from autoparallel.graph.graph import Dim, Graph, Node, Sym
 from autoparallel.graph.passes.flattened_batches import is_pointwise
 from autoparallel.support.pytree import with_constants
 
@@ -44,17 +44,6 @@ def with_equal_sizes(captured: Captured) -> Captured:
         """Return the argument or the size in the symbols that stand for all."""
         return Sym(item.expr.xreplace(equal), item.hint) if isinstance(item, Sym) else item
 
-    nodes = tuple(
-        replace(
-            node,
-            results=tuple(
-                replace(value, shape=map_leaves(leaf, value.shape)) for value in node.results
-            ),
-            args=map_leaves(leaf, node.args),
-            kwargs=map_leaves(leaf, node.kwargs),
-        )
-        for node in graph.nodes
-    )
     guards = (guard.xreplace(equal) for guard in captured.guards)
 
     def constant(item: Any) -> Any:
@@ -65,7 +54,7 @@ def with_equal_sizes(captured: Captured) -> Captured:
 
     return replace(
         captured,
-        graph=replace(graph, nodes=nodes).verify(),
+        graph=graph.map_leaves(leaf).verify(),
         guards=tuple(guard for guard in guards if guard != sympy.true),
         outputs=with_constants(captured.outputs, constant),
     )

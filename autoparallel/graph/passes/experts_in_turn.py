@@ -8,6 +8,7 @@ from typing import Any
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
 from autoparallel.graph.passes.editing import first_operand, rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise
+from autoparallel.graph.passes.row_orders import NATURAL
 from autoparallel.graph.passes.sorted_experts import NoRowsError, RowSearch
 from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
 
@@ -154,7 +155,7 @@ def _one_hot(graph: Graph, node: Node) -> str:
     return first_operand(column)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Expert(RowSearch):
     """The search for what one expert makes of its rows.
 
@@ -178,9 +179,11 @@ class _Expert(RowSearch):
             raise NoRowsError
         where = graph.producers[turn.tokens]
         (choices,) = (value.name for value in where.results if value.name != turn.tokens)
-        search = _Expert(graph, shape[0], shape[1], turn.made, "")
+        search = _Expert(
+            graph=graph, tokens=shape[0], choices=shape[1], start=turn.made, order=NATURAL
+        )
         search.chosen, search.places = chosen, (turn.tokens, choices)
-        search.result = search.rows(turn.made, "")
+        search.result = search.rows(turn.made, NATURAL)
         return search
 
     @property

@@ -9,118 +9,10 @@ import torch
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves
 from autoparallel.graph.operators import operator_of
-from autoparallel.graph.passes.editing import rebuilt
+from autoparallel.graph.passes.editing import expand_to, rebuilt, reshape_to
 from autoparallel.graph.row_program import ROUTED
 
-__all__ = [
-    "explicit_bias_of_batches",
-    "is_pointwise",
-    "shifted_arguments",
-    "unflatten_products",
-    "unmerge_batches",
-    "unmerge_losses",
-]
-
-
-def unflatten_products(graph: Graph) -> Graph:
-    """reshape(linear(reshape(%x, (b*s, k)), %w), (b, s, n)) becomes linear(%x, %w).
-
-    And mm and addmm become matmul and add.
-
-    Why: a batch and a sequence merged into one dim can be sharded by neither, and the product never
-    needed them merged. After: no product is left whose operand was flattened to two dims; no mm and
-    no addmm; a second run is a no-op.
-    """
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        if node.target not in _FLAT_PRODUCTS:
-            nodes.append(node)
-            continue
-        at = _FLAT_PRODUCTS[node.target]
-        source, shape = _unflattened(graph, node.args[at].name, node.result)
-        if node.target == "aten.linear.default" and shape == node.result.shape:
-            nodes.append(node)
-            continue
-        value = node.result
-        if shape != value.shape:
-            value = replace(value, name=f"{value.name}_nd", shape=shape)
-        product_node = replace(node, name=value.name, results=(value,), kwargs=())
-        if node.target == "aten.linear.default":
-            nodes.append(replace(product_node, args=(source, *node.args[1:])))
-        elif node.target == "aten.mm.default":
-            nodes.append(
-                replace(product_node, target="aten.matmul.default", args=(source, node.args[1]))
-            )
-        else:
-            product = replace(value, name=f"{value.name}_product")
-            alone = replace(product_node, name=product.name, results=(product,))
-            nodes.append(replace(alone, target="aten.matmul.default", args=(source, node.args[2])))
-            args = (Ref(product.name), node.args[0])
-            nodes.append(replace(product_node, target="aten.add.Tensor", args=args))
-        if value is not node.result:
-            nodes.append(_reshape(node, node.result, value))
-    return rebuilt(graph, nodes, {})
-
-
-# Where the operand is whose rows were flattened.
-_FLAT_PRODUCTS = {"aten.mm.default": 0, "aten.addmm.default": 1, "aten.linear.default": 0}
-
-
-def _unflattened(graph: Graph, name: str, result: Value) -> tuple[Ref, tuple[Dim, ...]]:
-    """Return the value that was flattened to two dims, and the shape of the product with it."""
-    operand, flat = graph.values[name], graph.producers[name]
-    if flat.target == "aten.reshape.default" and len(operand.shape) == 2:
-        before = graph.values[flat.operands()[0]]
-        if len(before.shape) > 2 and before.shape[-1] == operand.shape[-1]:
-            return Ref(before.name), (*before.shape[:-1], result.shape[-1])
-    return Ref(name), result.shape
-
-
-def unmerge_losses(graph: Graph) -> Graph:
-    """cross_entropy(reshape(%x, (b*s, c)), reshape(%y, (b*s))) becomes that of (b, c, s) and %y.
-
-    Why: a batch and a sequence merged into one dim can be sharded by neither, and each rank would
-    need the logits of all tokens. After: no sum or mean of losses over such tokens is left; the
-    loss keeps its name; a second run is a no-op.
-    """
-    nodes: list[Node] = []
-    for node in graph.nodes:
-        source = _rows_apart(graph, node)
-        if source is None:
-            nodes.append(node)
-            continue
-        *batch, classes = source.shape
-        # Torch wants the classes second, behind the first batch dim.
-        order = (0, len(batch), *range(1, len(batch)))
-        shape = (batch[0], classes, *batch[1:])
-        logits = replace(source, name=f"{node.name}_logits", shape=shape)
-        args = (Ref(source.name), order)
-        view = replace(node, name=logits.name, results=(logits,), args=args, kwargs=())
-        target = graph.values[node.args[1].name]
-        tokens = replace(target, name=f"{node.name}_tokens", shape=tuple(batch))
-        nodes += [
-            replace(view, target="aten.permute.default"),
-            _reshape(node, tokens, target),
-            replace(node, args=(Ref(logits.name), Ref(tokens.name), *node.args[2:])),
-        ]
-    return rebuilt(graph, nodes, {})
-
-
-def _rows_apart(graph: Graph, node: Node) -> Value | None:
-    """Return the value whose rows a loss over tokens flattens, if it has symbolic dims among them;
-    else None.
-    """
-    if node.target != "aten.cross_entropy_loss.default" or node.result.shape:
-        return None
-    rows, target = (graph.values[name] for name in node.operands()[:2])
-    flat = graph.producers[rows.name]
-    if flat.target != "aten.reshape.default" or len(rows.shape) != 2 or len(target.shape) != 1:
-        return None
-    before = graph.values[flat.operands()[0]]
-    merged = before.shape[:-1]
-    if len(merged) < 2 or before.shape[-1] != rows.shape[-1]:
-        return None
-    return before if any(isinstance(size, Sym) for size in merged) else None
+__all__ = ["explicit_bias_of_batches", "is_pointwise", "shifted_arguments", "unmerge_batches"]
 
 
 def explicit_bias_of_batches(graph: Graph) -> Graph:
@@ -216,7 +108,7 @@ class _Unmerger:
             else:
                 self.nodes.append(unmerged)
                 for value, result in zip(node.results, unmerged.results, strict=True):
-                    self.nodes.append(_reshape(node, value, result))
+                    self.nodes.append(reshape_to(node, value, result))
                     count = len(result.shape) - len(value.shape) + 1
                     self.apart[value.name] = _Apart(result, result.shape[:count])
         return rebuilt(self.graph, self.nodes, {})
@@ -241,7 +133,7 @@ class _Unmerger:
             return
         once = replace(source, name=f"{node.name}_once", shape=(1, *source.shape))
         apart = replace(node.result, name=f"{node.name}_apart", shape=(times, *source.shape))
-        self.nodes += [_reshape(node, once, source), _expand(node, apart, once)]
+        self.nodes += [reshape_to(node, once, source), expand_to(node, apart, once)]
         self.apart[node.name] = _Apart(apart, apart.shape[:2])
 
     def instead(self, node: Node) -> Node | None:
@@ -258,10 +150,12 @@ class _Unmerger:
         )
         if node.target == "aten.reshape.default":
             if node.result.shape[: len(apart.batch)] == apart.batch:
-                return _reshape(node, node.result, apart.value)
-            return _reshape(node, values[0], apart.value) if node.result.shape[0] == first else None
+                return reshape_to(node, node.result, apart.value)
+            return (
+                reshape_to(node, values[0], apart.value) if node.result.shape[0] == first else None
+            )
         if node.target == "aten.expand.default" and node.args[1][0] in (first, -1):
-            return _expand(node, values[0], apart.value)
+            return expand_to(node, values[0], apart.value)
         args = shifted_arguments(node, len(self.graph.values[merged].shape), len(apart.batch) - 1)
         if args is None or any(result.shape[0] != first for result in node.results):
             return None
@@ -306,27 +200,8 @@ class _Unmerger:
         reshaped = replace(
             value, name=f"{reader.name}_{name}", shape=(*first_dims, *value.shape[1:])
         )
-        self.nodes.append(_reshape(reader, reshaped, value))
+        self.nodes.append(reshape_to(reader, reshaped, value))
         return reshaped.name
-
-
-def _reshape(like: Node, result: Value, source: Value) -> Node:
-    """Return a reshape of `source` to the value `made`.
-
-    like: the node whose place in the program it has.
-    """
-    return _view(like, "aten.reshape.default", result, source)
-
-
-def _expand(like: Node, result: Value, source: Value) -> Node:
-    """Return an expansion of `source` to the value `made`."""
-    return _view(like, "aten.expand.default", result, source)
-
-
-def _view(like: Node, target: str, result: Value, source: Value) -> Node:
-    """Return a call that gives `source` the shape of a new value."""
-    args = (Ref(source.name), result.shape)
-    return replace(like, name=result.name, target=target, results=(result,), args=args, kwargs=())
 
 
 def shifted_arguments(node: Node, rank: int, extra: int) -> tuple[Any, ...] | None:

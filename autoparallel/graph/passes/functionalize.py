@@ -345,7 +345,7 @@ def _is_in_place(node: Node) -> bool:
 
 
 def _require_pure(node: Node) -> None:
-    """Raises CaptureError for an op that writes to an operand otherwise than in-place ops do."""
+    """Raise CaptureError for an op that writes to an operand otherwise than in-place ops do."""
     if node.kind != "call":
         return
     schema = schema_of(operator_of(node.target))

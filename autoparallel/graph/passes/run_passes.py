@@ -11,12 +11,8 @@ from autoparallel.graph.passes.attention_dropout import explicit_attention_dropo
 from autoparallel.graph.passes.bias_and_mean import split_bias, split_mean
 from autoparallel.graph.passes.complex_writes import real_scatters
 from autoparallel.graph.passes.experts_in_turn import join_experts_in_turn
-from autoparallel.graph.passes.flattened_batches import (
-    explicit_bias_of_batches,
-    unflatten_products,
-    unmerge_batches,
-    unmerge_losses,
-)
+from autoparallel.graph.passes.flattened_batches import explicit_bias_of_batches, unmerge_batches
+from autoparallel.graph.passes.flattened_products import unflatten_products, unmerge_losses
 from autoparallel.graph.passes.functionalize import functional
 from autoparallel.graph.passes.join_slices import join_slices, join_writes
 from autoparallel.graph.passes.merged_dims import see_through_merges

@@ -9,19 +9,14 @@ import torch
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
 from autoparallel.graph.operators import draws
-from autoparallel.graph.passes.editing import first_operand, rebuilt
+from autoparallel.graph.passes.editing import rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise
+from autoparallel.graph.passes.row_orders import FLOOR, INDEX, NATURAL, ZEROS, RowOrders
 from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
 
 __all__ = ["NoRowsError", "RowSearch", "join_routed_experts"]
 
-# The order of rows as the choices lie: token by token. Others have the name of a permutation.
-_NATURAL = ""
 _GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
-# Ops that change nothing but the type, or nothing at all.
-_COPIES = {"aten.to.dtype", "aten.clone.default", "aten.contiguous.default", "aten.detach.default"}
-_ZEROS = {"aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"}
-_EMPTY = {"aten.empty_like.default", "aten.new_empty.default", "aten.empty.memory_format", *_ZEROS}
 # Ops on rows that name dims of their operand, and at which place of their arguments: none of them
 # may be the dim of rows.
 _NAMED_DIMS = {
@@ -92,18 +87,15 @@ def _joined(graph: Graph, node: Node) -> Node | None:
         return None
 
 
-@dataclass
-class RowSearch:
+@dataclass(kw_only=True)
+class RowSearch(RowOrders):
     """The search for what the rows of one sum over choices are made of.
 
-    tokens, choices: how many tokens there are, and choices of each. steps: found so far, first to
-    last. known: the program's value by the graph's and the order of its rows. inputs: by kind, the
-    graph's values that the program reads. experts: the chosen experts; "" before they are known.
+    start, order: the rows that are summed, and the order in which they lie. steps: found so far,
+    first to last. known: the program's value by the graph's and the order of its rows. inputs: by
+    kind, the graph's values that the program reads.
     """
 
-    graph: Graph
-    tokens: Dim
-    choices: int
     start: str
     order: str
     steps: list[RowStep] = field(default_factory=list)
@@ -111,7 +103,6 @@ class RowSearch:
     inputs: dict[str, list[str]] = field(
         default_factory=lambda: {"row": [], "value": [], "table": [], "plain": []}
     )
-    experts: str = ""
 
     @staticmethod
     def at(graph: Graph, node: Node) -> RowSearch | None:
@@ -130,27 +121,34 @@ class RowSearch:
                 return None
             if flat.shape[1:] != behind or not isinstance(source.shape[1], int):
                 return None
-            return RowSearch(graph, source.shape[0], source.shape[1], flat.name, _NATURAL)
+            return RowSearch(
+                graph=graph,
+                tokens=source.shape[0],
+                choices=source.shape[1],
+                start=flat.name,
+                order=NATURAL,
+            )
         if node.target == "aten.index_add.default":
             zeros, tokens, added = (graph.values[name] for name in node.operands())
             place = graph.producers[tokens.name]
-            if node.args[1] != 0 or graph.producers[zeros.name].target not in _ZEROS:
+            if node.args[1] != 0 or graph.producers[zeros.name].target not in ZEROS:
                 return None
             if node.keyword("alpha", 1) != 1:
                 return None
             # Of one choice, a token's number is that of its row.
             permutation, choices = (
-                (place.args[0], place.args[1]) if place.target in _FLOOR else (Ref(tokens.name), 1)
+                (place.args[0], place.args[1]) if place.target in FLOOR else (Ref(tokens.name), 1)
             )
             if not isinstance(permutation, Ref) or not isinstance(choices, int):
                 return None
-            return RowSearch(graph, zeros.shape[0], choices, added.name, permutation.name)
+            return RowSearch(
+                graph=graph,
+                tokens=zeros.shape[0],
+                choices=choices,
+                start=added.name,
+                order=permutation.name,
+            )
         return None
-
-    @property
-    def count(self) -> Any:
-        """The number of rows, as an expression."""
-        return size_expression(self.tokens) * self.choices
 
     def joined(self, node: Node) -> Node | None:
         """Return the op of routed experts. Raises NoRowsError where there is none."""
@@ -178,127 +176,6 @@ class RowSearch:
             names.append(name)
         return f"{kind}{names.index(name)}"
 
-    def is_chosen(self, name: str, order: str) -> bool:
-        """Return whether a value has the chosen expert of each row, in that order of rows."""
-        name = self.uncopied(name)
-        producer = self.graph.producers[name]
-        if order != _NATURAL:
-            if producer.target in _INDEX and producer.args[1] == (Ref(order),):
-                return self.is_chosen(producer.operands()[0], _NATURAL)
-            if producer.target not in _SORTS or not self.is_sort_of(producer, order):
-                return False
-            return name == producer.results[0].name and self.is_flat_choice(producer.operands()[0])
-        return self.is_flat_choice(name)
-
-    def is_sort_of(self, producer: Node, order: str) -> bool:
-        """Return whether a node sorts, and `order` is the permutation that it returns."""
-        return len(producer.results) == 2 and producer.results[1].name == order
-
-    def is_flat_choice(self, name: str) -> bool:
-        """Return whether a value is the chosen experts of all tokens, one behind the other.
-
-        The first such value that is met is taken to be it.
-        """
-        name = self.uncopied(name)
-        value, producer = self.graph.values[name], self.graph.producers[name]
-        if producer.target != "aten.reshape.default" or len(value.shape) != 1:
-            return False
-        before = self.graph.values[producer.operands()[0]]
-        if self.experts:
-            return before.name == self.experts
-        fits = len(before.shape) > 1 and before.shape[-1] == self.choices
-        if not fits or size_expression(value.shape[0]) != self.count:
-            return False
-        if before.dtype.is_floating_point or before.shape[0] != self.tokens:
-            return False
-        self.experts = before.name
-        return True
-
-    def uncopied(self, name: str) -> str:
-        """Return the value that others are copies of, perhaps of another type."""
-        producer = self.graph.producers[name]
-        while producer.target in _COPIES:
-            name = producer.operands()[0]
-            producer = self.graph.producers[name]
-        return name
-
-    def are_places(self, name: str) -> bool:
-        """Return whether a value's numbers are places that an op found, none of them negative."""
-        producer = self.graph.producers[name]
-        while producer.target in _COPIES | _MOVES:
-            name = first_operand(producer)
-            producer = self.graph.producers[name]
-        return producer.target in _PLACES and name == producer.results[-1].name
-
-    def is_order(self, name: str) -> bool:
-        """Return whether a value is the permutation that sorts the rows by expert."""
-        producer = self.graph.producers[name]
-        if producer.target in _SORTS and self.is_sort_of(producer, name):
-            return self.is_flat_choice(producer.operands()[0])
-        if producer.target in _ARGSORTS:
-            return self.is_flat_choice(producer.operands()[0])
-        return False
-
-    def inverted(self, name: str) -> str:
-        """Return the permutation of which a value is the inverse; "" where it is none."""
-        producer = self.graph.producers[name]
-        if producer.target in ("aten.index_put.default", "aten.scatter.src"):
-            put = producer.target == "aten.index_put.default"
-            base, numbers = producer.args[0], producer.args[2 if put else 3]
-            at = producer.args[1] if put else (producer.args[2],)
-            accumulates = producer.argument(3, "accumulate", False) if put else producer.args[1]
-            alone = len(at) == 1 and isinstance(at[0], Ref) and not accumulates
-            if alone and isinstance(base, Ref) and isinstance(numbers, Ref):
-                empty = self.graph.producers[base.name].target in _EMPTY
-                if empty and self.counts_rows(numbers.name):
-                    return at[0].name
-        if producer.target in _ARGSORTS or (
-            producer.target in _SORTS and name == producer.results[-1].name
-        ):
-            return producer.operands()[0]
-        return ""
-
-    def counts_rows(self, name: str) -> bool:
-        """Return whether a value is 0, 1, .. for all rows."""
-        producer = self.graph.producers[self.uncopied(name)]
-        if producer.target == "aten.arange.default":
-            return bool(size_expression(producer.args[0]) == self.count)
-        if producer.target in ("aten.arange.start", "aten.arange.start_step"):
-            start, stop, *step = producer.args
-            return start == 0 and size_expression(stop) == self.count and step in ([], [1])
-        return False
-
-    def are_tokens(self, name: str, order: str) -> bool:
-        """Return whether a value has the token of each row, in that order of rows."""
-        producer = self.graph.producers[self.uncopied(name)]
-        if self.choices == 1 and name == order:
-            return True
-        if producer.target not in _FLOOR or producer.args[1] != self.choices:
-            return False
-        if producer.target == "aten.div.Tensor_mode" and producer.keyword("rounding_mode") not in (
-            "floor",
-            "trunc",
-        ):
-            return False
-        source = producer.operands()[0]
-        return self.counts_rows(source) if order == _NATURAL else source == order
-
-    def are_ends(self, name: str, order: str, count: Dim) -> bool:
-        """Return whether a value says where the rows of each expert end, in that order of rows."""
-        producer = self.graph.producers[self.uncopied(name)]
-        if order == _NATURAL or not isinstance(count, int) or not self.is_order(order):
-            return False
-        if producer.target != "aten.cumsum.default" or producer.args[1] not in (0, -1):
-            return False
-        counts = self.graph.producers[self.uncopied(producer.operands()[0])]
-        # Bins of width 1, or a little less, have one expert each.
-        if counts.target != "aten.histc.default" or counts.args[1:3] != (count, 0):
-            return False
-        counted = counts.operands()[0]
-        return counts.args[3] in (count - 1, count) and (
-            self.is_chosen(counted, order) or self.is_chosen(counted, _NATURAL)
-        )
-
     # -- rows
 
     def rows(self, name: str, order: str) -> str:
@@ -316,11 +193,11 @@ class RowSearch:
         value, node = self.graph.values[name], self.graph.producers[name]
         if node.kind != "call" or not self.has_rows(value):
             raise NoRowsError
-        if node.target in _INDEX and len(node.args[1]) == 1:
+        if node.target in INDEX and len(node.args[1]) == 1:
             return self.looked_up(node, order)
         if node.target == "aten.index_select.default" and node.args[1] == 0:
             return self.looked_up(replace(node, args=(node.args[0], (node.args[2],))), order)
-        if order == _NATURAL:
+        if order == NATURAL:
             if node.target == "aten.reshape.default":
                 return self.reshaped(node)
             if node.target == "aten.repeat_interleave.self_int" and node.args[1:3] == (
@@ -353,12 +230,12 @@ class RowSearch:
             raise NoRowsError
         if self.are_tokens(index.name, order):
             return self.given("row", self.of_tokens(source))
-        if order == _NATURAL:
+        if order == NATURAL:
             permutation = self.inverted(index.name)
             if permutation and self.is_order(permutation):
                 return self.rows(source, permutation)
         elif index.name == order and self.is_order(order):
-            return self.rows(source, _NATURAL)
+            return self.rows(source, NATURAL)
         if self.is_chosen(index.name, order):
             return self.step(LOOKUP, Ref(self.given("table", source)))
         raise NoRowsError
@@ -370,7 +247,7 @@ class RowSearch:
         source = self.graph.values[node.operands()[0]]
         behind = node.result.shape[1:]
         if self.has_rows(source):
-            return self.step_on_rows(node, (-1, *behind), _NATURAL)
+            return self.step_on_rows(node, (-1, *behind), NATURAL)
         if source.shape[:2] != (self.tokens, self.choices) or source.shape[2:] != behind:
             raise NoRowsError
         # A token that is repeated for each choice, or what was computed for each of them.
@@ -412,7 +289,7 @@ class RowSearch:
         first = right.shape[2] == 1
         matrix, row = (left, right) if first else (right, left)
         picked = self.graph.producers[matrix.name]
-        if row.shape[2 if first else 1] != 1 or picked.target not in _INDEX:
+        if row.shape[2 if first else 1] != 1 or picked.target not in INDEX:
             raise NoRowsError
         (index,) = picked.args[1] if len(picked.args[1]) == 1 else (None,)
         if not isinstance(index, Ref) or not self.is_chosen(index.name, order):
@@ -497,18 +374,3 @@ class RowSearch:
 
 
 _PLAIN_LEAVES = (int, float, bool, str, type(None))
-_INDEX = {"aten.index.Tensor"}
-_SORTS = {"aten.sort.default", "aten.sort.stable"}
-_ARGSORTS = {"aten.argsort.default", "aten.argsort.stable"}
-# Ops that return places along a dim, last of all; and those that only arrange what they are given.
-_PLACES = {*_SORTS, *_ARGSORTS, "aten.topk.default", "aten.argmax.default", "aten.max.dim"}
-_MOVES = {
-    "aten.slice.Tensor",
-    "aten.select.int",
-    "aten.expand.default",
-    "aten.reshape.default",
-    "aten.unsqueeze.default",
-    "aten.squeeze.dim",
-    "aten.transpose.int",
-}
-_FLOOR = {"aten.floor_divide.default", "aten.div.Tensor_mode"}

@@ -13,7 +13,6 @@ from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.html.module_tree import Module, module_tree
 from autoparallel.view.html.page_elements import Elements
 from autoparallel.view.threads_svg import threads_svg
-from autoparallel.view.words import Words
 
 __all__ = ["page_data"]
 
@@ -45,7 +44,7 @@ def page_data(
         "tree": _tree_rows(tree),
         "elements": [element.row for element in drawn.elements],
         "edges": drawn.edges,
-        "parameters": [_parameter(one, drawn.words) for one in plan.parameters],
+        "parameters": [_parameter(one, drawn) for one in plan.parameters],
         "memory": _memory(plan),
         "timeline": _timeline_rows(step),
         "threads": threads_svg(plan) if plan.captured is not None else "",
@@ -62,8 +61,9 @@ def _about(plan: Plan, step: Timeline) -> list[list[str]]:
     return [[name, text.strip()] for name, _, text in rows]
 
 
-def _parameter(parameter: ParameterChoice, words: Words) -> list[Any]:
+def _parameter(parameter: ParameterChoice, drawn: Elements) -> list[Any]:
     """Return the row of a parameter."""
+    words = drawn.words
     return [
         parameter.path,
         ", ".join(map(str, parameter.shape)),
@@ -74,6 +74,7 @@ def _parameter(parameter: ParameterChoice, words: Words) -> list[Any]:
         words.layout(parameter.state),
         parameter.reason,
         seconds_text(parameter.added) if parameter.added else "",
+        drawn.stored_instead(parameter),
     ]
 
 

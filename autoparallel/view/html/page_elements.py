@@ -10,8 +10,8 @@ from typing import Any
 from autoparallel.analysis.synchronization import Synchronization, ThreadSplits
 from autoparallel.analysis.thread_splits import thread_splits
 from autoparallel.placement import Layout, Partial, Replicate, Shard
-from autoparallel.plan import Conversion, OpChoice, Plan
-from autoparallel.planning.alternatives import Alternative, find_alternatives
+from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.planning.alternatives import Alternatives, find_alternatives
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.units import seconds_text
 from autoparallel.view.size_names import shape_text, size_names
@@ -24,6 +24,7 @@ _ALTERNATIVES = 6
 # Ops that prepare masks, positions and labels from inputs alone are drawn in a box of their own,
 # where there are more than so many in a module.
 _FEW, _PREPARES = 3, "(masks and positions)"
+_NOTHING = Alternatives()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,11 @@ class Elements:
         self.places = {parameter.name: at for at, parameter in enumerate(plan.parameters)}
         self.splits: dict[str, ThreadSplits] = {}  # by the prefix of the part's names
         self.by_value: dict[str, dict[str, list[Synchronization]]] = {}
-        self.alternatives: dict[str, tuple[Alternative, ...]] = {}
+        self.alternatives: dict[str, Alternatives] = {}  # by the prefix of the part's names
         for prefix, part in _programs(plan):
             self.read_graph(prefix, part)
             if alternatives:
-                found = find_alternatives(part)
-                self.alternatives.update({prefix + name: some for name, some in found.items()})
+                self.alternatives[prefix] = find_alternatives(part)
         self.build()
 
     def read_graph(self, prefix: str, part: Plan) -> None:
@@ -217,7 +217,8 @@ class Elements:
         planned and with all else planned anew (None where that is unknown), and why it lost.
         """
         rows: dict[str, list[Any]] = {}
-        for one in self.alternatives.get(op.name, ()):
+        prefix, name = self.local(op.name)
+        for one in self.alternatives.get(prefix, _NOTHING).ops.get(name, ()):
             tensors = (*one.strategy.operands, *one.strategy.results)
             told = self.doing(op, tensors)
             anew = one.anew if math.isfinite(one.anew) else None
@@ -237,6 +238,31 @@ class Elements:
                 why += "; what speaks against it is memory, the step that overlaps, or the split"
             rows[told] = [told, one.seconds, anew, why]
         return list(rows.values())[:_ALTERNATIVES]
+
+    def stored_instead(self, parameter: ParameterChoice) -> list[list[Any]]:
+        """Return how a parameter could be stored instead, and the extra seconds with all else
+        planned anew.
+        """
+        prefix, name = self.local(parameter.name)
+        rows: dict[str, float] = {}
+        for way, seconds in self.alternatives.get(prefix, _NOTHING).parameters.get(name, ()):
+            # Of what reads alike, the cheapest is told, which comes first.
+            rows.setdefault(self.words.stored(way), seconds)
+        rows.pop(self.words.stored(parameter), None)
+        return [[told, seconds] for told, seconds in rows.items()][:_ALTERNATIVES]
+
+    def done_without(self, conversion: Conversion) -> list[list[Any]]:
+        """Return the ways to do without a conversion, the cheaper first, and the extra seconds with
+        all else planned anew; None where no plan does that.
+        """
+        prefix, name = self.local(conversion.value)
+        known = self.alternatives.get(prefix, _NOTHING).redistributions
+        without = known.get((name, conversion.target))
+        if without is None or math.isnan(without.unread):
+            return []
+        seconds = (without.made, without.unread)
+        rows = sorted(zip(seconds, self.words.without(conversion), strict=True))
+        return [[told, extra if math.isfinite(extra) else None] for extra, told in rows]
 
     def doing(self, op: OpChoice, tensors: Sequence[Layout]) -> str:
         """Say what an op does whose tensors lie so: the threads that it splits, on each axis."""
@@ -287,6 +313,12 @@ class Elements:
             "again": conversion.again,
             "nb": conversion.nbytes,
         }
+        maker = self.words.producers.get(conversion.value)
+        optional = {
+            "line": maker.line if maker is not None else "",
+            "alt": self.done_without(conversion),
+        }
+        row.update({key: value for key, value in optional.items() if value})
         content = ("sync", conversion.source, conversion.target, row["t"])
         self.number[_pill(conversion)] = self.add(Element(where, row, content))
 

@@ -18,6 +18,7 @@ from torch import nn
 import autoparallel
 from autoparallel.analysis.communication import transfers
 from autoparallel.plan import Plan
+from autoparallel.questions.explain import Explainer
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.html.module_tree import module_tree
 from autoparallel.view.html.page import page_text
@@ -117,6 +118,24 @@ def test_an_op_is_told_in_full() -> None:
         assert seconds > 0
         assert anew is not None
         assert why
+
+
+def test_parameters_and_collectives_have_alternatives() -> None:
+    """The best of them are those that `explain` tells, and cost as much more."""
+    explainer = Explainer(plan_of_gpt())
+    syncs = [one for one in data()["elements"] if one["k"] == "sync"]
+    told = {f"collective {one['n']}": one["alt"] for one in syncs}
+    told |= {row[0]: row[-1] for row in data()["parameters"]}
+    for name in list(told)[: len(syncs) + 4]:
+        shown = {text: seconds for text, seconds in told[name] if seconds is not None}
+        if name.startswith("collective"):
+            assert len(told[name]) == 2
+        assert list(shown.values()) == sorted(shown.values())
+        known = {one.text: one.added_cost for one in explainer.explain(name).alternatives}
+        both = {*shown} & {*known}
+        assert both
+        for text in both:
+            assert shown[text] == pytest.approx(known[text], abs=1e-12)
 
 
 def test_collectives_say_why() -> None:

@@ -115,6 +115,17 @@ def test_a_click_tells_of_an_op(page: Path, size: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_click_tells_of_a_collective(page: Path, size: str) -> None:
+    """Why it is there, what it sends, and what doing without it would cost. Of a model that is
+    split although it is too small to gain, costs are no seconds, and none are told.
+    """
+    told = seen(page)["sizes"][size]
+    assert {"Why", "What crosses the links"} <= set(told["collective"])
+    if page.stem.startswith("gpt"):
+        assert "Alternatives" in told["collective"]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_keys_are_enough(page: Path, size: str) -> None:
     """In the tree, in the graph, and among the views."""
     told = seen(page)["sizes"][size]

@@ -1,0 +1,122 @@
+"""Groups of processes, what they send, and torch's schedules of pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = [
+    "default_store",
+    "fake_process_group",
+    "flattened_group",
+    "functional_collectives",
+    "pipeline_order",
+]
+
+
+def fake_process_group(rank: int, world_size: int) -> None:
+    """Start a process group of ranks that do not run: its collectives return at once, with what was
+    in the memory. It is for measuring what one rank computes.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=rank, world_size=world_size
+    )
+
+
+def functional_collectives() -> Any:
+    """Return the ops of torch.distributed that return their results, so that they can be traced.
+
+    They are called by position, and are not differentiable.
+    """
+    names = ["all_reduce", "all_reduce_", "all_gather_into_tensor", "reduce_scatter_tensor"]
+    names += ["all_to_all_single", "wait_tensor"]
+    return SimpleNamespace(**{name: _past_autograd(name) for name in names})
+
+
+def _past_autograd(name: str) -> Callable[..., Any]:
+    """Return a collective of torch.distributed that autograd is not told of.
+
+    Torch wraps each of these ops in Python for autograd, which takes longer than all the rest of
+    the call. A tracer is given the op itself.
+    """
+    function = getattr(torch.ops._c10d_functional, name).default
+    # The same without a function of Python around it.
+    direct, is_compiling = function._op, torch.compiler.is_compiling
+    below = torch._C._AutoDispatchBelowAutograd
+
+    def call(*arguments: Any) -> Any:
+        if is_compiling():
+            return function(*arguments)
+        with below():
+            return direct(*arguments)
+
+    return call
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default process group met."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def flattened_group(devices: DeviceMesh) -> Any:
+    """Return the process group of all ranks of a mesh of several axes, or of a part of one.
+
+    Where the mesh is a part of another one, all ranks of the larger one must ask for it.
+    """
+    import torch.distributed as dist
+
+    if devices.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return devices._flatten().get_group()
+
+
+def pipeline_order(
+    schedule: str, ranks: int, per_rank: int, microbatches: int
+) -> list[list[tuple[int, str, int]]]:
+    """Return what each rank of a pipeline computes, in order, as (stage, kind, micro-batch).
+
+    schedule: the name of one of torch's classes. kind: "F", "B" or, where a backward pass is in two
+    halves, "I" and "W". Raises ValueError for numbers that the class does not take.
+    """
+    from torch.distributed.pipelining import schedules
+
+    base: Any = getattr(schedules, schedule)
+
+    class Table(base):
+        """The schedule without its sends, which take long to be put in and are not asked for."""
+
+        def _prepare_schedule_with_comms(self, *args: Any, **kwargs: Any) -> None:
+            """Leave the table as it is."""
+
+    stage = SimpleNamespace(
+        group_size=ranks,
+        group_rank=0,
+        num_stages=ranks * per_rank,
+        is_first=True,
+        is_last=False,
+        stage_index=0,
+        submod=None,
+    )
+    several = issubclass(base, schedules.PipelineScheduleMulti)
+    table = Table([stage] * per_rank if several else stage, microbatches, loss_fn=None)
+    orders: list[list[tuple[int, str, int]]] = []
+    for rank in range(ranks):
+        orders.append([])
+        for action in table.pipeline_order[rank]:
+            both = () if action is None else action.sub_actions or (action,)
+            orders[-1] += [
+                (each.stage_index, each.computation_type.value, each.microbatch_index)
+                for each in both
+                if each.computation_type.value in ("F", "B", "I", "W")
+            ]
+    return orders

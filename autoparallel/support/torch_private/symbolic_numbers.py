@@ -1,0 +1,60 @@
+"""Sizes that a trace leaves open, as torch writes them, and what it has taken for true of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import sympy
+
+__all__ = [
+    "EXPORT_LOGGERS",
+    "FAKE_TENSOR_LOGGER",
+    "expression_of",
+    "guards_of",
+    "hint_of",
+    "is_fixed",
+    "remembering_fake_results",
+]
+
+# Loggers whose messages the project replaces by errors of its own.
+EXPORT_LOGGERS = ("torch._export", "torch.export", "torch.fx")
+
+FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
+
+
+def expression_of(size: Any) -> sympy.Expr:
+    """Return the expression of a symbolic number (SymInt, SymFloat, SymBool)."""
+    expression: sympy.Expr = size.node.expr
+    return expression
+
+
+def hint_of(size: Any) -> Any:
+    """Return a symbolic number's value for the example inputs; None if it is read from data."""
+    return size.node.hint if size.node.has_hint() else None
+
+
+def is_fixed(size: torch.SymInt) -> bool:
+    """Return whether the tracer knows of a symbolic number that it is the example inputs' value."""
+    known: Callable[[Any], bool] = import_module(
+        "torch.fx.experimental.symbolic_shapes"
+    ).statically_known_true
+    hint = hint_of(size)
+    return hint is not None and known(size == hint)
+
+
+def guards_of(size: torch.SymInt) -> tuple[Any, ...]:
+    """Return the expressions in sizes that the tracer of a size took for true, in order."""
+    return tuple(guard.expr for guard in size.node.shape_env.guards)
+
+
+def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:
+    """Return a context that sets whether results of ops on fake tensors are cached by size."""
+    config = import_module("torch._dynamo").config
+    patch: AbstractContextManager[Any] = config.patch(fake_tensor_cache_enabled=enabled)
+    return patch

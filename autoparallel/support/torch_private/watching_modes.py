@@ -1,0 +1,88 @@
+"""Modes and transforms that see what is called, and contexts in which they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "current_dispatch_mode",
+    "current_function_mode",
+    "in_function_transform",
+    "outside_transforms",
+    "with_function_overrides",
+    "without_function_modes",
+    "without_function_overrides",
+    "without_modes",
+]
+
+
+def current_dispatch_mode() -> Any:
+    """Return the innermost mode that sees ops, None where there is none."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return _get_current_dispatch_mode()
+
+
+def current_function_mode() -> Any:
+    """Return the innermost mode that sees calls of torch's functions, None where there is none."""
+    from torch.overrides import _get_current_function_mode
+
+    return _get_current_function_mode()
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees ops: neither a tracer's nor one of fake tensors."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def without_function_modes() -> AbstractContextManager[Any]:
+    """Return a context in which no mode sees calls of torch's functions."""
+    return torch._C.DisableTorchFunction()
+
+
+def without_function_overrides() -> AbstractContextManager[Any]:
+    """Return a context in which `__torch_function__` of tensor subclasses is not called."""
+    return torch._C.DisableTorchFunctionSubclass()
+
+
+def with_function_overrides() -> AbstractContextManager[Any]:
+    """Return a context in which `__torch_function__` is called, also within one in which it is
+    not.
+    """
+    return torch._C._EnableTorchFunction()
+
+
+def in_function_transform() -> bool:
+    """Return whether a transform of torch.func, such as grad or vmap, is at work here."""
+    return _interpreter_stack()() is not None
+
+
+@cache
+def _interpreter_stack() -> Callable[[], Any]:
+    """Return the function that tells of the transforms; an import takes longer than the answer."""
+    from torch._C._functorch import peek_interpreter_stack
+
+    return peek_interpreter_stack
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Return a context in which no transform of torch.func is at work.
+
+    What is computed there is a constant for the transforms around it.
+    """
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    if not in_function_transform():
+        return nullcontext()
+    context: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
+    return context
