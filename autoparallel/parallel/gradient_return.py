@@ -37,6 +37,7 @@ from autoparallel.runtime.joint_moves import reduced
 from autoparallel.support.torch_private import (
     backward_pass,
     gradient_hooks_of,
+    is_returned,
     local_part,
     references_to,
     run_when_ready,
@@ -144,6 +145,8 @@ class GradientReturn(GradientLayouts):
         if node is not None:
             # What a pass wants of one of them says nothing of the others.
             accumulates = will_accumulate(node)
+            if not accumulates and not is_returned(node):
+                return None
         else:
             number = backward_pass()
             if number != bucket.number and is_leaf:

@@ -863,6 +863,30 @@ def test_a_backward_pass_says_whether_it_accumulates() -> None:
     assert torch.equal(x.grad, torch.full((2,), 2.0))
 
 
+def test_a_backward_pass_says_which_gradients_it_returns() -> None:
+    """Of two leaves that one node passes gradients to."""
+    notes = []
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x + y
+
+        @staticmethod
+        def backward(ctx, grad):
+            nodes = [node for node, _ in ctx.next_functions]
+            notes.append([torch_private.is_returned(node) for node in nodes])
+            return grad, grad
+
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    both = Both.apply(x, y)
+    torch.autograd.grad(both.sum(), x, retain_graph=True)
+    torch.autograd.grad(both.sum(), [x, y], retain_graph=True)
+    both.sum().backward(inputs=[y], retain_graph=True)
+    both.sum().backward()
+    assert notes == [[True, False], [True, True], [False, False], [False, False]]
+
+
 def test_a_node_runs_when_it_is_ready() -> None:
     """Before all that was recorded later, and in the order of the places."""
     notes = []

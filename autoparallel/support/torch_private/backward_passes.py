@@ -21,6 +21,7 @@ __all__ = [
     "gradient_hooks_of",
     "hook_handles_so_far",
     "in_backward",
+    "is_returned",
     "place_in_backward",
     "run_in_place",
     "run_when_ready",
@@ -77,6 +78,18 @@ def will_accumulate(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # it says that it does not tell of leaves under torch.autograd.grad
         return False
+
+
+def is_returned(node: Any) -> bool:
+    """Return whether the torch.autograd.grad that runs now returns the gradient of a leaf.
+
+    node: the leaf's own node, AccumulateGrad. Others get none in that pass.
+    """
+    try:
+        torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # as in `will_accumulate`
+        return True
+    return False
 
 
 def run_when_ready(tensor: torch.Tensor, place: int = 0) -> None:
