@@ -24,9 +24,9 @@ from autoparallel.runtime.filled_gaps import (
     late_gradients,
 )
 from autoparallel.runtime.groups import Group
-from autoparallel.runtime.memory_order import in_rows, outer_dim
+from autoparallel.runtime.memory_order import in_rows, outer_dim, to_back, to_front
 from autoparallel.runtime.products import Linear, Mm, bias_gradient
-from autoparallel.runtime.routes import Route, route_between, to_back, to_front
+from autoparallel.runtime.routes import Route, route_between
 from autoparallel.support.torch_private import apply_directly, backward_pass
 
 __all__ = [

@@ -12,7 +12,7 @@ from autoparallel.placement import Movement, Partial, Placement, Shard, gradient
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.runtime.moves import move, start_move
 
-__all__ = ["Route", "route_between", "to_back", "to_front"]
+__all__ = ["Route", "route_between"]
 
 # Placements that are made for one call have a route each, and these are forgotten.
 _MOST_ROUTES = 256
@@ -118,22 +118,3 @@ def route_between(group: Group, source: Placement, target: Placement) -> Route:
             routes.clear()
         route = routes[id(source), id(target)] = Route(group, source, target)
     return route
-
-
-def to_front(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return a tensor with a dim as its first one.
-
-    >>> to_front(torch.zeros(2, 3, 4, 5), 2).shape
-    torch.Size([4, 2, 3, 5])
-    """
-    # To exchange two dims takes a third of the time that it takes to move one.
-    return tensor.transpose(0, 1) if dim == 1 else tensor.movedim(dim, 0)
-
-
-def to_back(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return a tensor with its first dim as another one: the inverse of `to_front`.
-
-    >>> to_back(torch.zeros(4, 2, 3, 5), 2).shape
-    torch.Size([2, 3, 4, 5])
-    """
-    return tensor.transpose(0, 1) if dim == 1 else tensor.movedim(0, dim)
