@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from autoparallel.view.html.page import write_html
     from autoparallel.view.measured_step import measure_step
     from autoparallel.view.report import print_plan
+    from autoparallel.view.stages_svg import write_stages
     from autoparallel.view.threads_svg import write_threads
     from autoparallel.view.trace import write_trace
 
@@ -89,6 +90,7 @@ _HOMES = {
     "to_fx": "view.exports",
     "to_networkx": "view.exports",
     "write_html": "view.html.page",
+    "write_stages": "view.stages_svg",
     "write_svg": "view.dot",
     "write_threads": "view.threads_svg",
     "write_trace": "view.trace",
@@ -133,6 +135,7 @@ __all__ = [
     "trace_threads",
     "traced_plan",
     "write_html",
+    "write_stages",
     "write_svg",
     "write_threads",
     "write_trace",
