@@ -10,8 +10,8 @@ from calls import Call, call, fixed, ints, x
 from sample_calls import CALLS
 
 from autoparallel.cost import fake_run
-from autoparallel.cost.fake_run import FakeTensorSpec, contiguous, observe, runner
-from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe
+from autoparallel.cost.fake_run import FakeTensorSpec, _devices_for, contiguous, observe, runner
+from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe, stand_in
 from autoparallel.discovery.example_calls import make_example
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.rules.lookup import find_rule
@@ -165,6 +165,22 @@ def test_views_lie_in_the_memory_of_what_they_view() -> None:
     tensors = SavedTensors(graph, {"y": None})
     assert [tensors.storage_of(name) for name in ("y0", "y1", "y2")] == ["x0"] * 3
     assert tensors.of("y").aliases == (0, 0, 0)
+
+
+@pytest.mark.parametrize("sample", CALLS, ids=str)
+def test_tensors_of_no_device_tell_the_same(sample: Call) -> None:
+    """Where they are asked first, which is quicker, all is as on tensors of the CPU."""
+    function = runner(sample.target)
+    if _devices_for(function)[0] != "meta":
+        return
+    graph, node = (example := sample.example()).graph, example.node
+    operands = [stand_in(graph.values[name]) for name in node.operands()]
+    results = tuple(map(stand_in, node.results))
+    told = [
+        observe(function, node.args, dict(node.kwargs), operands, results, devices, backward=True)
+        for devices in (("meta",), ("fake",))
+    ]
+    assert told[0].assumed or told[0] == told[1]
 
 
 def test_what_cannot_be_run_keeps_all() -> None:

@@ -334,6 +334,25 @@ def test_a_fake_process_group_has_ranks_that_do_not_run() -> None:
     assert done.stdout.split() == ["1", "4"]
 
 
+def test_a_function_that_is_applied_directly_is_recorded() -> None:
+    """What its forward gets is what was passed, numbers and lists included."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factors):
+            ctx.factors = factors
+            return x * factors[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factors[0], None
+
+    x = torch.ones(2, requires_grad=True)
+    result = torch_private.apply_directly(Scaled)(x, [3.0])
+    result.sum().backward()
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
 def test_functional_collectives_are_past_autograd(mesh) -> None:
     """What calls them has a backward pass of its own."""
     ops, group = torch_private.functional_collectives(), mesh.get_group()
@@ -590,6 +609,7 @@ def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh) -> None:
     x = torch.arange(6.0)
     made = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     local = torch_private.local_part(made)
+    assert list(torch_private.local_parts([made, made])) == [local, local]
     local.mul_(2)
     assert torch.equal(made.full_tensor(), torch.arange(6.0) * 2)
     assert local.data_ptr() == x.data_ptr()
@@ -711,6 +731,30 @@ def test_results_of_fake_tensors_are_remembered_or_not(enabled: bool) -> None:
     assert torch._dynamo.config.fake_tensor_cache_enabled is before
     if not enabled:
         assert sizes_found() == 3
+
+
+def test_kernels_for_tensors_without_device() -> None:
+    own = [aten.mm.default, aten.add.Tensor, aten.sum.dim_IntList]
+    assert all(map(torch_private.has_meta_kernel, own))
+    others = [aten.linear.default, aten.matmul.default, aten.slice.Tensor, aten.softmax.int]
+    assert not any(map(torch_private.has_meta_kernel, others))
+
+
+def test_traces_without_metadata_of_tensors() -> None:
+    """Within, no node has them; afterwards, in other threads too, torch notes them as ever."""
+
+    def metadata() -> list[Any]:
+        program = exported(lambda x: x.sin().cos(), torch.ones(3, 4))
+        return [node.meta.get("tensor_meta") for node in program.graph.nodes if node.op != "output"]
+
+    with torch_private.without_tensor_metadata():
+        with torch_private.without_tensor_metadata():
+            assert metadata() == [None] * 3
+        assert metadata() == [None] * 3
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(metadata).result()
+    for noted in (elsewhere, metadata()):
+        assert [tuple(item.shape)[1] for item in noted] == [4, 4, 4]
 
 
 def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
@@ -893,6 +937,30 @@ def test_a_backward_pass_says_whether_it_accumulates() -> None:
     torch.autograd.grad(kept.sum(), x)
     assert [adds for _, adds in notes] == [True, True, False]
     assert torch.equal(x.grad, torch.full((2,), 2.0))
+
+
+def test_a_backward_pass_says_which_gradients_it_returns() -> None:
+    """Of two leaves that one node passes gradients to."""
+    notes = []
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x + y
+
+        @staticmethod
+        def backward(ctx, grad):
+            nodes = [node for node, _ in ctx.next_functions]
+            notes.append([torch_private.is_returned(node) for node in nodes])
+            return grad, grad
+
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    both = Both.apply(x, y)
+    torch.autograd.grad(both.sum(), x, retain_graph=True)
+    torch.autograd.grad(both.sum(), [x, y], retain_graph=True)
+    both.sum().backward(inputs=[y], retain_graph=True)
+    both.sum().backward()
+    assert notes == [[True, False], [True, True], [False, False], [False, False]]
 
 
 def test_a_node_runs_when_it_is_ready() -> None:
