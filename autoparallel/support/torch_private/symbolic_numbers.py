@@ -80,7 +80,7 @@ def without_tensor_metadata() -> Iterator[None]:
     """Have traces of this thread leave `node.meta["tensor_meta"]` empty.
 
     Torch notes there in which order each tensor lies in memory, and asks its symbolic sizes for
-    it, which takes a quarter of a trace. `node.meta["val"]` tells the same.
+    it. Nobody reads that of a program that is imported: `node.meta["val"]` tells the same.
     """
     global _bare_count, _noting
     tracer: Any = import_module("torch.fx.experimental.proxy_tensor")
