@@ -118,6 +118,17 @@ class RedistributionTables:
     _routes: dict[Any, RedistributionPaths | ArrangedPaths] = field(default_factory=dict)
     _tables: dict[Any, Any] = field(default_factory=dict)
 
+    def serves(self, other: RedistributionTables) -> bool:
+        """Return whether the tables of another network would be these."""
+        ours, theirs = (
+            (
+                *(each.sizes, each.links, each.hardware, each.memory, each.in_time, each.once),
+                *(each.groups, each.options.sequence_parallel, each.options.data_parallel),
+            )
+            for each in (self, other)
+        )
+        return ours == theirs
+
     def routes(
         self, value: Value, weight: bool, together: bool, layouts: Sequence[Layout]
     ) -> RedistributionPaths | ArrangedPaths:
