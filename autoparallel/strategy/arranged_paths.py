@@ -71,9 +71,20 @@ class ArrangedPaths:
             for axis, (size, placements) in enumerate(zip(sizes, universe, strict=True))
             for placement in placements
         }
+
+        def beside(layout: Layout, axis: int) -> float:
+            """Return the share of the value that the other axes leave to a rank."""
+            others = enumerate(layout)
+            share = math.prod(shares[other, at] for other, at in others if other != axis)
+            # Orders of multiplying differ by rounding.
+            return round(share, 12)
+
         prices: dict[tuple[int, Placement, Placement, float], tuple[float, float] | None] = {}
 
-        def priced(axis: int, one: Placement, two: Placement, share: float) -> None:
+        def priced(
+            axis: int, one: Placement, two: Placement, share: float
+        ) -> tuple[float, float] | None:
+            """Return the seconds of a step in both passes; None where it is not allowed."""
             step = Step(axis, one, two)
             key = axis, one, two, share
             if key not in prices:
@@ -88,16 +99,14 @@ class ArrangedPaths:
                         for move in moves
                     )
                     prices[key] = ahead, back
+            return prices[key]
 
         starts, ends, both = [], [], []
         for cell, layout in enumerate(layouts):
             for group in groups:
                 # Of axes of a group that have the same placement, one stands for all.
                 for axis in {layout[axis]: axis for axis in group}.values():
-                    share = 1.0
-                    for other, placement in enumerate(layout):
-                        share *= shares[other, placement] if other != axis else 1.0
-                    share = round(share, 12)
+                    share = beside(layout, axis)
                     for target in universe[axis]:
                         if target == layout[axis]:
                             continue
@@ -106,12 +115,11 @@ class ArrangedPaths:
                         )
                         if end is None or not _is_possible(layout, axis, target, max(group)):
                             continue
-                        key = axis, layout[axis], target, share
-                        priced(*key)
-                        if prices[key] is not None:
+                        seconds = priced(axis, layout[axis], target, share)
+                        if seconds is not None:
                             starts.append(cell)
                             ends.append(end)
-                            both.append(prices[key])
+                            both.append(seconds)
         # Where a gradient is reduced in a bucket with others, I->R comes first on the path: on as
         # many axes at least as have to have I at the start and R at the end, whatever their order.
         self._leads: list[tuple[tuple[int, ...], Array, NDArray[np.intp], Array]] = []
@@ -122,17 +130,8 @@ class ArrangedPaths:
                 if not count[cell]:
                     continue
                 axis = next(axis for axis in group if layout[axis] == _I)
-                share = round(
-                    math.prod(
-                        shares[other, placement]
-                        for other, placement in enumerate(layout)
-                        if other != axis
-                    ),
-                    12,
-                )
                 led = arranged_layout((*layout[:axis], _R, *layout[axis + 1 :]), groups)
-                priced(axis, _I, _R, share)
-                known = prices[axis, _I, _R, share]
+                known = priced(axis, _I, _R, beside(layout, axis))
                 price[cell] = np.inf if led not in self.cells or known is None else known
                 after[cell] = self.cells.get(led, cell)
             self._leads.append((group, count, after, price))
