@@ -69,6 +69,7 @@ from autoparallel.support.torch_private.symbolic_numbers import (
     hint_of,
     is_fixed,
     remembering_fake_results,
+    without_tensor_metadata,
 )
 from autoparallel.support.torch_private.tensor_records import (
     assert_on_device,
@@ -85,6 +86,7 @@ from autoparallel.support.torch_private.torch_operators import (
     differentiates_custom_op,
     dispatch_registrations,
     has_backward,
+    has_meta_kernel,
     has_torch_binding,
     is_composite,
     is_custom_op,
@@ -185,6 +187,7 @@ __all__ = [
     "guards_of",
     "handle_distributed",
     "has_backward",
+    "has_meta_kernel",
     "has_torch_binding",
     "hint_of",
     "hook_handles_so_far",
@@ -229,6 +232,7 @@ __all__ = [
     "without_function_modes",
     "without_function_overrides",
     "without_modes",
+    "without_tensor_metadata",
     "wrapper_tensor",
 ]
 
