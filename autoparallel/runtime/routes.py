@@ -111,10 +111,15 @@ def route_between(group: Group, source: Placement, target: Placement) -> Route:
     """Return the route between two placements, the same one for the same objects."""
     routes: dict[tuple[int, int], Route] = vars(group).setdefault("_routes", {})
     route = routes.get((id(source), id(target)))
-    # The route keeps its placements, so that their ids are not given to others; a group that was
-    # copied has copies of them.
-    if route is None or route.source is not source or route.target is not target:
-        if len(routes) > _MOST_ROUTES:
+    # A route keeps its placements, so that their ids are not given to others. A group that was
+    # copied has routes of the other one, and copies of its placements.
+    if (
+        route is None
+        or route.source is not source
+        or route.target is not target
+        or route.group is not group
+    ):
+        if len(routes) >= _MOST_ROUTES:
             routes.clear()
         route = routes[id(source), id(target)] = Route(group, source, target)
     return route
