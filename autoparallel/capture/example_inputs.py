@@ -14,7 +14,7 @@ from torch import nn
 
 from autoparallel.errors import CaptureError, InputsNeededError
 
-__all__ = ["as_given", "bind_inputs", "find_example_inputs", "split_example"]
+__all__ = ["as_given", "bind_inputs", "example_call", "find_example_inputs", "split_example"]
 
 
 def find_example_inputs(model: nn.Module) -> Any:
@@ -115,6 +115,17 @@ def _parameters(signature: inspect.Signature) -> list[str]:
     """Return the parameters of a forward with defaults, without annotations: "labels=None"."""
     bare = (p.replace(annotation=p.empty) for p in signature.parameters.values())
     return [str(parameter) for parameter in bare]
+
+
+def example_call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (args, kwargs) of a call with the example inputs, the model's own where they are None.
+
+    Raises InputsNeededError where there are none.
+
+    >>> example_call(nn.Linear(4, 2), {"input": 1})
+    ((), {'input': 1})
+    """
+    return split_example(find_example_inputs(model) if example_inputs is None else example_inputs)
 
 
 def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

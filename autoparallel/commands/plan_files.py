@@ -18,8 +18,8 @@ __all__ = ["PLAN_ENDING", "SHOWN", "check_outputs", "write_plan"]
 PLAN_ENDING = ".json"
 # What --help says of the files in which a plan is shown.
 SHOWN = (
-    "a page to look into (.html), a picture (.svg, .png, .dot), the report (.txt), or the step for "
-    "ui.perfetto.dev (.trace.json)"
+    "a page to look into (.html), a picture (.svg, .png, .dot; .stages.svg of stages side by "
+    "side), the report (.txt), or the step for ui.perfetto.dev (.trace.json)"
 )
 _PAGES = "autoparallel.view.html"  # the package that writes pages, where there is one
 
@@ -58,6 +58,8 @@ def write_plan(plan: Plan, path: Path) -> None:
 
     if path.name.endswith(".trace.json"):
         write_trace(timeline(plan), path)
+    elif path.name.endswith(".stages.svg"):
+        importlib.import_module("autoparallel.view.stages_svg").write_stages(plan, path)
     elif path.suffix == PLAN_ENDING:
         write_file(path, plan.to_json().encode())
     elif path.suffix == ".html":

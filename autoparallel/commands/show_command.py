@@ -38,8 +38,6 @@ def _run(options: argparse.Namespace) -> int:
 
         named = model_again(plan)
         plan = traced_plan(named.model, plan, example_inputs=named.inputs)
-    if options.formulas:
-        plan.refuse_stages("a closed form")  # before the report, which tells of all else
     for path in options.output:
         write_plan(plan, path)
         progress(f"written to {path}")

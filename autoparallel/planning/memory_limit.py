@@ -27,9 +27,10 @@ from autoparallel.strategy.cost_network import CostNetwork
 from planners import InfeasibleError, OverLimitError, Problem, Solution
 from planners.effort import current
 
-__all__ = ["MOST_ATTEMPTS", "plan_within", "unlimited"]
+__all__ = ["MOST_ATTEMPTS", "Eased", "plan_within", "unlimited"]
 
 Judge = Callable[[Plan], Account]
+Solver = Callable[[Problem], Solution]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
@@ -39,6 +40,35 @@ MOST_ATTEMPTS = 8
 _SECONDS_PER_BYTE = 1e-3
 # What it takes to count a plan's memory, by the nodes of the graph.
 _SECONDS_PER_NODE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Eased:
+    """A way to keep less than the quickest plan does, found on a shorter model of the same blocks.
+
+    recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
+    optimizer's state are charged, as a share of the seconds of the quickest plan.
+    """
+
+    recompute: str
+    price: float
+
+    @property
+    def keeps_less(self) -> bool:
+        """Whether it is another way than that of the quickest plan."""
+        return self.recompute != "none" or self.price > 0
+
+    def solved(self, solve: Solver, problem: Problem, quickest: Solution) -> Solution:
+        """Return the solution of a problem, with these bytes charged. quickest: without.
+
+        Example: `Eased("full", 0.1).solved(solver, problem, solver(problem))`
+        """
+        if not self.price or not quickest.usage:
+            return quickest
+        price = self.price * quickest.cost / quickest.usage
+        priced = solve(problem.weighed(price))
+        bound = min(quickest.lower_bound, problem.cost(priced.assignment))
+        return Solution.of(problem, priced.assignment, priced.method, bound, price)
 
 
 @dataclass(frozen=True)
@@ -67,12 +97,15 @@ def plan_within(
     start: Plan | None = None,
     beat: float = math.inf,
     judge: Judge | None = None,
+    eased: Eased | None = None,
 ) -> Plan:
     """Return the plan of the shortest step that was found within the memory limit of the options.
 
     captured: the traced program. model: the name that the plan gives it. free: its cost network by
     `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
     judge: how the memory of a plan is counted; by default as that of the whole model on each rank.
+    eased: a way in which a plan is said to fit. On meshes of three axes, where searches within the
+    limit are by groups of states and take long, it is taken if it does.
 
     Nothing within a limit costs less than the best without one, where no copy is gathered again and
     no block recomputed. Where that fits, the limit is none. Else plans without a limit compete with
@@ -89,6 +122,14 @@ def plan_within(
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
     best = _solved(lambda: solve(problem))
+    if eased is not None and eased.keeps_less and solve.many and start is None:
+        plan = replace(_eased(captured, model, free, pins, eased), options=options)
+        account = judge(plan)
+        if account.total <= allowed:
+            bound = min(best.lower_bound, plan.cost)
+            rest = f"; blocks recomputed alike: {eased.recompute}"
+            rest += f"; bound without the limit by {best.method}"
+            return replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
 
     def fits(plan: Plan) -> bool:
         """Say whether a plan without a limit is within it."""
@@ -138,6 +179,24 @@ def plan_within(
     search.begin_with(Timed("", plan, solution, step, waits))
     found, _ = search.run()
     return found if found.memory else replace(told(found), memory_price=plan.memory_price)
+
+
+def _eased(
+    captured: Captured, model: str, free: CostNetwork, pins: Mapping[str, Layout], eased: Eased
+) -> Plan:
+    """Return the plan without a limit in which all blocks are recomputed alike, bytes charged.
+
+    free: the network by `unlimited` options.
+    """
+    network = free
+    if eased.recompute != free.options.recompute:
+        network = rebuilt(free, replace(free.options, recompute=eased.recompute))
+        constrain(network, captured)
+    solve, problem = NetworkSolver(network), network.problem(1.0, pins)
+    solution = eased.solved(solve, problem, _solved(lambda: solve(problem)))
+    plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
+    step, _ = step_and_waits(plan, network.hardware, network.shares.once)
+    return replace(plan, step_seconds=step, memory_price=solution.multiplier)
 
 
 def unlimited(options: Options) -> Options:

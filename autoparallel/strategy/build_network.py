@@ -129,9 +129,15 @@ class _Builder:
         self.edges = RedistributionTables(
             self.sizes, self.links, self.pace, options, memory, self.in_time, shares.once
         )
+        # Networks that differ in what is recomputed alone have the same states and the same moves.
+        self.alike: dict[Any, CallStates] = {}
+        if known is not None and known.graph is graph and known.edges.serves(self.edges):
+            self.edges = known.edges
+            self.alike = {} if memory else known.alike
         self.network = CostNetwork(
             graph, mesh, hardware, options, self.edges, stored, whole_outputs, shares=shares
         )
+        self.network.alike = self.alike
         self.invariant = whole_layout(len(self.sizes))
         self.weights = weight_values(graph)
         self.network.weights = frozenset(self.weights)
@@ -205,7 +211,7 @@ class _Builder:
 
     def add_calls(self) -> None:
         """Add the states of every call to the network, computed once for calls that are alike."""
-        shared: dict[Any, CallStates] = {}
+        shared = self.alike
         different = tuple({id(splits): splits for splits in self.splits}.values())
         for node in self.graph.calls:
             matched = self.matched[node.name]

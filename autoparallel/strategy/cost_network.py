@@ -58,7 +58,8 @@ class CostNetwork:
     peak_call: the call during whose backward the bytes are counted, "" for after the forward pass.
     fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
     matched, splits: what every call is, and the splits that it may have, by the size of an axis and
-    whether there are several. They serve other networks of the same graph.
+    whether there are several. They serve other networks of the same graph. alike: the states of
+    calls, by what they are computed from, which serve networks that differ in what is recomputed.
     """
 
     graph: Graph
@@ -84,6 +85,7 @@ class CostNetwork:
     saved_for_backward: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     matched: Mapping[str, MatchedCall] = field(default_factory=dict)
     splits: dict[tuple[int, bool], CandidateSplits] = field(default_factory=dict)
+    alike: dict[Any, Any] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)

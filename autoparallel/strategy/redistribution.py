@@ -113,6 +113,14 @@ class RedistributionTables:
     _routes: dict[Any, RedistributionPaths] = field(default_factory=dict)
     _tables: dict[Any, Any] = field(default_factory=dict)
 
+    def serves(self, other: RedistributionTables) -> bool:
+        """Return whether the tables of another network would be these."""
+        same = (self.sizes, self.links, self.hardware, self.memory, self.in_time, self.once)
+        options = (self.options.sequence_parallel, self.options.data_parallel)
+        return same == (
+            other.sizes, other.links, other.hardware, other.memory, other.in_time, other.once
+        ) and options == (other.options.sequence_parallel, other.options.data_parallel)  # fmt: skip
+
     def routes(
         self, value: Value, weight: bool, together: bool, layouts: Sequence[Layout]
     ) -> RedistributionPaths:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import autoparallel
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.pipeline_run import PipelineRun
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Plan
 
@@ -224,6 +225,16 @@ def test_gradients_of_weights_are_in_memory_of_their_own() -> None:
     for gradient in module.gradients():
         assert gradient is not None
         assert torch.equal(gradient.flatten(), torch.full((8,), 3.0))
+
+
+def test_gradients_are_multiplied_by_an_exact_number() -> None:
+    """The gradient of a loss in float32 is not rounded to the type of a parameter's gradient."""
+    run: Any = SimpleNamespace(narrow=False)
+    gradient = torch.linspace(1, 2, 200).bfloat16()
+    exact = (gradient.double() * 1.003).bfloat16()
+    (scaled,) = PipelineRun.scaled(run, run, [gradient], torch.tensor(1.003))
+    assert scaled is gradient
+    assert torch.equal(gradient, exact)
 
 
 @pytest.mark.parametrize(
