@@ -84,28 +84,6 @@ for (const [width, height] of [[1440, 900], [1024, 768], [390, 844]]) {
   told.clicked = [(await title()).startsWith(place.name), place.name];
   told.facts = await view.locator("#details-body h3").allTextContents();
 
-  // So does one on a collective, if there is one.
-  const sync = await view.evaluate(() => {
-    const { graph, model } = window.plan;
-    const number = model.data.elements.findIndex((one) => one.k === "sync");
-    if (number < 0) return null;
-    model.reveal(model.twin(number));
-    graph.draw(false);
-    const box = graph.view.$(`#e${model.twin(number)}`);
-    graph.view.zoom(1);
-    graph.view.center(box);
-    const { left, top } = document.getElementById("graph").getBoundingClientRect();
-    const { x, y } = box.renderedPosition();
-    return { x: left + x, y: top + y };
-  });
-  told.collective = null;
-  if (sync) {
-    await view.mouse.click(sync.x, sync.y);
-    await view.waitForTimeout(50);
-    told.collective = await view.locator("#details-body h3").allTextContents();
-    await shot("collective");
-  }
-
   // The tree by keys: down, close with left, open with right.
   if (width <= 720) await view.click("#modules");
   await view.locator('#tree [tabindex="0"]').focus();
@@ -173,6 +151,29 @@ for (const [width, height] of [[1440, 900], [1024, 768], [390, 844]]) {
   told.dressed = (await ground()) !== light;
   await view.click("#tab-graph");
   await shot("dark");
+  // A click on a collective tells of it, if there is one.
+  const sync = await view.evaluate(() => {
+    const { graph, model, tree } = window.plan;
+    const number = model.data.elements.findIndex((one) => one.k === "sync");
+    if (number < 0) return null;
+    model.reveal(model.twin(number));
+    graph.draw(false);
+    tree.draw();
+    const box = graph.view.$(`#e${model.twin(number)}`);
+    graph.view.zoom(1);
+    graph.view.center(box);
+    const { left, top } = document.getElementById("graph").getBoundingClientRect();
+    const { x, y } = box.renderedPosition();
+    return { x: left + x, y: top + y };
+  });
+  told.collective = null;
+  if (sync) {
+    await view.mouse.click(sync.x, sync.y);
+    await view.waitForTimeout(50);
+    told.collective = await view.locator("#details-body h3").allTextContents();
+    await shot("collective");
+  }
+
   // Buttons and fields have names, and what is hidden to the eye is not to the ear.
   told.nameless = await view.evaluate(() =>
     [...document.querySelectorAll("button, input, select, [role=img]")].filter((one) =>

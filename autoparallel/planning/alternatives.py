@@ -19,12 +19,14 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, Plan
+from autoparallel.planning.pipeline_choices import shares_of
 from autoparallel.planning.solution_to_plan import solution_of_plan
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
+from autoparallel.strategy.stage_shares import WHOLE_MODEL
 from planners import Factor, Problem, TooWideError, Variable, min_marginals
 
 __all__ = ["Alternative", "Alternatives", "Without", "find_alternatives"]
@@ -88,6 +90,7 @@ class Alternatives:
 def find_alternatives(plan: Plan) -> Alternatives:
     """Return the alternatives of each op, parameter and redistribution.
 
+    Of a plan with stages, all seconds are those of one micro-batch on all stages, as in its ops.
     Of an op, how its parameters are stored, and the copies that are made of what it reads and
     makes, are chosen anew; everything else is as planned. So the extra seconds are an upper bound
     of those of planning anew with that choice, which are told beside them. What is impossible next
@@ -106,7 +109,12 @@ def find_alternatives(plan: Plan) -> Alternatives:
     options = plan.options
     graph = with_larger_hints(captured, options.tokens)
     hardware = find_hardware(options.hardware)
-    network = build_network(graph, plan.mesh, hardware, options, whole_outputs=captured.part)
+    shares = WHOLE_MODEL
+    if plan.pipeline is not None:
+        shares = shares_of(plan.pipeline.ranks, plan.pipeline.microbatches, options)
+    network = build_network(
+        graph, plan.mesh, hardware, options, whole_outputs=captured.part, shares=shares
+    )
     constrain(network, captured)
     try:
         chosen = solution_of_plan(network, plan)
@@ -114,7 +122,7 @@ def find_alternatives(plan: Plan) -> Alternatives:
         # Of a plan that was made next to others, or changed since, nothing is known here.
         return Alternatives()
     problem = network.problem()
-    anew = _Anew(network, plan, chosen, problem.names)
+    anew = _Anew(network, plan, chosen)
     search = _Search(network, problem, chosen)
 
     ops: dict[str, tuple[Alternative, ...]] = {}
@@ -136,13 +144,11 @@ class _Anew:
     """What each state of a variable costs more than the chosen one, with all else chosen anew.
 
     One pass over the network tells of all. Nothing is known where that would take long, and of a
-    plan in which products count more than their seconds. names: of all variables.
+    plan in which products count more than their seconds.
     """
 
-    def __init__(
-        self, network: CostNetwork, plan: Plan, chosen: Mapping[str, int], names: Sequence[str]
-    ) -> None:
-        self.network, self.chosen, self.names = network, chosen, frozenset(names)
+    def __init__(self, network: CostNetwork, plan: Plan, chosen: Mapping[str, int]) -> None:
+        self.network, self.chosen = network, chosen
         self.costs: Mapping[str, Array] = {}
         self.whole = 0.0  # cost of the plan itself
         if plan.product_weight != 1.0:
@@ -151,23 +157,22 @@ class _Anew:
         problem = network.problem(1.0, {}, None if limit is None else limit - network.fixed_nbytes)
         asked = dict.fromkeys([op.name for op in plan.ops])
         asked |= dict.fromkeys(parameter.name for parameter in plan.parameters)
-        asked |= dict.fromkeys(self.reads(conversion.value) for conversion in plan.conversions)
-        priced = problem.weighed(plan.memory_price)
-        self.whole = priced.cost(chosen)
+        reads = (name for conversion in plan.conversions for name in self.reading(conversion.value))
+        asked |= dict.fromkeys(name for name in reads if name in problem.names)
+        weighed = problem.weighed(plan.memory_price)
+        self.whole = weighed.cost(chosen)
         with suppress(TooWideError):
-            self.costs = min_marginals(priced, list(asked), most_work=_MOST_WORK)
+            self.costs = min_marginals(weighed, list(asked), most_work=_MOST_WORK)
+
+    def reading(self, value: str) -> list[str]:
+        """Return the names of variables that may say in which layouts a value is read."""
+        readers = [node.name for node in self.network.graph.readers[value]]
+        return [f"{value}*", *readers, f"return:{value}"]
 
     def of(self, name: str) -> Array | None:
         """Return the extra seconds of each state of a variable, None where they are not known."""
         table = self.costs.get(name)
         return None if table is None else table - table[self.chosen[name]]
-
-    def reads(self, value: str) -> str:
-        """Return the variable whose states are the layouts in which a value is read."""
-        if f"{value}*" in self.names:
-            return f"{value}*"
-        readers = self.network.graph.readers[value]
-        return readers[0].name if readers else f"return:{value}"
 
     def stored(self, name: str) -> tuple[tuple[ParameterStorage, float], ...]:
         """Return the other ways to store a parameter, the cheapest first."""
@@ -191,7 +196,11 @@ class _Anew:
         maker = network.graph.producers[value].name
         made = self.least(maker, [layout == target for layout in layouts])
         groups = network.values[value].groups
-        unread = self.least(self.reads(value), [target not in group for group in groups])
+        known = [name for name in self.reading(value) if name in self.costs]
+        reads = next((name for name in known if len(self.costs[name]) == len(groups)), "")
+        if not reads:  # several readers decide, and no variable says it for all of them
+            return Without(made)
+        unread = self.least(reads, [target not in group for group in groups])
         return Without(made, unread)
 
     def least(self, name: str, allowed: Sequence[bool]) -> float:
