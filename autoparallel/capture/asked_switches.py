@@ -68,13 +68,14 @@ def watching_gradient_mode(record: list[str]) -> Iterator[None]:
 
 
 # Functions without arguments that say how torch is set; the type of new tensors, and autocast, are
-# known of every call. The first is answered as around the call, since no trace runs in that mode.
-_INFERENCE = "is_inference_mode_enabled"
+# known of every call. The first two are answered as around it: no trace runs in that mode, and a
+# trace has a seed of its own.
+_AROUND = ("is_inference_mode_enabled", "initial_seed")
 _NAMES = (
-    *(_INFERENCE, "are_deterministic_algorithms_enabled", "is_anomaly_enabled"),
+    *("is_inference_mode_enabled", "are_deterministic_algorithms_enabled", "is_anomaly_enabled"),
     *("is_deterministic_algorithms_warn_only_enabled", "is_anomaly_check_nan_enabled"),
     *("get_num_threads", "get_num_interop_threads", "get_float32_matmul_precision"),
-    "get_deterministic_debug_mode",
+    *("get_deterministic_debug_mode", "initial_seed"),
 )
 _functions: dict[str, Callable[[], Any]] = {name: getattr(torch, name) for name in _NAMES}
 _environment: Any = type(os.environ)
@@ -106,7 +107,7 @@ class Switches:
     """
 
     def __init__(self) -> None:
-        self.inference = torch.is_inference_mode_enabled()
+        self.around = {name: _functions[name]() for name in _AROUND}
         self.found: dict[str, AttributeRead] = {}
 
     @property
@@ -116,7 +117,7 @@ class Switches:
 
     def answer(self, name: str) -> Any:
         """Return how torch is set, and note that a forward has asked."""
-        value = self.inference if name == _INFERENCE else _functions[name]()
+        value = self.around[name] if name in self.around else _functions[name]()
         self.note(name, Answer(_functions[name]), value)
         return value
 

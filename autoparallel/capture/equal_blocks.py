@@ -22,7 +22,7 @@ from torch import nn
 
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES, named_tensors
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.object_state import own_attributes, random_state
+from autoparallel.support.object_state import contents_of, own_attributes, random_state
 from autoparallel.support.torch_private import expression_of
 
 __all__ = ["Group", "find_groups", "fingerprint", "occurrences_of", "state_of", "token_of"]
@@ -263,6 +263,13 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
     drawn = random_state(value)
     if drawn is not None:
         return (type(value), id(value), drawn[0])
+    if depth > 0 and isinstance(value, types.FunctionType):
+        # It may count in a variable around it, in a default or in an attribute of its own.
+        kept = (contents_of(value), value.__defaults__, value.__kwdefaults__, vars(value))
+        deeper = functools.partial(
+            token_of, paths=paths, depth=depth - 1, above=(*above, id(value))
+        )
+        return (type(value), id(value), *[deeper(item) for item in kept if item])
     slots = getattr(type(value), "__slots__", None)
     plain = slots or hasattr(value, "__dict__")
     if depth > 0 and plain and not isinstance(value, (type, nn.Module)):

@@ -56,6 +56,7 @@ from autoparallel.support.torch_private import (
     expression_of,
     keeping_frames,
     remembering_fake_results,
+    without_tensor_metadata,
 )
 
 __all__ = ["Captured", "capture"]
@@ -106,9 +107,10 @@ def capture(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     # A guess is good for nothing where no example run can confirm it.
     guesses = find_ways is not None and not any(tensor.is_meta for tensor in tensors)
+    outer = OuterVariables(model)
     wanted = Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
-        *(device, autocast_type(device), torch.is_grad_enabled(), OuterVariables(model)),
+        *(device, autocast_type(device), torch.is_grad_enabled(), outer, outer.asking()),
         *(Switches(), NO_WAYS, Asked(guesses, likely)),
     )
     asked = wanted.asked
@@ -287,8 +289,15 @@ def _exported(
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        framed = keeping_frames(files.__contains__, inside=traced_forward.__file__)
-        with quiet(), kept, outer.forgotten(), folding.installed(), remembers, framed:
+        with (
+            quiet(),
+            kept,
+            outer.restored(),
+            folding.installed(),
+            remembers,
+            without_tensor_metadata(),
+            keeping_frames(files.__contains__, inside=traced_forward.__file__),
+        ):
             flat = FlatForward(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure

@@ -8,12 +8,15 @@ is then made anew where it need not be, and never kept where it must not.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
+from autoparallel.capture.outside_answers import asking_code
 from autoparallel.capture.variable_search import searched
-from autoparallel.graph.attribute_read import AttributeRead
+from autoparallel.graph.attribute_read import ABSENT, SIMPLE, AttributeRead
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.one_at_a_time import planning
 
@@ -44,6 +47,8 @@ class OuterVariables:
     enclosed variables, by the variables' names. caches: functions under functools.lru_cache.
     moving: iterators there, described. unwatched: by class the attributes of its instances that may
     be read past what is called when an attribute is read, as by `object.__getattribute__`.
+    variables: all that have a value, each with what has it. codes, helpers, kept: see
+    VariableSearch.
 
     >>> OuterVariables(nn.Linear(2, 2)).objects
     {}
@@ -53,11 +58,38 @@ class OuterVariables:
         walk = searched(model)
         walk.reads()
         self.objects, self.caches, self.moving = walk.objects, walk.caches, walk.moving
-        self.unwatched = walk.unwatched
+        self.unwatched, self.variables = walk.unwatched, tuple(walk.variables.values())
+        self.codes, self.helpers, self.kept = walk.codes, tuple(walk.helpers), walk.kept
+        # Names of code that are no variables may become some.
+        self.names = [
+            (variables, frozenset(code.co_names) - variables.keys())
+            for code, variables in walk.codes.items()
+        ]
+
+    def asking(self) -> frozenset[types.CodeType]:
+        """Return the user's code, if any of it may ask what no graph could; see OutsideAnswers."""
+        return asking_code(self.codes, self.helpers, self.kept)
+
+    def changed(self) -> tuple[str, ...]:
+        """Return the names of variables that have other values now, or were not there before."""
+        names = [
+            f"the variable {name}"
+            for owner, name, value in self.variables
+            if not _is_same(_value(owner, name), value)
+        ]
+        names += [
+            f"the variable {name}"
+            for variables, missing in self.names
+            for name in sorted(missing & variables.keys())
+        ]
+        return tuple(dict.fromkeys(names))
 
     @contextlib.contextmanager
-    def forgotten(self) -> Iterator[None]:
-        """Have functions forget what they have remembered within: it may be tensors of a trace."""
+    def restored(self) -> Iterator[None]:
+        """Set variables back, and have functions forget what they have remembered, within.
+
+        That may be tensors of a trace.
+        """
         before = [cache.cache_info().misses for cache in self.caches]
         try:
             yield
@@ -65,6 +97,36 @@ class OuterVariables:
             for cache, misses in zip(self.caches, before, strict=True):
                 if cache.cache_info().misses != misses:
                     cache.cache_clear()
+            for owner, name, value in self.variables:
+                if _value(owner, name) is value:
+                    continue
+                if isinstance(owner, types.CellType):
+                    owner.cell_contents = value
+                else:
+                    owner[name] = value
+            for variables, missing in self.names:
+                for name in missing & variables.keys():
+                    del variables[name]
+
+
+def _value(owner: Any, name: str) -> Any:
+    """Return the value of a variable, ABSENT if it has none. owner: its cell, or a mapping."""
+    if not isinstance(owner, types.CellType):
+        return owner.get(name, ABSENT)
+    try:
+        return owner.cell_contents
+    except ValueError:
+        return ABSENT
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    """Return whether a variable has the value that it had: the object, or one of equal text.
+
+    >>> _is_same(1, 1), _is_same(1, True)
+    (True, False)
+    """
+    plain = isinstance(now, SIMPLE) and type(now) is type(before)
+    return now is before or (plain and repr(now) == repr(before))
 
 
 @contextlib.contextmanager
@@ -82,5 +144,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     with planning.held():
         outer = OuterVariables(model)
-        with untouched(model, *outer.objects.values()), outer.forgotten():
+        with untouched(model, *outer.objects.values()), outer.restored():
             yield

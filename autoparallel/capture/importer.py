@@ -22,6 +22,8 @@ from autoparallel.capture.custom_functions import function_op
 from autoparallel.capture.function_calls import FunctionCalls
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
+from autoparallel.capture.hit_loops import TURN
+from autoparallel.capture.hit_turns import HitTurns
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value
 from autoparallel.graph.operators import BRANCH_TAKEN
@@ -64,6 +66,7 @@ class Importer:
         self.regions = Regions(folding, builder)
         self.checkpoints = CheckpointRegions(folding, builder)
         self.functions = FunctionCalls(builder)
+        self.turns = HitTurns(builder)
         self.constants: dict[str, torch.Tensor] = {}
         self.guards: tuple[sympy.Basic, ...] = ()
         self.autocast = AutocastRegions(builder)
@@ -124,6 +127,7 @@ class Importer:
                 )
         graph = Graph(tuple(self.builder.nodes), tuple(outputs), tuple(mutations))
         self.regions.check(graph)
+        self.turns.require_no_trace(graph)
         return in_canonical_order(graph.verify(), self.builder).verify()
 
     def attributes(self, signature: Any, module: Any) -> None:
@@ -230,6 +234,8 @@ class Importer:
             self.regions.mark(node, name)
         elif name == BRANCH:
             self.branch(node)
+        elif name == TURN:
+            self.turns.mark(node)
         elif name == BEGIN:
             self.checkpoints.begin(node)
         elif name == END:

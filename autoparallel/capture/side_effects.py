@@ -53,6 +53,7 @@ def effects(
             if name not in MODULE_ATTRIBUTES:
                 place = join_path(path, name)
                 state[f"its attribute {place}"] = token_of(value, paths, depth=_DEPTH)
+        state[f"the mode of {path or 'the model'} (train or eval)"] = inner.training
         # By their dicts: a tracer shows modules in the guise of others.
         state[f"the modules in {path or 'it'}"] = [
             (name, None if child is None else id(vars(child)))

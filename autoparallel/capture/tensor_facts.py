@@ -29,6 +29,8 @@ __all__ = ["TensorFacts"]
 # Properties that stay as they are during a call, and those that are a matter of the moment.
 _LASTING = ("requires_grad", "is_leaf", "retains_grad", "is_inference")
 _PASSING = ("grad", "_version")
+# Functions that tell of the order in which the numbers of a tensor lie.
+_ORDERS = (torch.Tensor.is_contiguous, torch.Tensor.stride)
 
 
 class TensorFacts(TorchFunctionMode):
@@ -87,6 +89,8 @@ class TensorFacts(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if function in _ORDERS and id(args[0]) in self.numbers and _asked_by_user():
+            self.order(function, args[0], (*args[1:], *(kwargs or {}).values()))
         name = _names().get(function)
         if name is None or not args or not _asked_by_user():
             return function(*args, **(kwargs or {}))
@@ -112,6 +116,28 @@ class TensorFacts(TorchFunctionMode):
             "keep what reads it in a module of its own, which stays Python, or pass it as an "
             "argument",
         )
+
+    def order(self, function: Any, tensor: torch.Tensor, arguments: tuple[Any, ...]) -> None:
+        """Note in which order the numbers of an input lie, which the forward asks for.
+
+        arguments: of the function of torch's that it asks by.
+        """
+        number, order = self.numbers[id(tensor)], None
+        if function is torch.Tensor.is_contiguous and arguments:
+            order = arguments[0]
+        contiguous = False
+        if self.inputs is not None:
+            with without_function_modes():
+                given = self.inputs[number]
+                contiguous = given.is_contiguous(memory_format=order or torch.contiguous_format)
+            self.given[TensorRead(number, "is_contiguous", contiguous, order)] = None
+        # The strides of a contiguous tensor follow from its sizes.
+        if self.inputs is None or (function is torch.Tensor.stride and not contiguous):
+            raise self.refuse(
+                f"the forward asks how its input {number} lies in memory",
+                "the input may lie otherwise in the next call",
+                "make it contiguous before the call, or call x.contiguous() and do not ask",
+            )
 
     def attribute(self, tensor: torch.Tensor, name: str) -> Any:
         """Return an attribute that a tensor has in truth and not in the trace, ABSENT if none."""

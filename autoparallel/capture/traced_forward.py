@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,10 @@ from autoparallel.capture.example_inputs import as_given
 from autoparallel.capture.forward_contexts import unprinted
 from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.held_tensors import HeldTensors, held_among
+from autoparallel.capture.hit_loops import HitLoops
 from autoparallel.capture.intricate_sizes import WatchedSizes
 from autoparallel.capture.module_conversions import idle_conversions
+from autoparallel.capture.outside_answers import OutsideAnswers
 from autoparallel.capture.python_draws import PythonDraws
 from autoparallel.capture.refused_models import refuse_running
 from autoparallel.capture.seeded_draws import SeededDraws
@@ -59,7 +62,8 @@ class Wanted:
     symbolic. device: of the model's tensors. autocast: the type of the autocast region around the
     call, None where there is none. gradients: whether they are recorded around the call; the trace
     records them in any case, unless the forward asks for that. outer: the variables outside of the
-    model to which it may write. switches: of torch, around the call. ways: see `capture`.
+    model to which it may write. codes: the user's, where some of it may ask for what no graph
+    could. switches: of torch, around the call. ways: see `capture`.
     asked: what the ways do not tell.
     """
 
@@ -74,6 +78,7 @@ class Wanted:
     autocast: torch.dtype | None
     gradients: bool
     outer: OuterVariables
+    codes: frozenset[types.CodeType]
     switches: Switches
     ways: Ways
     asked: Asked
@@ -150,6 +155,7 @@ class FlatForward(nn.Module):
             for name in changes
             if not name.startswith("its attribute ") and "_hooks of " not in name
         ]
+        others += self.wanted.outer.changed()
         if others or written.unknown:
             unknown = (f"its attribute {name}" for name in written.unknown)
             raise unsteady(self.model, [*unknown, *others])
@@ -193,6 +199,7 @@ class FlatForward(nn.Module):
         boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
         before = self.state(arguments) if wanted.part else written_arguments(boxes)
         draws = PythonDraws(type(self.model).__name__)
+        answers = OutsideAnswers(type(self.model).__name__, wanted.codes)
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
         no_replacing = self.no_replacing.installed(operators=False)
@@ -221,13 +228,14 @@ class FlatForward(nn.Module):
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         with contextlib.ExitStack() as stack:
-            for mode in (*modes, self.tensors):
+            for mode in (*modes, self.tensors, HitLoops(), answers.installed()):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
         moving = (*self.reads.moving, *wanted.outer.moving)
         if moving:
             raise moving_error(moving)
+        answers.refuse()
         draws.finish()
         self.numbers = draws.left
         return results[0]

@@ -11,11 +11,11 @@ import contextvars
 import functools
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.graph.attribute_read import (
     ABSENT,
     SIMPLE,
@@ -28,7 +28,7 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.object_state import moves_on, random_state
+from autoparallel.support.object_state import functions_in, moves_on, random_state
 
 __all__ = ["VariableSearch", "searched"]
 
@@ -39,6 +39,7 @@ _WRITTEN = (
     *(list, dict, set, collections.deque, bytearray),
     *(types.SimpleNamespace, argparse.Namespace),
 )
+_CALLABLE = (types.BuiltinFunctionType, types.MethodType, types.FunctionType)
 # By these a function looks up Python modules, and attributes past `__getattribute__` of the object.
 _IMPORTING = {"import_module", "__import__", "modules"}
 _PAST = {"__getattribute__", "getattr_static", "__getattr__"}
@@ -56,7 +57,9 @@ def searched(model: nn.Module) -> VariableSearch:
         for name in ("forward", "__getattr__", "__getattribute__"):
             walk.method(kind, name)
     for module in model.modules():
-        walk.value(vars(module).get("forward"), type(module))
+        for name, value in vars(module).items():
+            if name == "forward" or name not in MODULE_ATTRIBUTES:
+                walk.attribute(value, type(module))
     return walk
 
 
@@ -67,7 +70,10 @@ class VariableSearch:
     that were met, each with the class whose method it is: decorators make many of one code. todo:
     those of them that are still to be looked at. objects, caches, moving, unwatched: see
     OuterVariables. places: the path of a module of each class. settings: by the name of an
-    attribute the classes that have it, each with the one that it inherits it from.
+    attribute the classes that have it, each with the one that it inherits it from. codes: all code
+    that was looked at, with its global variables. variables: what may be set to other values, each
+    as the mapping, or the cell, that has it, its name and its value. helpers: the user's own
+    classes of objects that modules or variables refer to.
     """
 
     def __init__(self) -> None:
@@ -80,6 +86,10 @@ class VariableSearch:
         self.settings: dict[str, list[tuple[type, type]]] = {}
         self.unwatched: dict[type, dict[str, None]] = {}
         self.moving: list[str] = []
+        self.codes: dict[types.CodeType, dict[str, Any]] = {}
+        self.variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
+        self.helpers: dict[type, None] = {}
+        self.kept: list[Any] = []
 
     def reads(self) -> tuple[AttributeRead, ...]:
         """Look at all functions that are to be looked at, and return what they may read."""
@@ -100,19 +110,41 @@ class VariableSearch:
 
         kind: the class of which they are methods.
         """
-        for function in _functions(value):
+        for function in functions_in(value):
             if (id(function), kind) not in self.seen:
                 self.seen[id(function), kind] = function
                 self.todo.append((function, kind))
 
+    def attribute(self, value: Any, kind: type) -> None:
+        """Take up what an attribute of a module may call. kind: the module's class."""
+        for function in functions_in(value):
+            if not _left_out(function.__module__):
+                self.value(function, kind)
+        if isinstance(value, _CALLABLE):
+            self.kept.append(value)
+        items = value.values() if isinstance(value, dict) else value
+        for item in items if isinstance(value, (list, tuple, dict)) else (value,):
+            self.help(item)
+
+    def help(self, value: Any) -> None:
+        """Note the class of an object of the user's that code may call."""
+        kind = type(value)
+        known = kind in self.helpers or kind in self.places
+        if kind.__flags__ & _HEAP_TYPE and not known and not _left_out(kind.__module__):
+            self.helpers[kind] = None
+
     def look(self, function: types.FunctionType, kind: type) -> None:
         """Look at the code of a function, and at the functions that are written in it."""
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        for value in defaults:
+            self.keep(f"default of {function.__qualname__}", value)
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             self.enclosed(name, cell, kind)
         codes = [function.__code__]
         while codes:
             code = codes.pop()
+            self.codes[code] = function.__globals__
             codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
             # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
             texts = [item for item in code.co_consts if isinstance(item, str) and _is_name(item)]
@@ -172,6 +204,7 @@ class VariableSearch:
             return
         self.value(value, kind)
         self.keep(name, value)
+        self.variables.setdefault((id(cell), name), (cell, name, value))
         if isinstance(value, contextvars.ContextVar):
             self.asked(value)
         if isinstance(value, SIMPLE) or Contents.fit(value):
@@ -185,7 +218,12 @@ class VariableSearch:
         """Look at a global variable that a function reads. names: all that its code has."""
         value, module = function.__globals__[name], str(function.__globals__.get("__name__"))
         self.keep(name, value)
-        if not self.function(function, value, kind) and not self.read(module, (), name, value):
+        key = (id(function.__globals__), name)
+        self.variables.setdefault(key, (function.__globals__, name, value))
+        taken = self.function(function, value, kind)
+        if taken:
+            self.replaceable(module, (), name, value, Where.GLOBAL)
+        elif not self.read(module, (), name, value):
             self.inside(function, module, (("attribute", name),), value, names, kind)
 
     def function(self, function: types.FunctionType, value: Any, kind: type) -> bool:
@@ -195,7 +233,19 @@ class VariableSearch:
         home, package = value.__module__ or "", function.__module__.partition(".")[0]
         if home.partition(".")[0] == package or _is_users(home):
             self.value(value, kind)
+            return not _has_own(value)
         return True
+
+    def replaceable(
+        self, module: str, way: tuple[tuple[str, Any], ...], name: Any, value: Any, where: Where
+    ) -> None:
+        """Note a function of the user's own, in whose place another one may be put.
+
+        module, way, name, value: see `read`. where: it is an attribute, or an item of a dict.
+        """
+        if _is_users(value.__module__ or ""):
+            read = AttributeRead("", (("global", module), *way), name, where, kept_of(value))
+            self.found.setdefault((module, way, name), read)
 
     def inside(
         self,
@@ -227,7 +277,12 @@ class VariableSearch:
                 self.keep(".".join(str(part) for _, part in inner), item)
             # The contents of a small container are compared with the container.
             whole = step == "item" and isinstance(item, SIMPLE)
-            if whole or self.function(function, item, kind):
+            if whole:
+                continue
+            if self.function(function, item, kind):
+                if step == "attribute" or isinstance(value, dict):
+                    place = Where.GLOBAL if step == "attribute" else Where.ENCLOSED
+                    self.replaceable(module, way, key, item, place)
                 continue
             if step == "item" or not self.read(module, way, str(key), item):
                 self.inside(function, module, inner, item, names, kind)
@@ -241,6 +296,7 @@ class VariableSearch:
 
     def keep(self, name: str, value: Any) -> None:
         """Keep what a variable refers to, where code may write to it."""
+        self.help(value)
         if isinstance(value, functools._lru_cache_wrapper):
             if not _left_out(value.__module__) and all(value is not one for one in self.caches):
                 self.caches.append(value)
@@ -256,8 +312,9 @@ class VariableSearch:
             )
         ) or (
             hasattr(value, "__dict__")
-            and not isinstance(value, (type, types.ModuleType, types.FunctionType, nn.Module))
-            and not _left_out(type(value).__module__)
+            and not isinstance(value, (type, types.ModuleType, nn.Module))
+            and not (isinstance(value, types.FunctionType) and not _has_own(value))
+            and not _left_out(getattr(value, "__module__", type(value).__module__))
         ):
             self.objects.setdefault(name, value)
 
@@ -277,6 +334,11 @@ class VariableSearch:
             (module, way, name), AttributeRead("", route, name, Where.GLOBAL, kept_of(value))
         )
         return True
+
+
+def _has_own(function: types.FunctionType) -> bool:
+    """Return whether a function has attributes of its own, or refers to itself to give it some."""
+    return bool(vars(function)) or function.__name__ in function.__code__.co_names
 
 
 def _left_out(module: str | None) -> bool:
@@ -306,23 +368,3 @@ def _is_users(module: str) -> bool:
     """Return whether a Python module lies beside the user's own, and in no installed package."""
     file = getattr(sys.modules.get(module), "__file__", None)
     return bool(file) and "-packages" not in str(file) and not _left_out(module)
-
-
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """Yield the Python functions in a value: a method, a property, or one under decorators."""
-    depth = 0
-    while value is not None and depth < 10:
-        depth += 1
-        if isinstance(value, property):
-            yield from _functions(value.fget)
-            return
-        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
-            value = value.__func__
-        elif isinstance(value, functools.partial):
-            value = value.func
-        elif isinstance(value, types.FunctionType):
-            yield value
-            # A decorated function keeps the one that it decorates.
-            value = getattr(value, "__wrapped__", None)
-        else:
-            return

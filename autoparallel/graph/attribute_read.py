@@ -169,12 +169,25 @@ class TensorRead:
     """One property of an input tensor that a forward has read, such as `requires_grad`.
 
     number: of the input, in the order of the graph's inputs. name: of the property, or of an
-    attribute that the caller has set on the tensor. value: a simple one, or ABSENT.
+    attribute that the caller has set on the tensor. value: a simple one, or ABSENT. order: of
+    memory, where the forward has asked whether the tensor lies in that one.
     """
 
     number: int
     name: str
     value: Any
+    order: torch.memory_format | None = None
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Return whether another tensor has this property with the same value.
+
+        >>> TensorRead(0, "is_contiguous", True).holds(torch.ones(2, 3).t())
+        False
+        """
+        value = getattr(tensor, self.name, ABSENT)
+        if callable(value):  # such as is_inference
+            value = value() if self.order is None else value(memory_format=self.order)
+        return type(value) is type(self.value) and repr(value) == repr(self.value)
 
 
 @dataclass(frozen=True)

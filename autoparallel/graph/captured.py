@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import nn
 
-from autoparallel.graph.attribute_read import ABSENT, AttributeRead, TensorRead
+from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
@@ -167,12 +167,7 @@ class Captured:
 
     def alike(self, inputs: Sequence[torch.Tensor]) -> bool:
         """Return whether the properties of inputs that the forward has read are as they were."""
-        for read in self.given:
-            value = getattr(inputs[read.number], read.name, ABSENT)
-            value = value() if callable(value) else value  # is_inference is a method
-            if type(value) is not type(read.value) or repr(value) != repr(read.value):
-                return False
-        return True
+        return all(read.holds(inputs[read.number]) for read in self.given)
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         """Return whether the program is right for tensors of these types and sizes, and gives a

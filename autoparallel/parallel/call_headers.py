@@ -5,24 +5,32 @@ hang, be ended by the library that communicates, or compute with parts of differ
 header is exchanged in every call, because the first calls do not tell of later ones. It is a
 checksum for each input and one for everything else; where numbers lie on a GPU they are not read,
 because that would wait for the device.
+
+On NCCL the hosts exchange it in a group of their own, on gloo. After the first calls they do not
+wait for it: the header of a call is looked at when the next one begins. A host runs ahead of its
+GPU, so that it is told of ranks that differ also where these wait for each other for ever.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
 import torch
+import torch.distributed as dist
 
 from autoparallel.errors import InputMismatchError
 from autoparallel.parallel.launch import communication_device
 from autoparallel.runtime.groups import Group, ProcessGroup
-from autoparallel.support.pytree import Skeleton, leaf_paths
+from autoparallel.support.pytree import Skeleton, flatten, leaf_paths
 from autoparallel.support.torch_private import in_function_transform
 
 __all__ = ["CallHeaders", "checksum"]
 
+_log = logging.getLogger(__name__)
 # Inputs that have a number of their own in the header; those after them share one.
 _INPUTS = 10
 # Elements of an input that are looked at: all of them, or every k-th, as other batches show.
@@ -54,13 +62,33 @@ def checksum(tensor: torch.Tensor) -> int:
     return crc32(sampled.view(torch.uint8).numpy().data)
 
 
-class CallHeaders:
-    """The ranks of one model compare a header at each call. group: all ranks. model: its class."""
+@dataclass
+class _Sent:
+    """A header that is on its way. row: this rank's. rows: get those of all ranks when `work` is
+    done. count, names: of the inputs.
+    """
 
-    def __init__(self, group: Group, model: str) -> None:
-        self.model = model
+    row: list[int]
+    rows: list[torch.Tensor]
+    work: Any
+    count: int
+    names: Sequence[str]
+
+
+class CallHeaders:
+    """The ranks of one model compare a header at each call.
+
+    group: all ranks. model: its class. awaited: in how many first calls a header is waited for on
+    NCCL.
+    """
+
+    def __init__(self, group: Group, model: str, awaited: int = 1) -> None:
+        self.model, self.awaited = model, awaited
         # On GPUs the numbers would wait for the work that is queued.
         self.on = isinstance(group, ProcessGroup) and communication_device() == "cpu"
+        other = isinstance(group, ProcessGroup) and not self.on
+        self.hosts = _hosts_of(group) if other else None
+        self.sent: _Sent | None = None
         self.group = group
         self.known: dict[Any, tuple[int, int]] = {}
 
@@ -80,7 +108,8 @@ class CallHeaders:
         none. names: the model's arguments. Raises InputMismatchError, on every rank, that says
         which ranks differ, and in what.
         """
-        if not self.on or torch.compiler.is_compiling() or in_function_transform():
+        off = not self.on and self.hosts is None
+        if off or torch.compiler.is_compiling() or in_function_transform():
             return
         key = (modes, skeleton, *[(each.shape, each.dtype) for each in inputs])
         if key not in self.known:
@@ -98,9 +127,60 @@ class CallHeaders:
             *(sums[:_INPUTS] + [0] * (_INPUTS - len(sums))),
             _text_sum(sums[_INPUTS:]) if len(sums) > _INPUTS else 0,
         ]
+        if self.hosts is not None:
+            self._send(row, len(inputs), names)
+            return
         rows = self.group.all_gather(torch.tensor(row)).tolist()
         if any(other != row for other in rows):
             self._refuse(rows, len(inputs), names)
+
+    def compare_results(self, result: Any) -> None:
+        """Compare what a call has returned that ran as Python, on all ranks. A collective call.
+
+        Each rank computes it by itself, and must come to the same. Raises InputMismatchError, on
+        every rank. Numbers on GPUs are not looked at.
+        """
+        if not self.on or torch.compiler.is_compiling() or in_function_transform():
+            return
+        tensors, _ = flatten(result)
+        whole = [each for each in tensors if type(each) is torch.Tensor]
+        row = [
+            _text_sum([(tuple(each.shape), str(each.dtype)) for each in whole]),
+            _text_sum([checksum(each) for each in whole]),
+        ]
+        rows = self.group.all_gather(torch.tensor(row)).tolist()
+        ranks = [str(rank) for rank, other in enumerate(rows) if other != rows[0]]
+        if ranks:
+            which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} and rank 0 differ"
+            raise InputMismatchError(
+                "the ranks have computed different results in Python",
+                where=f"rank {self.group.rank}, call of {self.model}: {which}",
+                why="a module that stays Python runs on every rank by itself. What it asks of a "
+                "clock, the system, a file or the process is not the same on all of them",
+                fix="draw numbers by torch or numpy; ask once, and send the answer to all ranks "
+                "(torch.distributed.broadcast), or pass it as an argument",
+            )
+
+    def _send(self, row: list[int], count: int, names: Sequence[str]) -> None:
+        """Look at the header of the call before, and send that of this one to the other hosts."""
+        self._settle()
+        mine = torch.tensor(row)
+        rows = [torch.empty_like(mine) for _ in range(self.group.world_size)]
+        work = dist.all_gather(rows, mine, group=self.hosts, async_op=True)
+        self.sent = _Sent(row, rows, work, count, names)
+        if self.awaited > 0:
+            self.awaited -= 1
+            self._settle()
+
+    def _settle(self) -> None:
+        """Raise InputMismatchError, on every rank, where the headers that were sent differ."""
+        sent, self.sent = self.sent, None
+        if sent is None:
+            return
+        sent.work.wait()
+        rows = [each.tolist() for each in sent.rows]
+        if any(other != sent.row for other in rows):
+            self._refuse(rows, sent.count, sent.names)
 
     def _refuse(self, rows: list[list[int]], count: int, names: Sequence[str]) -> None:
         """Raise InputMismatchError. rows: the headers of all ranks."""
@@ -133,6 +213,21 @@ class CallHeaders:
             fix="give every rank the same batch (seed the sampler alike), or switch the check "
             "off with check_inputs=0 where differences are meant",
         )
+
+
+def _hosts_of(group: Any) -> Any:
+    """Return a group of the same ranks that exchanges what their hosts know, None if there can be
+    none. A collective call.
+    """
+    try:
+        return dist.new_group(
+            dist.get_process_group_ranks(group.process_group),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+    except Exception as error:  # no way between the hosts but that of the GPUs, say
+        _log.warning("the ranks do not compare how they are called: no gloo group: %s", error)
+        return None
 
 
 def _form(inputs: Sequence[torch.Tensor], skeleton: Skeleton) -> Any:

@@ -187,7 +187,7 @@ def parallel_module(
     state = _become(module, "", tree, skeleton, parameters, plan)
     state.checks = checks
     if checks > 0:
-        tree.headers = CallHeaders(ranks.world, type(model).__name__)
+        tree.headers = CallHeaders(ranks.world, type(model).__name__, checks)
     if plan.captured is not None:
         add_entry(module, state, plan)
     _open(module, state)

@@ -19,6 +19,7 @@ from autoparallel.parallel.module_state import (
 from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.support.torch_private import (
     in_function_transform,
+    without_function_overrides,
 )
 
 __all__ = [
@@ -98,6 +99,10 @@ def run_python(
             else common_numbers(state.generator, state.ranks.world)
         )
         with tree.whole.shown(), common:
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
     finally:
         tree.depth -= 1
+    if tree.headers is not None:
+        with without_function_overrides():
+            tree.headers.compare_results(result)
+    return result

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from autoparallel.analysis.abstract_execution import Seen
@@ -38,6 +38,11 @@ MOST_ATTEMPTS = 8
 # The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
 # so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
+# So many limits between one that fits and one that does not are tried, and so many solutions of
+# each search are counted.
+_MOST_RAISES, _MOST_LOOKS = 3, 4
+# Limits that differ by less than this share are one.
+_EQUAL_LIMITS = 1e-2
 # What it takes to count a plan's memory, by the nodes of the graph.
 _SECONDS_PER_NODE = 1e-4
 
@@ -284,7 +289,7 @@ def _closest(
     scale = network.shares.ranks / network.shares.in_flight
     limit = (_allowed(network) - network.fixed_nbytes) * scale
     least: _Candidate | None = None
-    bound, price = -math.inf, 0.0
+    bound, price, above = -math.inf, 0.0, limit
     for attempt in range(MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
         last = attempt == MOST_ATTEMPTS - 1
@@ -307,12 +312,96 @@ def _closest(
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)
+        if over <= 0 and attempt and not last:
+            raised = _Raised(captured, model, network, solve, judge, candidate, above, bound)
+            return raised.run(lambda limit: network.problem(1.0, pins, limit), scale), bound
         if last or over <= 0:
             break
+        above = limit
         # The solution may use less than the limit: from there the excess is taken off.
         limit = min(limit, solution.usage) - over * scale
     assert least is not None
     return least, bound
+
+
+@dataclass
+class _Raised:
+    """The search for a cheaper plan than one that fits, where the limit was lowered by guess.
+
+    What keeps less than a tighter limit fits a looser one all the same, and by how much a limit has
+    to be lowered differs from plan to plan.
+    best: the cheapest plan that fits. above: a limit on what is counted by which no plan fitted.
+    bound: on the cost of all. Other fields: the arguments of `_closest`.
+    """
+
+    captured: Captured
+    model: str
+    network: CostNetwork
+    solve: NetworkSolver
+    judge: Judge
+    best: _Candidate
+    above: float
+    bound: float
+    seen: list[Solution] = field(default_factory=list)
+    scale: float = 1.0
+
+    def run(self, problem_of: Callable[[float], Problem], scale: float) -> _Candidate:
+        """Return the cheapest plan that fits: of those that were looked at, and within limits
+        between the one that fitted and the one that did not.
+        """
+        self.scale = scale
+        self.look(self.solve.known)
+        below = self.best.counted * scale
+        for _ in range(_MOST_RAISES):
+            if self.is_enough or self.above - below <= _EQUAL_LIMITS * self.above:
+                break
+            limit = (below + self.above) / 2
+            try:
+                found = self.solve.within(problem_of(limit))
+            except OverLimitError:
+                break
+            if found.cost >= self.best.plan.cost or self.look([found]):
+                below = limit
+            else:
+                self.above = found.usage
+            self.look(self.solve.known)
+        return self.best
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the best is near enough to the bound, or there is no time for more."""
+        cost = self.best.plan.cost
+        return cost - self.bound <= self.network.options.gap * abs(cost) or current().is_over
+
+    def look(self, solutions: Sequence[Solution]) -> bool:
+        """Take the cheapest of these solutions that fits, if it is cheaper than the best; return
+        whether one is.
+        """
+        cheaper = sorted(
+            (
+                one
+                for one in solutions
+                if one.cost < self.best.plan.cost and one.usage <= self.above
+                if not any(one is seen for seen in self.seen)
+            ),
+            key=lambda one: one.cost,
+        )
+        # The dearer ones need less; the cheapest that fits is found by halving.
+        first, last, fits = 0, len(cheaper), False
+        for _ in range(_MOST_LOOKS):
+            if first == last or self.is_enough:
+                break
+            middle = (first + last) // 2
+            solution = cheaper[middle]
+            self.seen.append(solution)
+            read, account = _read(self.captured, self.model, self.network, solution, self.judge)
+            if account.total <= _allowed(self.network):
+                plan = replace(read, memory_price=self.best.plan.memory_price)
+                self.best = _Candidate(plan, account, solution.usage / self.scale)
+                last, fits = middle, True
+            else:
+                first = middle + 1
+        return fits
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:

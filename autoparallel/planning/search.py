@@ -17,6 +17,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
+from autoparallel.planning.many_axes import narrowed
 from autoparallel.planning.memory_limit import Eased, plan_within, unlimited
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
@@ -79,7 +80,14 @@ def search(
     hardware = find_hardware(options.hardware)
     # Whether a limit plays a part is found without it.
     free = options if options.memory_limit is None else unlimited(options)
-    network = build_network(graph, mesh, hardware, free, stored, captured.part, shares)
+    asked = pins or options.constraints or product_weight or start or judge
+    few = None
+    if options.data_parallel and shares == WHOLE_MODEL and not asked:
+        few = narrowed(graph, mesh, hardware, options, stored, captured.part)
+    if few is not None:
+        network = few.network
+    else:
+        network = build_network(graph, mesh, hardware, free, stored, captured.part, shares)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     require_known(pins, captured.aliases)
     # Tied parameters are one node of the graph, under the first of their paths.
@@ -94,7 +102,8 @@ def search(
             )
     constrain(network, captured, pinned)
     if options.memory_limit is not None:
-        return plan_within(captured, model, network, options, pinned, start, beat, judge, eased)
+        plan = plan_within(captured, model, network, options, pinned, start, beat, judge, eased)
+        return plan if few is None else few.told(plan)
     # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None
     solve = NetworkSolver(network, begin)
@@ -114,7 +123,8 @@ def search(
             break
     assert best is not None
     weight, _, solution, problem = best
-    return _shortest(captured, model, network, solve, problem, solution, weight, beat)
+    plan = _shortest(captured, model, network, solve, problem, solution, weight, beat)
+    return plan if few is None else few.told(plan)
 
 
 def _shortest(

@@ -109,6 +109,7 @@ class _Snapshot(Watch):
         elif isinstance(value, types.FunctionType):
             for item in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
                 self.look(item, depth + 1)
+            self.box(vars(value), depth)
             for cell in value.__closure__ or ():
                 with contextlib.suppress(ValueError):  # an empty cell
                     self.look(cell.cell_contents, depth + 1)

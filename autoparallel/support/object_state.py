@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import random
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["moves_on", "own_attributes", "put_attribute", "random_state", "second_of"]
+__all__ = [
+    "contents_of",
+    "functions_in",
+    "moves_on",
+    "own_attributes",
+    "put_attribute",
+    "random_state",
+    "second_of",
+]
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
@@ -100,14 +110,58 @@ def _plain(state: Any) -> Any:
     return state.tolist() if hasattr(state, "tolist") else state
 
 
+def contents_of(function: types.FunctionType) -> tuple[Any, ...]:
+    """Return the variables of functions around a function that it refers to, as they are now.
+
+    >>> def counted(count):
+    ...     return lambda: count
+    >>> contents_of(counted(3))
+    (3,)
+    """
+    contents = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it has no value yet
+            contents.append(cell.cell_contents)
+    return tuple(contents)
+
+
+def functions_in(value: Any) -> Iterator[types.FunctionType]:
+    """Yield the Python functions in a value: a method, a property, or one under decorators.
+
+    >>> [function.__name__ for function in functions_in(functools.partial(random.shuffle))]
+    []
+    """
+    depth = 0
+    while value is not None and depth < 10:
+        depth += 1
+        if isinstance(value, property):
+            yield from functions_in(value.fget)
+            return
+        if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            value = value.__func__
+        elif isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, types.FunctionType):
+            yield value
+            # A decorated function keeps the one that it decorates.
+            value = getattr(value, "__wrapped__", None)
+        else:
+            return
+
+
 def moves_on(value: Any) -> bool:
-    """Return whether an object is an iterator, of which only the interpreter knows the position.
+    """Return whether an object is an iterator or a queue that only the interpreter looks into.
 
     >>> moves_on(iter([1])), moves_on([1])
     (True, False)
     """
     kind = type(value)
-    return hasattr(kind, "__next__") and not kind.__flags__ & _HEAP_TYPE
+    following = getattr(kind, "__next__", None)
+    if following is not None:
+        return not isinstance(following, types.FunctionType)
+    # What is put into a queue of C's comes out of it once.
+    written = (types.MethodDescriptorType, types.BuiltinMethodType)
+    return all(isinstance(vars(kind).get(name), written) for name in ("get", "put"))
 
 
 def second_of(value: Any) -> Any:

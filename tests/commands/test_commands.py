@@ -21,6 +21,7 @@ from autoparallel.errors import PlanError
 from autoparallel.exports.targets import TARGETS
 from autoparallel.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--layers", "1", "--batch", "2", "--sequence", "16", "--hardware", "dgx-a100"]
 BUILD = """

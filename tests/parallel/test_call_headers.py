@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from processes import run_processes
-from unlike_calls import calls
+from unlike_calls import calls, headers_of_hosts, results_of_python
 
 from autoparallel.parallel.call_headers import checksum
 
@@ -42,3 +42,19 @@ def test_samples_tell_of_the_end_of_a_large_input() -> None:
     assert checksum(x.to("meta")) == 0
     assert checksum(torch.tensor(True)) != checksum(torch.tensor(False))
     assert checksum(torch.ones(3, dtype=torch.bfloat16)) != 0
+
+
+def test_what_python_computes_must_be_the_same_on_all_ranks() -> None:
+    for rank, (unlike, alike) in enumerate(run_processes(results_of_python, 2, 2)):
+        assert "the ranks have computed different results in Python" in unlike
+        assert f"rank {rank}, call of Asking: rank 1 and rank 0 differ" in unlike
+        assert "asks time.perf_counter()" in alike
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_headers_between_hosts_are_looked_at_one_call_later(world_size: int) -> None:
+    """As on NCCL, where a call does not wait for them, but for the first ones."""
+    for said in run_processes(headers_of_hosts, world_size, world_size):
+        assert [bool(text) for text in said] == [True, False, False, True, False]
+        assert "the modes of modules" in said[0]
+        assert said[0] == said[3]

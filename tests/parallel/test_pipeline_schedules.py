@@ -12,6 +12,7 @@ from pipeline_models import MODELS, batch_of
 from processes import run_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
+from traces import traced_once
 
 import autoparallel
 from autoparallel.errors import PlanError
@@ -104,8 +105,9 @@ def planned(name: str) -> Plan:
 
 
 def plan_all() -> None:
-    for name in CASES:
-        planned(name)
+    with traced_once():
+        for name in CASES:
+            planned(name)
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -160,8 +162,9 @@ SPLIT: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
 
 def plan_split() -> None:
     CASES.update(SPLIT)
-    for name in SPLIT:
-        planned(name)
+    with traced_once():
+        for name in SPLIT:
+            planned(name)
 
 
 def on_four(rank: int) -> dict[str, Any]:

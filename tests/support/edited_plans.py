@@ -66,19 +66,23 @@ class Mixed(nn.Module):
 class Edited:
     """Plans of one model on one mesh, edited and tried.
 
-    counts: of what became of them.
+    options: of the planner. counts: of what became of them.
     """
 
     model: nn.Module
     inputs: Any
     mesh: Mesh
+    options: dict[str, Any] = field(default_factory=dict)
     GOOD: ClassVar = ("refused", "equal", "right")
 
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.plan = autoparallel.make_plan(
-            self.model, mesh=self.mesh, example_inputs=self.inputs, product_weight=1e6
+            self.model,
+            mesh=self.mesh,
+            example_inputs=self.inputs,
+            **(self.options or {"product_weight": 1e6}),
         )
         self.text = self.plan.to_json()
         self.traced: Captured | GraphBreaks = trace_model(

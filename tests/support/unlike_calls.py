@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel import call_headers
+from autoparallel.parallel.call_headers import CallHeaders
+from autoparallel.runtime.groups import ProcessGroup
+from autoparallel.support.pytree import flatten
 
-__all__ = ["calls"]
+__all__ = ["calls", "headers_of_hosts", "results_of_python"]
 
 
 class Scores(nn.Module):
@@ -58,4 +65,52 @@ def calls(rank: int, world_size: int) -> dict[str, str]:
     if hook is not None:
         hook.remove()
     tried("none", x)
+    return said
+
+
+class Asking(Scores):
+    """It asks the process, and multiplies by the answer if it is told to."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        begin = time.perf_counter()
+        y = super().forward(x)
+        self.spent = time.perf_counter() - begin
+        return y * os.getpid() if self.counts else y
+
+
+def results_of_python(rank: int, world_size: int) -> list[str]:
+    """Return what is said of two models that ask: one computes with the answer, one does not."""
+    said = []
+    for counts in (True, False):
+        torch.manual_seed(0)
+        x = torch.randn(4, 6)
+        model: Any = autoparallel.autoparallelize(Asking(counts), world_size, example_inputs=(x,))
+        try:
+            model(x)
+            said.append(model.plan.breaks[0].reason)
+        except AutoParallelError as error:
+            said.append(str(error))
+    return said
+
+
+def headers_of_hosts(rank: int, world_size: int) -> list[str]:
+    """Return what is said in each of five calls whose headers travel as on NCCL.
+
+    The last rank is in another mode in the first call, which is waited for, and in the third.
+    """
+    call_headers.communication_device = lambda: "cuda"  # type: ignore[assignment]
+    headers = CallHeaders(ProcessGroup(dist.group.WORLD), "Scores", awaited=1)
+    said = []
+    for number in range(5):
+        unlike = number in (0, 2) and rank == world_size - 1
+        inputs, skeleton = flatten({"x": torch.ones(2, 3)})
+        try:
+            headers.compare((not unlike,), inputs, skeleton, (), 0, ["x"])
+            said.append("")
+        except AutoParallelError as error:
+            said.append(str(error))
     return said

@@ -1,0 +1,250 @@
+"""What a forward asks outside of torch and the model: clocks, the system, files, its callers.
+
+The answer is another one in each call, or may be, and a trace has it as a constant. Such questions
+end in few functions of the interpreter, which are seen by a profile function while the forward is
+traced. That is slow, so that it is installed for models alone whose code has the names of something
+that may ask.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import random
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from autoparallel.errors import CaptureError
+from autoparallel.support.object_state import functions_in
+
+__all__ = ["OutsideAnswerError", "OutsideAnswers", "asking_code", "may_ask"]
+
+
+def _names(text: str) -> frozenset[str]:
+    """Return the words of a text."""
+    return frozenset(text.split())
+
+
+_CLOCKS = _names("time monotonic perf_counter process_time thread_time clock_gettime")
+_CLOCKS |= {f"{name}_ns" for name in _CLOCKS} | _names("localtime gmtime ctime asctime")
+_SYSTEM = _names("urandom getrandom getpid getppid times getloadavg getcwd open read")
+_SYSTEM |= _names("stat lstat fstat access listdir scandir readlink")
+_FILES = _names("open open_code")
+_FRAMES = _names("_getframe _current_frames getrefcount")
+_LIVING = _names("get_objects get_count get_referrers get_stats")
+_EXISTING = _names("exists isfile isdir getmtime getsize walk")
+_GENERATORS = _names("default_rng RandomState Generator SeedSequence PCG64 Philox SFC64")
+_ANY = frozenset[str]()
+# Methods that ask, of whatever object.
+_METHODS = _names("read_text read_bytes iterdir __subclasses__")
+# Functions of the interpreter by the module that they are of; _ANY stands for all of them.
+_ENDS: Mapping[str, frozenset[str]] = {
+    "time": _CLOCKS,
+    "datetime": _names("now utcnow today"),
+    "posix": _SYSTEM,
+    "_io": _FILES,
+    "io": _FILES,
+    "builtins": _names("input id __subclasses__"),
+    "sys": _FRAMES,
+    "gc": _LIVING,
+    **dict.fromkeys(("resource", "_uuid", "_posixsubprocess", "_socket"), _ANY),
+}
+# They count where the user's own code calls them: libraries do so for purposes of their own.
+_DIRECT = _names("id _getframe getrefcount read")
+# Python modules by which code asks, with the names that it then has.
+_WAYS: Mapping[str, frozenset[str]] = {
+    "time": _CLOCKS,
+    "datetime": _ENDS["datetime"],
+    "gc": _LIVING,
+    "sys": _FRAMES,
+    "os": _SYSTEM | _EXISTING,
+    "posix": _SYSTEM,
+    "genericpath": _EXISTING,
+    "io": _FILES,
+    "_io": _FILES,
+    "builtins": _names("open input id"),
+    "random": _names("Random SystemRandom"),
+    "inspect": _names("stack currentframe trace"),
+    "pathlib": _EXISTING | _SYSTEM | _METHODS,
+    "numpy": _GENERATORS | _names("load loadtxt genfromtxt fromfile memmap"),
+    **dict.fromkeys(("secrets", "uuid", "subprocess", "socket", "resource"), _ANY),
+    **dict.fromkeys(("tempfile", "glob"), _ANY),
+}
+# Methods that code calls without their names.
+_CALLED = ("__call__", "__getitem__", "__enter__", "__exit__", "__iter__")
+# Packages that ask for themselves, when a user's code calls them.
+_OTHERS = _names("torch autoparallel logging warnings importlib linecache traceback threading")
+_OTHERS |= _names("concurrent asyncio selectors copy weakref contextlib")
+
+
+def may_ask(names: Iterable[str], variables: Mapping[str, Any]) -> bool:
+    """Return whether code may ask, by what it has the names of. variables: its global ones.
+
+    >>> import time
+    >>> may_ask(("time", "monotonic"), {"time": time}), may_ask(("time", "sleep"), {"time": time})
+    (True, False)
+    """
+    known = frozenset(names)
+    if not known.isdisjoint(_METHODS):
+        return True
+    for name in known:
+        value = variables.get(name, getattr(builtins, name, sys.modules.get(name)))
+        if isinstance(value, types.ModuleType):
+            home, asked = value.__name__, known
+        else:
+            home, asked = getattr(value, "__module__", None) or "", frozenset([name])
+            asked |= {str(getattr(value, "__name__", ""))}
+            # Such as the class datetime, whose methods ask.
+            asked |= known if isinstance(value, type) and home in _ENDS else frozenset()
+        home = home if home in _WAYS else home.partition(".")[0]
+        if home in _WAYS and (not _WAYS[home] or not asked.isdisjoint(_WAYS[home])):
+            return True
+    return False
+
+
+def asking_code(
+    codes: Mapping[types.CodeType, Mapping[str, Any]],
+    helpers: Sequence[type],
+    kept: Iterable[Any] = (),
+) -> frozenset[types.CodeType]:
+    """Return all code, and that of methods which it may call, if any of it may ask; else none.
+
+    codes: with their global variables. helpers: classes of objects whose methods may be called.
+    kept: functions of other packages that may be called, too.
+
+    >>> asking_code({(lambda x: x + 1).__code__: {}}, ())
+    frozenset()
+    """
+    found = dict(codes)
+    names: set[str] = set()
+    todo = list(found.items())
+    while todo:
+        code, variables = todo.pop()
+        new = [name for name in (*code.co_names, *_CALLED) if name not in names]
+        names.update(new)
+        functions = [
+            function
+            for kind in helpers
+            for name in new
+            if (owner := next((each for each in kind.__mro__ if name in vars(each)), None))
+            for function in functions_in(vars(owner)[name])
+        ]
+        if code not in codes:  # of the others all are known that they call by name
+            home = _package(variables.get("__name__"))
+            called = [variables.get(name) for name in code.co_names]
+            functions += [
+                each
+                for each in called
+                if isinstance(each, types.FunctionType) and _package(each.__module__) == home
+            ]
+        inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
+        pairs = [(function.__code__, function.__globals__) for function in functions]
+        for other, around in (*pairs, *[(each, variables) for each in inner]):
+            if other not in found:
+                found[other] = around
+                todo.append((other, around))
+    asks = any(may_ask(code.co_names, variables) for code, variables in found.items())
+    asks = asks or any(may_ask((_name(each),), {_name(each): each}) for each in kept)
+    return frozenset(found) if asks else frozenset()
+
+
+def _name(function: Any) -> str:
+    """Return the name of a function."""
+    return str(getattr(function, "__name__", ""))
+
+
+def _package(module: Any) -> str:
+    """Return the name of the package that a Python module is in."""
+    return str(module).partition(".")[0]
+
+
+class OutsideAnswerError(CaptureError):
+    """A forward that asks for what is another thing in each call, or may be."""
+
+
+class OutsideAnswers:
+    """An OutsideAnswers object notes what a forward asks outside of torch and the model.
+
+    name: of the model. codes: the code of the user's functions, empty where none may ask. asked: by
+    the function's name the line that has asked.
+
+    >>> def clock():
+    ...     return time.monotonic()
+    >>> import time
+    >>> answers = OutsideAnswers("Clock", frozenset([clock.__code__]))
+    >>> with answers.installed():
+    ...     _ = clock()
+    >>> list(answers.asked)
+    ['time.monotonic()']
+    """
+
+    def __init__(self, name: str, codes: frozenset[types.CodeType]) -> None:
+        self.name, self.codes = name, codes
+        self.asked: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Note what this thread's code asks within."""
+        if not self.codes:
+            yield
+            return
+        if sys.getprofile() is not None:  # it is the user's, and cannot be shared
+            self.asked["a function that gives something else in each call"] = ""
+            yield
+            return
+        sys.setprofile(self._seen)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def refuse(self) -> None:
+        """Raise OutsideAnswerError where the forward has asked for something."""
+        if self.asked:
+            asked, where = next(iter(self.asked.items()))
+            raise OutsideAnswerError(
+                f"{self.name}.forward asks {asked}",
+                where=where,
+                why="the answer may be another one in the next call, and a graph would have that "
+                "of this one trace for ever",
+                fix="pass it as an argument, or ask in a module without parameters, which stays "
+                "Python",
+            )
+
+    def _seen(self, frame: types.FrameType, event: str, function: Any) -> None:
+        """Note the call of a function of the interpreter. function: the one that is called."""
+        if event != "c_call":
+            return
+        name, owner = function.__name__, getattr(function, "__self__", None)
+        home = function.__module__
+        if name == "__subclasses__":
+            home = "builtins"
+        elif home is None:
+            home = (owner if isinstance(owner, type) else type(owner)).__module__
+        ends = _ENDS.get(home)
+        if ends is None or (ends and name not in ends):
+            # A generator that is given no seed asks the system for one.
+            if name != "seed" or not isinstance(owner, random.Random) or _seed_of(frame):
+                return
+            home, name = "random", "Random"
+        asker = self._asker(frame, name in _DIRECT)
+        if asker is not None:
+            shown = {"posix": "os.", "_io": "", "io": "", "builtins": ""}.get(home, f"{home}.")
+            line = f"{asker.f_code.co_filename}:{asker.f_lineno}"
+            self.asked.setdefault(f"{shown}{name}()", line)
+
+    def _asker(self, frame: types.FrameType | None, direct: bool) -> types.FrameType | None:
+        """Return the frame of the user's code that asks, None where others do for themselves."""
+        while frame is not None and frame.f_code not in self.codes:
+            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if package in _OTHERS or (direct and package != "inspect"):
+                return None
+            frame = frame.f_back
+        return frame
+
+
+def _seed_of(frame: types.FrameType) -> bool:
+    """Return whether a call of Random.seed, by its frame, is given a seed."""
+    return frame.f_code.co_name != "seed" or frame.f_locals.get("a") is not None
