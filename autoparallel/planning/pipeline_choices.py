@@ -43,6 +43,8 @@ __all__ = [
 _PER_STAGE = 4
 # So many numbers of micro-batches are tried at most.
 _MOST_COUNTS = 12
+# More stages are no longer looked at after so many numbers of them that were worse.
+_MOST_WORSE = 2
 # Numbers of stages are looked at in steps of this factor first.
 _STEP = 1.6
 # Meshes of which the estimate is within this factor of the shortest are planned in full, and so
@@ -178,7 +180,7 @@ def _best_of_width(
 
     best: tuple[Estimate, Mesh] | None = None
     limit = options.memory_limit
-    place, least = -1, 0.0
+    place, least, worse = -1, 0.0, 0
 
     def look(number: int) -> bool:
         """Look at a place of the ladder; say whether it is the best so far."""
@@ -196,7 +198,8 @@ def _best_of_width(
         # What a stage holds goes down as their number goes up.
         over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
         least = pp * max(_STEP, over / _STEP)
-        if not look(number) or current().is_over:
+        worse = 0 if look(number) else worse + 1
+        if worse >= _MOST_WORSE or current().is_over:
             break
     for way in (-1, 1):
         while best is not None and 0 <= place + way < len(ladder) and not current().is_over:
