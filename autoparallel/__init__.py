@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         autoparallelize,
         make_plan,
         simulate,
-        trace_threads,
         traced_plan,
     )
     from autoparallel.errors import AutoParallelError
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from autoparallel.parallel.state_dicts import full_state_dict
     from autoparallel.placement import Invariant, Partial, Replicate, Shard
     from autoparallel.plan import Plan
+    from autoparallel.planning.model_threads import trace_threads
     from autoparallel.planning.predicted_step import timeline
     from autoparallel.questions.differences import compare
     from autoparallel.questions.explain import Explainer, explain
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from autoparallel.view.html.page import write_html
     from autoparallel.view.measured_step import measure_step
     from autoparallel.view.report import print_plan
+    from autoparallel.view.stages_svg import write_stages
     from autoparallel.view.threads_svg import write_threads
     from autoparallel.view.trace import write_trace
 
@@ -55,7 +56,7 @@ _HOMES = {
     "autoparallelize": "api",
     "make_plan": "api",
     "simulate": "api",
-    "trace_threads": "api",
+    "trace_threads": "planning.model_threads",
     "traced_plan": "api",
     "closed_forms": "analysis.closed_forms",
     "pipeline": "analysis.pipeline",
@@ -89,6 +90,7 @@ _HOMES = {
     "to_fx": "view.exports",
     "to_networkx": "view.exports",
     "write_html": "view.html.page",
+    "write_stages": "view.stages_svg",
     "write_svg": "view.dot",
     "write_threads": "view.threads_svg",
     "write_trace": "view.trace",
@@ -133,6 +135,7 @@ __all__ = [
     "trace_threads",
     "traced_plan",
     "write_html",
+    "write_stages",
     "write_svg",
     "write_threads",
     "write_trace",

@@ -13,12 +13,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from autoparallel.capture.example_inputs import find_example_inputs, split_example
+from autoparallel.capture.example_inputs import example_call
 from autoparallel.capture.global_reads import undisturbed
 from autoparallel.capture.refused_models import refuse_wrapped
-from autoparallel.errors import CaptureError, InputsNeededError, PlanError
-from autoparallel.graph.captured import Captured
-from autoparallel.graph.inert_calls import inert_calls
+from autoparallel.errors import InputsNeededError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.parallel.deferred import deferred
@@ -35,19 +33,14 @@ from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import fastest_plan, trace_model, with_graphs
 from autoparallel.planning.replan import Replanner
 from autoparallel.planning.request import make_options, possible_meshes, require_parameters
-from autoparallel.rules.lookup import known_rule
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.strategy.rule_matching import match_rules
 from autoparallel.support.arguments import MAKE_ONE, require_kind
-from autoparallel.support.pytree import leaf_paths
-from autoparallel.threads import Threads, find_threads
 
 __all__ = [
     "apply_plan",
     "autoparallelize",
     "make_plan",
     "simulate",
-    "trace_threads",
     "traced_plan",
 ]
 
@@ -141,7 +134,7 @@ def autoparallelize(
     place = join_mesh(meshes[0], devices) if devices is not None or local is not None else None
     try:
         with undisturbed(model):
-            args, kwargs = _example(model, example_inputs)
+            args, kwargs = example_call(model, example_inputs)
             if local is not None and place is not None:
                 inside_ranks = join_stages(*place)[0]
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, inside_ranks)
@@ -246,55 +239,9 @@ def make_plan(
     meshes = possible_meshes(world_size, axes, options)
     # Tracing runs the forward, which may write to buffers, attributes and random generators.
     with undisturbed(model):
-        args, kwargs = _example(model, example_inputs)
+        args, kwargs = example_call(model, example_inputs)
         traced = trace_model(model, args, kwargs, options)
         return fastest_plan(model, traced, meshes, options, pins, product_weight, start)
-
-
-def trace_threads(
-    model: nn.Module, *, example_inputs: Any = None, unknown_ops: str = "discover"
-) -> Threads:
-    """Return the threads of a model: every dim, followed through the dataflow. Nothing is planned.
-
-    model: any module; it is left as it is. example_inputs: as in make_plan. unknown_ops: of ops
-    that nobody wrote a rule for, "discover" tries how their dims hang together; with "replicate"
-    such an op ends what it reads and begins what it makes.
-    Raises InputsNeededError without example inputs, and CaptureError for a model that cannot be
-    traced whole, whose parts `make_plan` plans one by one: see `Plan.threads` for these.
-
-        >>> layers = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
-        >>> threads = trace_threads(layers, example_inputs=torch.ones(8, 64))
-        >>> [thread.name for thread in threads.threads]
-        ['feed-forward', 'features', 'features', 'batch']
-    """
-    refuse_wrapped(model)
-    options = Options(unknown_ops=unknown_ops)
-    with undisturbed(model):
-        args, kwargs = _example(model, example_inputs)
-        traced = trace_model(model, args, kwargs, options)
-    if not isinstance(traced, Captured):
-        raise CaptureError(
-            f"{type(model).__name__} cannot be traced whole",
-            why="\n".join(map(str, traced.breaks)),
-            fix="plan it: make_plan(model, ...).parts have threads each, part.plan.threads()",
-        )
-    graph = traced.graph
-    matched = match_rules(graph, inert_calls(graph), options, 2)
-    paths = leaf_paths(traced.inputs, "tensor")
-    inputs = [node.name for node in graph.nodes if node.kind == "input"]
-    return find_threads(
-        graph,
-        dict(zip(inputs, paths, strict=True)),
-        lambda call: matched[call.node.name].rule or known_rule(call),
-    )
-
-
-def _example(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return (args, kwargs) of the example inputs: the user's, else the model's own.
-
-    Raises InputsNeededError where there are none.
-    """
-    return split_example(find_example_inputs(model) if example_inputs is None else example_inputs)
 
 
 def apply_plan(
@@ -332,7 +279,7 @@ def apply_plan(
     ranks, devices = join_mesh(plan.whole_mesh, mesh)
     if not plan.is_traced:
         with undisturbed(model):
-            args, kwargs = _example(model, example_inputs)
+            args, kwargs = example_call(model, example_inputs)
             if local is not None:
                 inside_ranks = join_stages(ranks, devices)[0]
                 args, kwargs = local.gather(signature(model.forward), args, kwargs, inside_ranks)
@@ -357,7 +304,7 @@ def traced_plan(model: nn.Module, plan: Plan, *, example_inputs: Any = None) -> 
     if plan.is_traced:
         return plan
     with undisturbed(model):
-        args, kwargs = _example(model, example_inputs)
+        args, kwargs = example_call(model, example_inputs)
         plan = with_graphs(plan, trace_model(model, args, kwargs, plan.options))
     require_sound(plan, model)
     return plan
@@ -401,7 +348,7 @@ def simulate(
             fix="leave them out, or leave out the plan",
         )
     with undisturbed(model):
-        args, kwargs = _example(model, example_inputs)
+        args, kwargs = example_call(model, example_inputs)
         if plan is None:
             plan = make_plan(model, world_size, example_inputs=kwargs or args, **options)
         require_parameters(plan, model)

@@ -1,6 +1,7 @@
 """The commands in README and the documents are commands that there are, and they run.
 
-Those of README that need no launcher are run by tests/commands/test_commands.py.
+Those of README and docs/command_line.md that need no launcher are run, at a small size, by
+tests/commands/test_commands.py.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Net(torch.nn.Module):
         super().__init__()
         self.embedding, self.head = torch.nn.Embedding(1024, 32), torch.nn.Linear(32, 1024)
 
-    def forward(self, tokens, labels):
-        logits = self.head(self.embedding(tokens).relu())
+    def forward(self, input_ids, labels):
+        logits = self.head(self.embedding(input_ids).relu())
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 def build():
@@ -131,7 +132,8 @@ def run(folder: Path, *command: str) -> None:
     assert result.returncode == 0, (command, result.stderr)
 
 
-GUIDES = [path for path in DOCUMENTS if path != README and lines(path)]
+COMMAND_LINE = ROOT / "docs" / "command_line.md"
+GUIDES = [path for path in DOCUMENTS if path not in (README, COMMAND_LINE) and lines(path)]
 
 
 @pytest.mark.broad
@@ -148,13 +150,14 @@ def test_the_commands_of_the_guides_run(guide: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.broad
-def test_the_launched_commands_of_the_readme_run(tmp_path: Path) -> None:
+def test_the_launched_commands_of_the_command_line_run(tmp_path: Path) -> None:
     """On two processes, of a small model, and for two steps where they train."""
     (tmp_path / "my_module.py").write_text(MODULE)
     (tmp_path / "my_text.txt").write_text("def forward(self, x):\n    return x\n" * 2000)
     run(tmp_path, *"-m autoparallel plan my_module:build --world-size 2 -o plan.json".split())
-    launched = [line for line in lines(README) if line.startswith("torchrun")]
+    launched = [line for line in lines(COMMAND_LINE) if line.startswith("torchrun")]
     assert launched
+    assert not [line for line in lines(README) if line.startswith("torchrun")]
     for line in launched:
         small = ["--training.steps=2", "--model.layers=1", "--data.source=my_text.txt"]
         launch(tmp_path, line, *(small if " train " in line else []))
@@ -163,7 +166,7 @@ def test_the_launched_commands_of_the_readme_run(tmp_path: Path) -> None:
 @pytest.mark.broad
 def test_the_readmes_program_trains(tmp_path: Path) -> None:
     """With its imports, as a file of its own, on two processes; the model is small."""
-    first, training = (text for language, text in blocks(README)[:4] if language == "python")
+    first, training, *_ = [text for language, text in blocks(README) if language == "python"]
     imports = [line for line in first.splitlines() if line.startswith(("import", "from"))]
     code = "\n".join([*imports, training])
     for large, small in (("GPT2Config()", "GPT2Config(n_layer=1, n_embd=32, n_head=2)"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import sympy
@@ -12,6 +12,7 @@ from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.symbolic_sizes import Algebra
 from autoparallel.graph.graph import Graph
 from autoparallel.mesh import Mesh
+from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 
 __all__ = ["ActivationForms"]
@@ -22,20 +23,27 @@ _ITEMSIZES = (1, 2, 4, 8)
 class ActivationForms:
     """Closed forms of every storage that waits for the backward pass, in bytes on the busiest rank.
 
-    plan, graph: of one program. algebra: the symbols of its sizes. The plan's program is executed
-    abstractly as planned, and once more per symbol with that size doubled. A storage that grows by
+    plan, graph: of one program. algebra: the symbols of its sizes. received: see
+    AbstractExecution. The plan's program is executed abstractly as planned, and once more per
+    symbol with that size doubled. A storage that grows by
     2^p has the symbol to the power p.
 
     Example: `dict(ActivationForms(plan, graph, algebra).forms())`
     """
 
-    def __init__(self, plan: Plan, graph: Graph, algebra: Algebra) -> None:
-        self.plan, self.graph, self.algebra = plan, graph, algebra
+    def __init__(
+        self,
+        plan: Plan,
+        graph: Graph,
+        algebra: Algebra,
+        received: Mapping[str, Layout] | None = None,
+    ) -> None:
+        self.plan, self.graph, self.algebra, self.received = plan, graph, algebra, received
 
     def forms(self) -> Iterator[tuple[str, sympy.Expr]]:
         """Yield (name of the value or node that a storage is of, its bytes as an expression)."""
         plan, algebra = self.plan, self.algebra
-        storages = _saved_storages(self.graph, plan)
+        storages = _saved_storages(self.graph, plan, self.received)
         powers: dict[tuple[str, int], dict[sympy.Symbol, int]] = {key: {} for key in storages}
         for symbol in (*algebra.inputs, *algebra.axes):
             grown = self.doubled(symbol)
@@ -58,7 +66,7 @@ class ActivationForms:
             plan = replace(plan, mesh=Mesh(**dict(sizes)))
         else:
             graph = self.algebra.grown(graph, symbol, 2)
-        return _saved_storages(graph, plan)
+        return _saved_storages(graph, plan, self.received)
 
     def form(self, storage: Storage, powers: dict[sympy.Symbol, int]) -> sympy.Expr:
         """Return a monomial that equals the storage's bytes; by its dims' names where it is a
@@ -87,11 +95,13 @@ class ActivationForms:
         return monomial * (self.algebra.named(int(rest)) if rest.is_integer else rest)
 
 
-def _saved_storages(graph: Graph, plan: Plan) -> dict[tuple[str, int], Storage]:
+def _saved_storages(
+    graph: Graph, plan: Plan, received: Mapping[str, Layout] | None
+) -> dict[tuple[str, int], Storage]:
     """Return the storages that wait for the backward pass, by name and how many of that name come
     before.
     """
-    execution = AbstractExecution(graph, plan, plan.recomputed, remade=plan.remade)
+    execution = AbstractExecution(graph, plan, plan.recomputed, received, remade=plan.remade)
     storages: dict[tuple[str, int], Storage] = {}
     for number in Liveness(execution).saved:
         storage = execution.storages[number]

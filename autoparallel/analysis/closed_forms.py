@@ -30,6 +30,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Collective, Invariant, Layout, Shard
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.plan.kept_layouts import kept_layout
+from autoparallel.rewrite.stages import cut_plan
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.support.arguments import MAKE_ONE, require_kind
@@ -55,7 +56,6 @@ def closed_forms(
     (4*h**2/tp, 524288)
     """
     require_kind(plan, Plan, MAKE_ONE)
-    plan.refuse_stages("what a step takes in closed form")
     for size, name in (names or {}).items():
         if type(size) is not int or not isinstance(name, str):
             raise PlanError(
@@ -67,25 +67,78 @@ def closed_forms(
             why="the model is not traced whole" if plan.parts else "the plan was read from a text",
             fix="take those of the plans of its parts" if plan.parts else "plan in this process",
         )
-    return _Writer(
-        plan, with_larger_hints(plan.captured, plan.options.tokens), names, letters
-    ).write()
+    graph = with_larger_hints(plan.captured, plan.options.tokens)
+    if plan.pipeline is not None:
+        return _forms_of_stages(plan, graph, names, letters)
+    return _Writer(plan, graph, Algebra(graph, plan.mesh, names or {}, letters)).write()
+
+
+def _forms_of_stages(
+    plan: Plan, graph: Graph, names: Mapping[int, str] | None, letters: Sequence[str]
+) -> ClosedForms:
+    """Return the closed forms of a plan with stages: of each stage, those that are equal as one.
+
+    They are of a whole step: of all micro-batches, and of the activations of those in flight.
+    """
+    pipeline, captured = plan.pipeline, plan.captured
+    assert pipeline is not None
+    assert captured is not None
+    algebra = Algebra(graph, plan.mesh, names or {}, letters)
+    count = algebra.axes[0]
+    groups: dict[Any, list[str]] = {}
+    for stage in cut_plan(graph, plan):
+        own = replace(stage.plan, captured=replace(captured, graph=stage.graph))
+        writer = _Writer(own, stage.graph, algebra, stage.entering, pipeline.microbatches)
+        form = writer.write().total
+        held = pipeline.in_flight[stage.number] if pipeline.in_flight else pipeline.microbatches
+        last = stage.number == pipeline.stages - 1
+        handed_on = sum(
+            (
+                writer.nbytes(stage.graph.values[name], layout)
+                for name, layout in zip(stage.gives, own.outputs, strict=True)
+                if not last
+            ),
+            ZERO,
+        )
+        handed_back = sum(
+            (
+                writer.nbytes(stage.graph.values[name], stage.entering[name])
+                for name in stage.takes
+                if stage.graph.values[name].requires_grad
+            ),
+            ZERO,
+        )
+        form = replace(
+            form,
+            paths=(),
+            flops=form.flops * count,
+            backward_flops=form.backward_flops * count,
+            activations=form.activations * held,
+            handed_on=handed_on * count,
+            handed_back=handed_back * count,
+        )
+        groups.setdefault(form, []).append(f"stage {stage.number}")
+    forms = tuple(replace(form, paths=tuple(paths)) for form, paths in groups.items())
+    return ClosedForms(algebra, forms)
 
 
 class _Writer:
     """The state of writing one plan's forms: its ops, nodes, repeated blocks, and answers found
     before.
+
+    received: the layouts of inputs that another stage has computed. microbatches: of a step.
     """
 
     def __init__(
         self,
         plan: Plan,
         graph: Graph,
-        names: Mapping[int, str] | None,
-        letters: Sequence[str],
+        algebra: Algebra,
+        received: Mapping[str, Layout] | None = None,
+        microbatches: int = 1,
     ) -> None:
-        self.plan, self.graph = plan, graph
-        self.algebra = Algebra(graph, plan.mesh, names or {}, letters)
+        self.plan, self.graph, self.algebra = plan, graph, algebra
+        self.received, self.microbatches = received, microbatches
         self.repeats = find_repeats(graph)
         self.ops = {op.name: op for op in plan.ops}
         self.nodes = {node.name: node for node in graph.nodes}
@@ -133,17 +186,21 @@ class _Writer:
         for transfer in transfers(self.plan):
             axis = self.plan.mesh.axes[transfer.step.axis][0]
             nbytes = self.nbytes(self.graph.values[transfer.conversion.value], _seen(transfer))
-            yield (
-                self.home(transfer),
-                Sent(transfer.phase, axis, transfer.collective, nbytes, together=transfer.together),
+            row = Sent(
+                transfer.phase, axis, transfer.collective, nbytes, together=transfer.together
             )
+            # Parameters and their gradients are moved once a step.
+            kind = self.graph.producers[transfer.conversion.value].kind
+            times = 1 if kind == "parameter" else self.microbatches
+            yield self.home(transfer), replace(row, count=times)
         for op in self.plan.ops:
             for at, kernel in enumerate(op.kernels):
                 if kernel and self.algebra.sizes[at] > 1:
                     path, name = self.path(op.name), self.plan.mesh.axes[at][0]
                     times = 2 if op.name in self.recomputed else 1
                     for collective, nbytes in self.kernel_sends(op, at) * times:
-                        yield path, Sent("kernel", name, collective, nbytes, kernel)
+                        row = Sent("kernel", name, collective, nbytes, kernel)
+                        yield path, replace(row, count=self.microbatches)
 
     def home(self, transfer: Transfer) -> str:
         """Return the path of the module that makes the value or, where it is stored, that
@@ -244,7 +301,7 @@ class _Writer:
             path = self.path(parameter.name)
             for name, nbytes in self.stored(parameter, value):
                 yield path if readers[parameter.name] else "", name, nbytes
-        activations = ActivationForms(self.plan, self.graph, self.algebra)
+        activations = ActivationForms(self.plan, self.graph, self.algebra, self.received)
         for name, nbytes in activations.forms():
             maker = self.graph.producers.get(name)
             yield self.path(maker.name if maker is not None else name), "activations", nbytes
@@ -335,5 +392,6 @@ def _counted(rows: Iterable[Sent]) -> tuple[Sent, ...]:
     """Return rows that are alike as one, in the order of phases and then of first appearance."""
     counts: dict[Sent, int] = {}
     for row in rows:
-        counts[row] = counts.get(row, 0) + 1
+        key = replace(row, count=1)
+        counts[key] = counts.get(key, 0) + row.count
     return in_order_of_phases(replace(row, count=count) for row, count in counts.items())

@@ -12,7 +12,7 @@ from autoparallel.analysis.communication import PHASES
 from autoparallel.analysis.symbolic_sizes import Algebra
 from autoparallel.placement import Collective
 
-__all__ = ["AMOUNTS", "ZERO", "ClosedForms", "Form", "Sent", "in_order_of_phases"]
+__all__ = ["AMOUNTS", "HANDED", "ZERO", "ClosedForms", "Form", "Sent", "in_order_of_phases"]
 
 ZERO = sympy.Integer(0)
 _ORDER = (*PHASES, "kernel")
@@ -44,7 +44,8 @@ class Form:
     paths: of the modules for each of which they hold; ("",) for all that is in no repeated module.
     sent: its collectives. flops: of products in the forward pass. backward_flops: of products in
     the backward pass, those that are recomputed among them. The rest is in bytes; activations:
-    those of the forward pass that are saved for the backward pass.
+    those of the forward pass that are saved for the backward pass. handed_on, handed_back: what a
+    stage sends to the next one, and to the one before it.
     """
 
     paths: tuple[str, ...]
@@ -55,6 +56,8 @@ class Form:
     gradients: sympy.Expr
     optimizer_state: sympy.Expr
     activations: sympy.Expr
+    handed_on: sympy.Expr = ZERO
+    handed_back: sympy.Expr = ZERO
 
     @property
     def count(self) -> int:
@@ -68,6 +71,8 @@ class Form:
 
 
 AMOUNTS = ("flops", "backward_flops", "parameters", "gradients", "optimizer_state", "activations")
+# Those that plans with stages have besides.
+HANDED = ("handed_on", "handed_back")
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,8 @@ class ClosedForms:
     """The closed forms of a plan.
 
     algebra: the symbols, and the sizes that they stand for. forms: one per group of modules that
-    are alike, and one of the rest. `autoparallel.forms_text` prints them.
+    are alike, and one of the rest; of a plan with stages, one per group of stages that are alike,
+    for all micro-batches of a step. `autoparallel.forms_text` prints them.
     """
 
     algebra: Algebra
@@ -83,7 +89,7 @@ class ClosedForms:
 
     @cached_property
     def total(self) -> Form:
-        """The form of the whole model: the sum over all modules."""
+        """The form of the whole model: the sum over all modules, or one rank of each stage."""
         sent: dict[Sent, int] = {}
         for form in self.forms:
             for row in form.sent:
@@ -91,7 +97,7 @@ class ClosedForms:
                 sent[key] = sent.get(key, 0) + row.count * form.count
         sums = {
             name: sum((form.count * getattr(form, name) for form in self.forms), ZERO)
-            for name in AMOUNTS
+            for name in (*AMOUNTS, *HANDED)
         }
         paths = tuple(path for form in self.forms for path in form.paths)
         rows = tuple(replace(key, count=count) for key, count in sent.items())

@@ -14,7 +14,14 @@ from torch import nn
 
 from autoparallel.errors import CaptureError, InputsNeededError
 
-__all__ = ["as_given", "bind_inputs", "find_example_inputs", "split_example"]
+__all__ = [
+    "as_given",
+    "bind_inputs",
+    "described_signature",
+    "example_call",
+    "find_example_inputs",
+    "split_example",
+]
 
 
 def find_example_inputs(model: nn.Module) -> Any:
@@ -58,7 +65,7 @@ def bind_inputs(
     >>> bind_inputs(nn.Linear(4, 2), (1,), {}).arguments
     {'input': 1}
     """
-    signature, names, needed = _signature_of(model.forward)
+    signature, names, needed = described_signature(model.forward)
     # The same for arguments of the usual kind, in a third of the time: this is asked at each call.
     if names and len(args) <= len(names):
         arguments = dict(zip(names, args, strict=False))
@@ -81,24 +88,51 @@ def bind_inputs(
 _Signature = tuple[inspect.Signature, tuple[str, ...], frozenset[str]]
 
 
-def _signature_of(forward: Any) -> _Signature:
-    """Return the signature of a forward, which is asked for at every call of a parallel module.
+def described_signature(forward: Any) -> _Signature:
+    """Return the signature of a forward, with what is asked of it at every call.
 
-    That of a method is remembered while its function has the same defaults.
+    It is the same object while the forward is: that of a method is remembered while its function,
+    and all that it wraps, have the same code and defaults.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> described_signature(layer.forward) is described_signature(layer.forward)
+    True
     """
     function = getattr(forward, "__func__", None)
-    if type(forward) is not types.MethodType or type(function) is not types.FunctionType:
+    facts = _facts(function) if type(forward) is types.MethodType else None
+    if facts is None:
         return _described(inspect.signature(forward))
-    facts = (function.__code__, function.__defaults__, function.__kwdefaults__)
     known = _signatures.get(function)
-    # What names another signature, as a wrapper does, has it in its dictionary.
-    if known is not None and not function.__dict__ and all(map(operator.is_, facts, known[0])):
+    if (
+        known is not None
+        and len(facts) == len(known[0])
+        and all(map(operator.is_, facts, known[0]))
+    ):
         return known[1]
     signature = _described(inspect.signature(forward))
-    if not function.__dict__:
-        _signatures[function] = (facts, signature)
+    _signatures[function] = (facts, signature)
     return signature
 
+
+def _facts(function: Any) -> list[Any] | None:
+    """Return the objects that a function's signature follows from; None where others may count.
+
+    A function that wraps another one has the signature of that one.
+    """
+    facts: list[Any] = []
+    while type(function) is types.FunctionType:
+        own = function.__dict__
+        if "__signature__" in own or "__text_signature__" in own or len(facts) > _MOST_FACTS:
+            return None
+        facts += (function.__code__, function.__defaults__, function.__kwdefaults__)
+        if "__wrapped__" not in own:
+            return facts
+        function = own["__wrapped__"]
+    return None
+
+
+# So many facts about functions that wrap each other: a function may wrap itself.
+_MOST_FACTS = 64
 
 _signatures: weakref.WeakKeyDictionary[Any, tuple[Any, _Signature]] = weakref.WeakKeyDictionary()
 
@@ -115,6 +149,17 @@ def _parameters(signature: inspect.Signature) -> list[str]:
     """Return the parameters of a forward with defaults, without annotations: "labels=None"."""
     bare = (p.replace(annotation=p.empty) for p in signature.parameters.values())
     return [str(parameter) for parameter in bare]
+
+
+def example_call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (args, kwargs) of a call with the example inputs, the model's own where they are None.
+
+    Raises InputsNeededError where there are none.
+
+    >>> example_call(nn.Linear(4, 2), {"input": 1})
+    ((), {'input': 1})
+    """
+    return split_example(find_example_inputs(model) if example_inputs is None else example_inputs)
 
 
 def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -56,6 +56,7 @@ from autoparallel.support.torch_private import (
     expression_of,
     keeping_frames,
     remembering_fake_results,
+    without_tensor_metadata,
 )
 
 __all__ = ["Captured", "capture"]
@@ -288,8 +289,15 @@ def _exported(
     try:
         outer = wanted.outer
         kept = untouched(model, bound.arguments, *outer.objects.values())
-        framed = keeping_frames(files.__contains__, inside=traced_forward.__file__)
-        with quiet(), kept, outer.restored(), folding.installed(), remembers, framed:
+        with (
+            quiet(),
+            kept,
+            outer.restored(),
+            folding.installed(),
+            remembers,
+            without_tensor_metadata(),
+            keeping_frames(files.__contains__, inside=traced_forward.__file__),
+        ):
             flat = FlatForward(wanted, inputs, folding, held, twice, ran)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import nn
 
-from autoparallel.capture.autocast import casts_of
+from autoparallel.capture.autocast_regions import AutocastRegions
 from autoparallel.capture.block_calls import MARKS, OPAQUE
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.block_regions import Regions, base_of
@@ -22,15 +22,16 @@ from autoparallel.capture.custom_functions import function_op
 from autoparallel.capture.function_calls import FunctionCalls
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
+from autoparallel.capture.hit_loops import TURN
+from autoparallel.capture.hit_turns import HitTurns
 from autoparallel.errors import CaptureError
-from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value, map_leaves
+from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value
 from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.support.torch_private import (
     OpOverload,
     guards_of,
     hint_of,
     schema_of,
-    tree_leaves,
 )
 
 __all__ = ["Importer"]
@@ -45,8 +46,7 @@ class Importer:
     of each input, whether it needs a gradient.
 
     constants: the tensors that the forward makes from numbers, by the targets of their nodes.
-    guards: conditions on the inputs' sizes that the tracer took for granted. autocast: device and
-    type of the autocast region that is being translated, None outside of one.
+    guards: conditions on the inputs' sizes that the tracer took for granted.
 
     Example: `Importer(program, GraphBuilder(), model=model, ...).graph()`.
     """
@@ -66,9 +66,10 @@ class Importer:
         self.regions = Regions(folding, builder)
         self.checkpoints = CheckpointRegions(folding, builder)
         self.functions = FunctionCalls(builder)
+        self.turns = HitTurns(builder)
         self.constants: dict[str, torch.Tensor] = {}
         self.guards: tuple[sympy.Basic, ...] = ()
-        self.autocast: tuple[str, torch.dtype] | None = None
+        self.autocast = AutocastRegions(builder)
 
     def graph(self) -> Graph:
         """Return the verified graph, in canonical order.
@@ -126,6 +127,7 @@ class Importer:
                 )
         graph = Graph(tuple(self.builder.nodes), tuple(outputs), tuple(mutations))
         self.regions.check(graph)
+        self.turns.require_no_trace(graph)
         return in_canonical_order(graph.verify(), self.builder).verify()
 
     def attributes(self, signature: Any, module: Any) -> None:
@@ -232,6 +234,8 @@ class Importer:
             self.regions.mark(node, name)
         elif name == BRANCH:
             self.branch(node)
+        elif name == TURN:
+            self.turns.mark(node)
         elif name == BEGIN:
             self.checkpoints.begin(node)
         elif name == END:
@@ -294,8 +298,7 @@ class Importer:
                 builder.translated[node] = args[0]
                 return
             args = (*args[:2], 0, *args[3:]) if args[2:] and args[2] is None else args
-        if self.autocast is not None:
-            args, kwargs = self.cast(node, args, kwargs, grad)
+        args, kwargs = self.autocast.cast(node, args, kwargs, grad)
         function = function_op(name)
         if function is not None:
             args = self.functions.detached(node, function, args, grad)
@@ -346,56 +349,6 @@ class Importer:
         check = Node(name, "call", BRANCH_TAKEN, (result,), arguments, (), scope, line)
         builder.add(check, False, builder.origins.frames(node))
 
-    def cast(self, node: Any, args: Any, kwargs: Any, grad: bool) -> tuple[Any, Any]:
-        """Add explicit casts for those that autocast makes before a call.
-
-        node: the call, of the exported program. args, kwargs: as translated. Returns them with the
-        operands that are cast. Raises CaptureError where casts do not explain the call's types.
-        """
-        assert self.autocast is not None
-        device, dtype = self.autocast
-        examples = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda item: item.meta["val"])
-        casts: dict[int, torch.dtype] | None = None
-        devices = {
-            leaf.device.type for leaf in tree_leaves(examples) if isinstance(leaf, torch.Tensor)
-        }
-        if devices <= {device}:
-            with suppress(RuntimeError):
-                casts = casts_of(node.target, *examples, device, dtype)
-        if casts is None:
-            on = ", ".join(sorted(devices))
-            raise CaptureError(
-                f"what autocast does to {node.target} cannot be told",
-                where=self.builder.origins.where(node),
-                why=f"the region is for {device}, and the model is on {on}"
-                if devices != {device}
-                else "casts of its operands do not explain it, or it cannot be tried",
-                fix="cast explicitly, or run the whole model in the lower precision",
-            )
-        position = -1
-        origins, line = self.builder.origins, self.builder.origins.line(node)
-
-        def leaf(item: Any) -> Any:
-            """Return an argument of the call, cast where it is an operand that autocast casts."""
-            nonlocal position
-            if not isinstance(item, Ref):
-                return item
-            position += 1
-            value = self.builder.values[item.name]
-            if position not in casts or casts[position] == value.dtype:
-                return item
-            name, kind = self.builder.fresh(f"{item.name}_cast"), casts[position]
-            flows = grad and value.requires_grad
-            result = replace(value, name=name, dtype=kind, requires_grad=flows)
-            operands, scope = (item, kind), origins.scope(node)
-            cast = Node(name, "call", "aten.to.dtype", (result,), operands, (), scope, line)
-            self.builder.add(cast, grad, origins.frames(node))
-            # A cast to another type is no view, which `follow` could not know.
-            self.builder.writes[name] = ()
-            return Ref(name)
-
-        return map_leaves(leaf, args), map_leaves(leaf, kwargs)
-
     def inline(self, node: Any, name: str, grad: bool) -> None:
         """Translate a region without gradient or under autocast: its body joins the graph.
 
@@ -412,12 +365,13 @@ class Importer:
         holes = [item for item in body.graph.nodes if item.op == "placeholder"]
         for hole, operand in zip(holes, operands, strict=True):
             self.builder.translated[hole] = self.builder.leaf_all(operand)
-        # Regions may lie inside of others: behind the inner one the outer one goes on.
-        outer = self.autocast
-        if name == "wrap_with_autocast":
-            self.autocast = (node.args[0], node.args[1]) if enabled else None
-        self.builder.translated[node] = self.body(body, inner)
-        self.autocast = outer
+        region = (
+            self.autocast.entered(node.args[0], node.args[1], bool(enabled))
+            if name == "wrap_with_autocast"
+            else nullcontext()
+        )
+        with region:
+            self.builder.translated[node] = self.body(body, inner)
 
 
 # Checks of values, which a graph leaves out: they compute nothing.

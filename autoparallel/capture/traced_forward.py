@@ -29,6 +29,7 @@ from autoparallel.capture.example_inputs import as_given
 from autoparallel.capture.forward_contexts import unprinted
 from autoparallel.capture.global_reads import OuterVariables, global_reads
 from autoparallel.capture.held_tensors import HeldTensors, held_among
+from autoparallel.capture.hit_loops import HitLoops
 from autoparallel.capture.intricate_sizes import WatchedSizes
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.outside_answers import OutsideAnswers
@@ -227,7 +228,7 @@ class FlatForward(nn.Module):
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         with contextlib.ExitStack() as stack:
-            for mode in (*modes, self.tensors, answers.installed()):
+            for mode in (*modes, self.tensors, HitLoops(), answers.installed()):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))

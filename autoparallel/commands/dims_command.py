@@ -27,7 +27,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Print the dims, and the words that demands may have for them."""
-    from autoparallel.api import trace_threads
+    from autoparallel.planning.model_threads import trace_threads
 
     named = model_of(options)
     progress("tracing it")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoparallel.commands.asked_plan import add_model, add_request, planned
 from autoparallel.commands.command import Command, progress
-from autoparallel.support.written_files import check_folder, write_file
+from autoparallel.commands.plan_files import PLAN_ENDING, SHOWN, check_outputs, write_plan
 
 if TYPE_CHECKING:
     from autoparallel.plan import Plan
@@ -22,21 +22,28 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
     add_model(parser)
     add_request(parser)
-    parser.add_argument("-o", "--output", type=Path, help="write the plan, as plan.json")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        action="append",
+        default=[],
+        help=f"write the plan, which all other commands read (.json), {SHOWN}; may be given again",
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
 
 
 def _run(options: argparse.Namespace) -> int:
     """Make the plan, write it where that is asked for, and print the answer in short."""
-    if options.output is not None:
-        check_folder(options.output)
+    check_outputs(options.output, PLAN_ENDING)
     plan = planned(options)
-    if options.output is not None:
-        write_file(options.output, plan.to_json().encode())
-        progress(
-            f"written to {options.output}; autoparallel show {options.output} prints it all, and "
-            f"with -o {options.output.stem}.html makes a page of it"
-        )
+    for path in options.output:
+        write_plan(plan, path)
+        is_plan = path.suffix == PLAN_ENDING and not path.name.endswith(".trace.json")
+        more = f"; autoparallel show {path} prints it all" if is_plan else ""
+        if is_plan and len(options.output) == 1:
+            more += f", and with -o {path.stem}.html makes a page of it"
+        progress(f"written to {path}{more}")
     print(json.dumps(summary(plan), indent=1) if options.json else in_short(plan))
     return 0
 
@@ -99,7 +106,7 @@ PLAN = Command(
     "find the cheapest way to split a model over devices",
     (
         "autoparallel plan gpt3-175b --cluster dgx-a100 --nodes 8 --memory-limit 76GiB",
-        "autoparallel plan my_module:build --world-size 8 -o plan.json",
+        "autoparallel plan my_module:build --world-size 8 -o plan.json -o plan.html",
         "autoparallel plan hf:path/to/config.json --world-size 4 --hardware dgx-h100",
     ),
     _add_arguments,

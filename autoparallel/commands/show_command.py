@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from autoparallel.commands.asked_plan import model_again, read_plan
 from autoparallel.commands.command import Command, progress
-from autoparallel.errors import PlanError
-from autoparallel.support.written_files import check_folder, write_file
+from autoparallel.commands.plan_files import SHOWN, check_outputs, write_plan
 
 __all__ = ["SHOW"]
-
-_PAGES = "autoparallel.view.html"  # the package that writes pages, where there is one
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,23 +24,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="in place of the report, write a page to look into (.html), a picture (.svg, .png, "
-        ".dot), the report (.txt), or the step for ui.perfetto.dev (.trace.json); may be given "
-        "again",
+        help=f"in place of the report, write {SHOWN}; may be given again",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
     """Print the report, or write the files that are asked for."""
-    endings = [".svg", ".png", ".dot", ".txt", ".trace.json"]
-    if importlib.util.find_spec(_PAGES) is not None:
-        endings.append(".html")
-    for path in options.output:
-        if not path.name.endswith(tuple(endings)):
-            raise PlanError(
-                f"{path} has no ending that is known", fix=f"end in one of {', '.join(endings)}"
-            )
-        check_folder(path)
+    check_outputs(options.output)
     plan = read_plan(options.plan)
     # Reports are printed from the plan alone; pictures, steps and formulas need its graph.
     if options.formulas or any(path.suffix != ".txt" for path in options.output):
@@ -52,10 +38,8 @@ def _run(options: argparse.Namespace) -> int:
 
         named = model_again(plan)
         plan = traced_plan(named.model, plan, example_inputs=named.inputs)
-    if options.formulas:
-        plan.refuse_stages("a closed form")  # before the report, which tells of all else
     for path in options.output:
-        _write(plan, path)
+        write_plan(plan, path)
         progress(f"written to {path}")
     if options.json:
         print(plan.to_json(), end="")
@@ -69,25 +53,6 @@ def _run(options: argparse.Namespace) -> int:
 
         print(forms_text(closed_forms(plan), plan))
     return 0
-
-
-def _write(plan: object, path: Path) -> None:
-    """Write a file of the kind that its name says."""
-    from autoparallel.analysis.timeline import timeline
-    from autoparallel.plan import Plan
-    from autoparallel.view.dot import write_svg
-    from autoparallel.view.report import plan_text
-    from autoparallel.view.trace import write_trace
-
-    assert isinstance(plan, Plan)
-    if path.name.endswith(".trace.json"):
-        write_trace(timeline(plan), path)
-    elif path.suffix == ".html":
-        importlib.import_module("autoparallel.view.html.page").write_html(plan, path)
-    elif path.suffix == ".txt":
-        write_file(path, plan_text(plan).encode())
-    else:
-        write_svg(plan, path)
 
 
 SHOW = Command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "Example",
     "gradients_of",
     "make_example",
+    "program_of",
     "random_numbers",
     "run_by_strategy",
     "second_gradients_of",
@@ -61,6 +62,34 @@ class Example:
     def call(self) -> OpCall:
         """The call as a rule sees it."""
         return OpCall.of(self.graph, self.node)
+
+    @cached_property
+    def second_derivatives(
+        self,
+    ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor | None] | None]:
+        """Directions of the operands' gradients, by name, and the unsplit derivatives of the
+        gradients along them; None where torch has none.
+        """
+        # The same numbers in every process, so that a fault can be seen again.
+        generator = torch.Generator().manual_seed(0)
+        directions = {
+            name: random_numbers(whole.shape, generator, whole.dtype)
+            for name, whole in self.gradients.items()
+        }
+        alone = Strategy(
+            (_INVARIANT,) * len(self.node.operands()), (_INVARIANT,) * len(self.results)
+        )
+        tensors = {
+            name: tensor.clone().requires_grad_(name in self.gradients)
+            for name, tensor in self.tensors.items()
+        }
+        incoming = tuple(None if seed is None else seed.clone() for seed in self.seeds)
+        arguments = (self.graph, self.node, alone, SingleGroup(), tensors, self.extents)
+        try:
+            results = run_by_strategy(*arguments)
+            return directions, second_gradients_of(tensors, results, incoming, directions)
+        except RuntimeError:  # torch has no second derivative of this op
+            return directions, None
 
     def __str__(self) -> str:
         return str(self.node)
@@ -254,16 +283,17 @@ def storage_of(node: Node, strategy: Strategy) -> dict[str, Placement]:
     return placements
 
 
-def run_by_strategy(
+def program_of(
     graph: Graph,
     node: Node,
     strategy: Strategy,
     group: Group,
-    operands: Mapping[str, torch.Tensor],
-    extents: tuple[torch.Tensor, ...],
     rule: ShardingRule | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Return the results of the emitted program of one rank on its parts."""
+) -> Callable[[Mapping[str, torch.Tensor], tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    """Return the emitted program of one rank, as a function of the operands and extents.
+
+    Example: `program_of(graph, node, strategy, group)(operands, ())`.
+    """
     choice = OpChoice(
         node.name,
         node.target,
@@ -297,6 +327,25 @@ def run_by_strategy(
     )
     rules = None if rule is None else {node.name: rule}
     program = emit(graph, plan, one_axis(group), node.target, rules=rules)
-    leaves = [operands[path] for path in program.parameters]
-    results, _ = program.run(leaves, [], [], list(extents), torch.device("cpu"))
-    return tuple(results)
+
+    def run(
+        operands: Mapping[str, torch.Tensor], extents: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        leaves = [operands[path] for path in program.parameters]
+        results, _ = program.run(leaves, [], [], list(extents), torch.device("cpu"))
+        return tuple(results)
+
+    return run
+
+
+def run_by_strategy(
+    graph: Graph,
+    node: Node,
+    strategy: Strategy,
+    group: Group,
+    operands: Mapping[str, torch.Tensor],
+    extents: tuple[torch.Tensor, ...],
+    rule: ShardingRule | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Return the results of the emitted program of one rank on its parts."""
+    return program_of(graph, node, strategy, group, rule)(operands, extents)

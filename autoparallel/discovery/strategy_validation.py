@@ -7,7 +7,7 @@ runs. Nothing here depends on how a strategy was found: derived from a rule, or 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -16,18 +16,18 @@ import torch
 from autoparallel.discovery.example_calls import (
     Example,
     gradients_of,
+    program_of,
     random_numbers,
-    run_by_strategy,
     second_gradients_of,
     storage_of,
 )
 from autoparallel.graph.graph import Sym
-from autoparallel.placement import Invariant, Partial, Placement, Shard, divides_in_runs, gradient
+from autoparallel.placement import Partial, Placement, Shard, divides_in_runs, gradient
 from autoparallel.rules.loop_splits import LoopSplit, is_possible, own_split, tiles_of_piece
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.runtime.axis_parts import join_parts, keep_on_first, put_part, take_part
-from autoparallel.runtime.groups import LocalGroup, SingleGroup, thread_groups
+from autoparallel.runtime.groups import LocalGroup, thread_groups
 
 __all__ = [
     "derived",
@@ -196,14 +196,10 @@ def why_wrong(
         ]
     except TypeError as error:
         return str(error)
-    directions: dict[str, torch.Tensor] = {}
-    second: dict[str, torch.Tensor | None] | None = None
+    directions: Mapping[str, torch.Tensor] = {}
+    second: Mapping[str, torch.Tensor | None] | None = None
     if twice:
-        directions = {
-            name: random_numbers(whole.shape, generator, whole.dtype)
-            for name, whole in example.gradients.items()
-        }
-        second = _second_gradients(example, directions)
+        directions, second = example.second_derivatives
     sent = {
         name: part_of(direction, storage[name], world_size, generator)
         for name, direction in directions.items()
@@ -223,13 +219,13 @@ def why_wrong(
                 .requires_grad_(name in example.gradients)
                 for name, parts in leaves.items()
             }
-            arguments = (example.graph, example.node, strategy, group, mine, example.extents)
-            results = run_by_strategy(*arguments, rule)
+            program = program_of(example.graph, example.node, strategy, group, rule)
+            results = program(mine, example.extents)
             local_seeds = (parts[group.rank] for parts in seeds)
             incoming = tuple(None if part is None else part.clone() for part in local_seeds)
             returned[group.rank] = (results, gradients_of(mine, results, incoming))
             if second is not None:
-                again = run_by_strategy(*arguments, rule)
+                again = program(mine, example.extents)
                 along = {name: parts[group.rank].contiguous() for name, parts in sent.items()}
                 seconds[group.rank] = second_gradients_of(mine, again, incoming, along)
         except BaseException as error:
@@ -299,27 +295,6 @@ def why_wrong(
         if wrong:
             return f"second derivative by {name}: {wrong}"
     return ""
-
-
-def _second_gradients(
-    example: Example, directions: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor | None] | None:
-    """Return the unsplit derivatives of an op's gradients along `directions`; None where torch has
-    none.
-    """
-    alone = Strategy(
-        (Invariant(),) * len(example.node.operands()), (Invariant(),) * len(example.results)
-    )
-    tensors = {
-        name: tensor.clone().requires_grad_(name in example.gradients)
-        for name, tensor in example.tensors.items()
-    }
-    arguments = (example.graph, example.node, alone, SingleGroup(), tensors, example.extents)
-    incoming = tuple(None if seed is None else seed.clone() for seed in example.seeds)
-    try:
-        return second_gradients_of(tensors, run_by_strategy(*arguments), incoming, directions)
-    except RuntimeError:  # torch has no second derivative of this op
-        return None
 
 
 def difference(

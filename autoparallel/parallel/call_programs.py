@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from autoparallel.capture.branch_ways import Ways
-from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import AliasError, CaptureError, PlanError
 from autoparallel.graph.captured import Modes
 from autoparallel.graph.operators import BRANCH_TAKEN
@@ -26,7 +25,6 @@ from autoparallel.parallel.rank_agreement import (
 )
 from autoparallel.parallel.skeletons import own_forward, traceable
 from autoparallel.runtime.value_branches import OtherBranchError
-from autoparallel.support.pytree import flatten
 from autoparallel.support.torch_private import (
     saved_tensors_hooks_are_set,
     without_function_overrides,
@@ -78,8 +76,7 @@ def prepared(
     The ranks compare how they were called, and in the first calls all numbers of their inputs.
     Raises InputMismatchError where they differ.
     """
-    bound = bind_inputs(state.skeleton, args, kwargs)
-    inputs, skeleton = flatten(dict(bound.arguments))
+    names, inputs, skeleton = state.calls.flattened(state.skeleton, args, kwargs)
     surroundings = state.tree.surroundings()
     number = -1
     with without_function_overrides():
@@ -88,7 +85,6 @@ def prepared(
             if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):
                 number = index
                 break
-    names = list(bound.arguments)
     headers = None if state.tree.depth else state.tree.headers
     if headers is not None:
         parameters = state.tree.shape.parameters
@@ -109,11 +105,10 @@ def compared(state: State, modes: Modes, args: tuple[Any, ...], kwargs: Mapping[
     """
     headers = None if state.tree.depth else state.tree.headers
     if headers is not None:
-        bound = bind_inputs(state.skeleton, args, kwargs)
-        inputs, skeleton = flatten(dict(bound.arguments))
+        names, inputs, skeleton = state.calls.flattened(state.skeleton, args, kwargs)
         parameters = state.tree.shape.parameters
         with without_function_overrides():
-            headers.compare(modes, inputs, skeleton, parameters, _AS_PYTHON, list(bound.arguments))
+            headers.compare(modes, inputs, skeleton, parameters, _AS_PYTHON, names)
 
 
 def _new_entry(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -13,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from autoparallel.parallel.pending_gradients import add_pending, pending_layout, take_pending
 from autoparallel.parallel.split_tensor import GRADIENT, mark
 from autoparallel.placement import Layout, Shard
-from autoparallel.runtime.joint_moves import Reduction
+from autoparallel.runtime.joint_moves import Reduction, ReductionSteps
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.torch_private import (
     at_end_of_backward,
@@ -45,7 +47,7 @@ class GradientLayouts:
         self, shape: tuple[int, ...], produced: Layout, first: Layout, state: Layout, number: int
     ) -> None:
         self.shape, self.produced, self.first, self.state = shape, produced, first, state
-        self.waits, self.number = first != state, number
+        self.waits, self.number, self.elements = first != state, number, prod(shape)
         # Its sum over the ranks takes no less memory than what is summed: it may as well be taken
         # once for several backward passes. What a rank keeps but a part of is reduced at once.
         self.sums = self.waits and not any(
@@ -70,7 +72,7 @@ class _Waiting:
         self.nbytes = 0
         self.begun: list[tuple[list[tuple[GradientLayouts, Any]], Reduction]] = []
 
-    def begin(self, ranks: Ranks) -> None:
+    def begin(self, bucket: GradientBucket) -> None:
         """Begin the reduction of the items.
 
         Autograd finishes gradients of one op in any order; all ranks reduce them in the order in
@@ -78,14 +80,15 @@ class _Waiting:
         """
         items = sorted(self.items, key=lambda item: item[0].number)
         self.items, self.nbytes = [], 0
-        reduction = Reduction(
-            [grad for _, _, grad, _ in items],
-            [layout for _, _, _, layout in items],
-            [way.state for way, _, _, _ in items],
-            [way.shape for way, _, _, _ in items],
-            ranks,
-        )
+        ways = [item[0] for item in items]
+        steps = bucket.steps_of(ways, [item[3] for item in items])
+        shapes = [way.shape for way in ways]
+        reduction = Reduction([item[2] for item in items], steps, shapes, bucket.ranks)
         self.begun.append(([(way, parameter) for way, parameter, _, _ in items], reduction))
+
+
+# So many sets of gradients are remembered: a model that branches may have a new one in each step.
+_MOST_STEPS = 64
 
 
 class GradientBucket:
@@ -109,6 +112,24 @@ class GradientBucket:
         self.holds, self.held = False, dict[int, tuple[GradientLayouts, Any]]()
         # The backward pass that was last seen, and whether it adds to the `grad` of parameters.
         self.number, self.accumulates = -1, False
+        # How gradients are reduced that were reduced together before, by their numbers.
+        self.steps: dict[tuple[int, ...], ReductionSteps] = {}
+
+    def steps_of(
+        self, ways: Sequence[GradientLayouts], layouts: Sequence[Layout]
+    ) -> ReductionSteps:
+        """Return the steps from layouts to those of the finished gradients. ways: of each."""
+        numbers = tuple([way.number for way in ways])
+        steps = self.steps.get(numbers)
+        usual = all(map(operator.is_, layouts, [way.first for way in ways]))
+        if steps is None or not usual:
+            wanted = [way.state for way in ways]
+            steps = ReductionSteps.between(layouts, wanted, len(self.ranks.sizes))
+            if usual:
+                if len(self.steps) >= _MOST_STEPS:
+                    self.steps.clear()
+                self.steps[numbers] = steps
+        return steps
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the gradients that wait now, which belong to a backward pass."""
@@ -139,9 +160,9 @@ class GradientBucket:
             # Its hooks alone have it wait, which the other ranks may not have.
             return
         # Whole tensors are counted: the number is the same on all ranks, also where parts differ.
-        waiting.nbytes += prod(way.shape) * grad.element_size()
+        waiting.nbytes += way.elements * grad.element_size()
         if self.nbytes is not None and waiting.nbytes >= self.nbytes:
-            waiting.begin(self.ranks)
+            waiting.begin(self)
 
     def _hold(self, way: GradientLayouts, parameter: Any, grad: torch.Tensor, have: Layout) -> None:
         """Add a gradient, in a layout, to those of which the sum over the ranks is put off."""
@@ -167,7 +188,7 @@ class GradientBucket:
                     waiting.items.append((way, parameter, take_pending(parameter), layout))
             self.held = {}
         if waiting.items:
-            waiting.begin(self.ranks)
+            waiting.begin(self)
         begun, waiting.begun = waiting.begun, []
         totals: dict[int, tuple[GradientLayouts, Any, torch.Tensor]] = {}
         for parameters, reduction in begun:

@@ -37,6 +37,7 @@ from autoparallel.runtime.joint_moves import reduced
 from autoparallel.support.torch_private import (
     backward_pass,
     gradient_hooks_of,
+    is_returned,
     local_part,
     references_to,
     run_when_ready,
@@ -111,14 +112,15 @@ class GradientReturn(GradientLayouts):
         return local
 
     def bring(
-        self, ctx: Any, place: int, parameter: Any, grad: torch.Tensor, alone: tuple[int, int]
+        self, ctx: Any, node: Any, parameter: Any, grad: torch.Tensor, alone: tuple[int, int]
     ) -> torch.Tensor | None:
         """Return the gradient of the parameter; None where it is put into `grad`, now or at the end
         of the backward pass.
 
-        ctx: of the node, which the parameter is an operand of. place: among its operands. alone:
-        `references_to` a gradient there that nobody else holds. This is asked for every parameter
-        in every backward pass, and takes as few steps as it can.
+        ctx: of the node, which the parameter is an operand of. node: of the parameter, where it is
+        one of several operands, else None. alone: `references_to` a gradient there that nobody else
+        holds. This is asked for every parameter in every backward pass, and takes as few steps as
+        it can.
         """
         bucket, is_leaf = self.bucket, ctx.is_leaf
         if torch.is_grad_enabled():
@@ -137,14 +139,16 @@ class GradientReturn(GradientLayouts):
             and not grad.is_contiguous()
         ):
             grad = _laid_out(grad, parameter)
-        number = backward_pass()
         # A parameter that is no leaf, as torch.func.functional_call may put in place, has a way
         # of its own from there. A backward pass adds all gradients to `grad`, or, for
         # torch.autograd.grad, returns them all.
-        if ctx.is_together:
+        if node is not None:
             # What a pass wants of one of them says nothing of the others.
-            accumulates = will_accumulate(ctx.next_functions[place][0])
+            accumulates = will_accumulate(node)
+            if not accumulates and not is_returned(node):
+                return None
         else:
+            number = backward_pass()
             if number != bucket.number and is_leaf:
                 bucket.number = number
                 bucket.accumulates = will_accumulate(ctx.next_functions[0][0])
@@ -207,7 +211,6 @@ class _Local(torch.autograd.Function):
         """Return a tensor in the memory of `held`."""
         ctx.set_materialize_grads(False)
         ctx.parameter, ctx.is_leaf, ctx.way = parameter, parameter.is_leaf, way
-        ctx.is_together = False
         return held.detach()
 
     @staticmethod
@@ -216,7 +219,7 @@ class _Local(torch.autograd.Function):
         if grad is None:
             return None, None, None
         with without_function_overrides():
-            return ctx.way.bring(ctx, 0, ctx.parameter, grad, ctx.way.alone), None, None
+            return ctx.way.bring(ctx, None, ctx.parameter, grad, ctx.way.alone), None, None
 
 
 class _LocalTogether(torch.autograd.Function):
@@ -236,26 +239,30 @@ class _LocalTogether(torch.autograd.Function):
         """Return tensors in the memory of `held`."""
         ctx.set_materialize_grads(False)
         ctx.parameters, ctx.ways, ctx.alone = parameters, ways, alone
-        ctx.is_leaf = ctx.is_together = True
+        ctx.is_leaf = True
         return tuple([tensor.detach() for tensor in held])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         """Return the parameters' gradients, or see to it that they come."""
         brought: list[Any] = [None, None, None]
+        # Torch makes a tuple of all nodes each time that it is asked for them.
+        ways, parameters, nodes, alone = ctx.ways, ctx.parameters, ctx.next_functions, ctx.alone
         with without_function_overrides():
             for place, grad in enumerate(grads):
                 brought.append(
                     None
                     if grad is None
-                    else ctx.ways[place].bring(ctx, place, ctx.parameters[place], grad, ctx.alone)
+                    else ways[place].bring(ctx, nodes[place][0], parameters[place], grad, alone)
                 )
         return tuple(brought)
 
 
-# Parameters of at most so many bytes on a rank come together, in groups of at most so many: their
-# gradients wait for each other, and must not add to the memory of a step.
+# Parameters of at most so many bytes come together, in groups of at most so many: their gradients
+# wait for each other, and must not add to the memory of a step. Where the ranks exchange them, they
+# must not keep larger ones from being exchanged during the backward pass either.
 _SMALL_NBYTES, _TOGETHER_NBYTES = 2**16, 2**20
+_SMALL_WAITING_NBYTES, _WAITING_TOGETHER_NBYTES = 2**14, 2**17
 
 
 def local_together(
@@ -263,34 +270,52 @@ def local_together(
 ) -> dict[int, torch.Tensor]:
     """Return the local tensors of small parameters that one node makes for several, by place.
 
-    ways: of all parameters, None for those that are to stay by themselves, as all do whose
-    gradients the ranks exchange.
+    ways: of all parameters, None for those that are to stay by themselves.
     """
-    groups: list[list[int]] = [[]]
-    nbytes = 0
+    groups = _Groups(_TOGETHER_NBYTES), _Groups(_WAITING_TOGETHER_NBYTES)
     for place, way in enumerate(ways):
-        small = way is not None and held[place].nbytes <= _SMALL_NBYTES and way.is_trivial
-        if not small or not (parameters[place].requires_grad and parameters[place].is_leaf):
+        if way is None or not (parameters[place].requires_grad and parameters[place].is_leaf):
             continue
-        nbytes += held[place].nbytes
-        if nbytes > _TOGETHER_NBYTES:
-            groups.append([])
-            nbytes = held[place].nbytes
-        groups[-1].append(place)
+        if way.is_trivial:
+            if held[place].nbytes <= _SMALL_NBYTES:
+                groups[0].add(place, held[place].nbytes)
+        elif way.waits and way.first == way.produced:
+            # The whole is counted: all ranks must have the same groups, also of uneven parts.
+            nbytes = way.elements * held[place].element_size()
+            if nbytes <= _SMALL_WAITING_NBYTES:
+                groups[1].add(place, nbytes)
     made: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad():
-        for places in groups:
+        for places in (*groups[0].places, *groups[1].places):
+            together: Any = [ways[place] for place in places]
             if len(places) < 2:
                 continue
             locals_ = _LocalTogether.apply(
-                [ways[place] for place in places],
+                together,
                 _alone_together(),
                 [held[place] for place in places],
                 *(parameters[place] for place in places),
             )
-            run_when_ready(locals_[0])
+            # In an order that all ranks have in common, as of one by itself.
+            run_when_ready(locals_[0], 1 + min(way.number for way in together))
             made.update(zip(places, locals_, strict=True))
     return made
+
+
+class _Groups:
+    """Groups of places, each of at most so many bytes, or of one place."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.nbytes = most, 0
+        self.places: list[list[int]] = [[]]
+
+    def add(self, place: int, nbytes: int) -> None:
+        """Add a place to the last group, or to a new one where that is full."""
+        self.nbytes += nbytes
+        if self.nbytes > self.most:
+            self.places.append([])
+            self.nbytes = nbytes
+        self.places[-1].append(place)
 
 
 class _Counted:
@@ -302,7 +327,7 @@ class _Counted:
         self.references = self.alone = (0, 0)
 
     def bring(
-        self, ctx: Any, place: int, parameter: Any, grad: torch.Tensor, alone: tuple[int, int]
+        self, ctx: Any, node: Any, parameter: Any, grad: torch.Tensor, alone: tuple[int, int]
     ) -> None:
         """Note the count, in the same place as `GradientReturn.bring` does."""
         self.references = references_to(grad)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.parallel.gradient_return import local_together
 from autoparallel.parallel.parameters import LocalParameter
-from autoparallel.support.torch_private import local_part
+from autoparallel.support.torch_private import local_parts
 
 __all__ = ["LocalParameters"]
 
@@ -72,7 +72,7 @@ class LocalParameters:
         # What is a parameter itself needs no more than to be the same one.
         self.split = [each for each in parameters if isinstance(each, DTensor)]
         self.whole = [each for each in parameters if not isinstance(each, DTensor)]
-        self.parts = list(map(local_part, self.split))
+        self.parts = list(local_parts(self.split))
         self.facts = self._facts()
         return self.locals
 
@@ -81,7 +81,7 @@ class LocalParameters:
         return (
             self.parameters is not None
             and all(map(_SAME, parameters, self.parameters))
-            and all(map(_SAME, map(local_part, self.split), self.parts))
+            and all(map(_SAME, local_parts(self.split), self.parts))
             and self._facts() == self.facts
         )
 

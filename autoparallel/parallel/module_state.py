@@ -19,6 +19,7 @@ from autoparallel.graph.attribute_read import SIMPLE
 from autoparallel.graph.captured import Captured, Modes, Surroundings
 from autoparallel.graph.graph import Sym
 from autoparallel.parallel.call_headers import CallHeaders
+from autoparallel.parallel.flat_calls import FlatCalls
 from autoparallel.parallel.guards import Guards, equal, frozen
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
@@ -249,7 +250,7 @@ class State:
     by (modes, structure of the inputs). python: modes in which the module cannot be traced, and
     stays the user's Python. full: no more programs are made. warned: the user was told that hooks
     were registered in it. members: the module and all in it, from the first call on. hooks: those
-    inside of it, which programs leave out.
+    inside of it, which programs leave out. calls: what its calls look like.
     """
 
     path: str
@@ -262,6 +263,7 @@ class State:
     load_hook: Any
     plan: Plan | None
     entries: dict[tuple[Modes, Skeleton], list[Entry]] = field(default_factory=dict)
+    calls: FlatCalls = field(default_factory=FlatCalls)
     python: set[Modes] = field(default_factory=set)
     full: bool = False
     warned: bool = False

@@ -32,6 +32,8 @@ def note_stages(module: nn.Module, place: PipelinePlace) -> None:
 def pipelines_of(parameters: Iterable[Any]) -> list[PipelinePlace]:
     """Return the pipelines that parameters are of, each once, in their order."""
     places: dict[int, PipelinePlace] = {}
+    if not _known:
+        return []
     for parameter in parameters:
         place, _ = _known.get(parameter, (None, ""))
         if place is not None:

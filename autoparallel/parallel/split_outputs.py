@@ -11,7 +11,11 @@ from torch.distributed.tensor import DTensor
 from autoparallel.parallel.gradient_return import as_distributed
 from autoparallel.parallel.split_tensor import mark
 from autoparallel.placement import Layout, Shard
-from autoparallel.support.torch_private import distributed_tensor_like, placed_alike
+from autoparallel.support.torch_private import (
+    apply_directly,
+    distributed_tensor_like,
+    placed_alike,
+)
 
 __all__ = ["SplitOutputs"]
 
@@ -30,7 +34,7 @@ class SplitOutputs:
     """
 
     def __init__(self) -> None:
-        self.known: dict[tuple[Any, ...], DTensor] = {}
+        self.known: dict[tuple[Any, ...], tuple[Layout, DTensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return a state without what belongs to this process's mesh."""
@@ -45,17 +49,17 @@ class SplitOutputs:
         """
         if mesh is None:
             return output
-        key = (layout, shape, output.dtype, output.device)
-        like = self.known.get(key)
-        if like is not None:
-            result: torch.Tensor = _Outside.apply(output, like)
-            return mark(result)
+        # A layout goes by its identity, as to ask for its hash takes long.
+        key = (id(layout), shape, output.dtype, output.device)
+        known = self.known.get(key)
+        if known is not None and known[0] is layout:
+            return mark(_apply_outside(output, known[1]))
         if not any(isinstance(placement, Shard) for placement in layout):
             return output
         made = as_distributed(output, layout, shape, mesh)
         if len(self.known) >= _MOST:
             self.known.clear()
-        self.known[key] = distributed_tensor_like(output.detach().new_empty(0), made)
+        self.known[key] = (layout, distributed_tensor_like(output.detach().new_empty(0), made))
         return made
 
 
@@ -78,3 +82,6 @@ class _Outside(torch.autograd.Function):
         if not placed_alike(grad, ctx.like):
             grad = grad.redistribute(ctx.like.device_mesh, ctx.like.placements)
         return grad.to_local(), None
+
+
+_apply_outside = apply_directly(_Outside)

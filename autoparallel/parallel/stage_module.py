@@ -163,7 +163,10 @@ class StageModule(nn.Module):
             return outputs
         with_gradient = [output for output in outputs if output.requires_grad]
         joined = iter(_Joined.apply(anchor, *with_gradient) if with_gradient else ())
-        return tuple(next(joined) if output.requires_grad else output for output in outputs)
+        # Torch detaches all outputs in place, and no view can be, with a gradient or without.
+        return tuple(
+            next(joined) if output.requires_grad else output.detach() for output in outputs
+        )
 
     def returns(self, call: Any) -> tuple[torch.Tensor, ...]:
         """Return tensors without numbers that say what one micro-batch returns, at its longest."""

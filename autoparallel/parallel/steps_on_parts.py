@@ -22,6 +22,7 @@ from autoparallel.parallel.split_tensor import GRADIENT, cut_like, mark
 from autoparallel.support.torch_private import (
     distributed_tensor_like,
     local_part,
+    local_parts,
     placed_alike,
     without_function_overrides,
 )
@@ -165,7 +166,7 @@ class StepsOnParts:
                 len(now) == len(seen) and _alike(now, seen)
                 for now, seen in zip(params, self.seen, strict=True)
             )
-            and _alike(map(local_part, self.ours), self.held)
+            and _alike(local_parts(self.ours), self.held)
             and _alike(map(_TRAINED, self.ours), map(_TRAINED, self.whose))
             and all(map(operator.eq, map(_ADDRESS, self.held), map(_ADDRESS, self.whose)))
         )

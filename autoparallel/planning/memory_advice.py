@@ -63,6 +63,9 @@ def does_not_fit(
 
     def advised() -> MemoryLimitError:
         """Return the error that says how many ranks would do, which takes networks for more."""
+        if network.only is not None:
+            # A network of all states of still more ranks takes too long for an advice.
+            return error()
         if network.shares.ranks > 1:
             return error("use more stages or more ranks in each, or recompute more")
         fixed_nbytes = account.total - counted

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from autoparallel.analysis.abstract_execution import Seen
@@ -27,9 +27,10 @@ from autoparallel.strategy.cost_network import CostNetwork
 from planners import InfeasibleError, OverLimitError, Problem, Solution
 from planners.effort import current
 
-__all__ = ["MOST_ATTEMPTS", "plan_within", "unlimited"]
+__all__ = ["MOST_ATTEMPTS", "Eased", "plan_within", "unlimited"]
 
 Judge = Callable[[Plan], Account]
+Solver = Callable[[Problem], Solution]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
@@ -37,8 +38,42 @@ MOST_ATTEMPTS = 8
 # The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
 # so low that seconds, which break ties, are not lost in rounding.
 _SECONDS_PER_BYTE = 1e-3
+# So many limits between one that fits and one that does not are tried, and so many solutions of
+# each search are counted.
+_MOST_RAISES, _MOST_LOOKS = 3, 4
+# Limits that differ by less than this share are one.
+_EQUAL_LIMITS = 1e-2
 # What it takes to count a plan's memory, by the nodes of the graph.
 _SECONDS_PER_NODE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Eased:
+    """A way to keep less than the quickest plan does, found on a shorter model of the same blocks.
+
+    recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
+    optimizer's state are charged, as a share of the seconds of the quickest plan.
+    """
+
+    recompute: str
+    price: float
+
+    @property
+    def keeps_less(self) -> bool:
+        """Whether it is another way than that of the quickest plan."""
+        return self.recompute != "none" or self.price > 0
+
+    def solved(self, solve: Solver, problem: Problem, quickest: Solution) -> Solution:
+        """Return the solution of a problem, with these bytes charged. quickest: without.
+
+        Example: `Eased("full", 0.1).solved(solver, problem, solver(problem))`
+        """
+        if not self.price or not quickest.usage:
+            return quickest
+        price = self.price * quickest.cost / quickest.usage
+        priced = solve(problem.weighed(price))
+        bound = min(quickest.lower_bound, problem.cost(priced.assignment))
+        return Solution.of(problem, priced.assignment, priced.method, bound, price)
 
 
 @dataclass(frozen=True)
@@ -67,12 +102,15 @@ def plan_within(
     start: Plan | None = None,
     beat: float = math.inf,
     judge: Judge | None = None,
+    eased: Eased | None = None,
 ) -> Plan:
     """Return the plan of the shortest step that was found within the memory limit of the options.
 
     captured: the traced program. model: the name that the plan gives it. free: its cost network by
     `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
     judge: how the memory of a plan is counted; by default as that of the whole model on each rank.
+    eased: a way in which a plan is said to fit. On meshes of three axes, where searches within the
+    limit are by groups of states and take long, it is taken if it does.
 
     Nothing within a limit costs less than the best without one, where no copy is gathered again and
     no block recomputed. Where that fits, the limit is none. Else plans without a limit compete with
@@ -89,6 +127,14 @@ def plan_within(
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
     best = _solved(lambda: solve(problem))
+    if eased is not None and eased.keeps_less and solve.many and start is None:
+        plan = replace(_eased(captured, model, free, pins, eased), options=options)
+        account = judge(plan)
+        if account.total <= allowed:
+            bound = min(best.lower_bound, plan.cost)
+            rest = f"; blocks recomputed alike: {eased.recompute}"
+            rest += f"; bound without the limit by {best.method}"
+            return replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
 
     def fits(plan: Plan) -> bool:
         """Say whether a plan without a limit is within it."""
@@ -138,6 +184,24 @@ def plan_within(
     search.begin_with(Timed("", plan, solution, step, waits))
     found, _ = search.run()
     return found if found.memory else replace(told(found), memory_price=plan.memory_price)
+
+
+def _eased(
+    captured: Captured, model: str, free: CostNetwork, pins: Mapping[str, Layout], eased: Eased
+) -> Plan:
+    """Return the plan without a limit in which all blocks are recomputed alike, bytes charged.
+
+    free: the network by `unlimited` options.
+    """
+    network = free
+    if eased.recompute != free.options.recompute:
+        network = rebuilt(free, replace(free.options, recompute=eased.recompute))
+        constrain(network, captured)
+    solve, problem = NetworkSolver(network), network.problem(1.0, pins)
+    solution = eased.solved(solve, problem, _solved(lambda: solve(problem)))
+    plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
+    step, _ = step_and_waits(plan, network.hardware, network.shares.once)
+    return replace(plan, step_seconds=step, memory_price=solution.multiplier)
 
 
 def unlimited(options: Options) -> Options:
@@ -225,7 +289,7 @@ def _closest(
     scale = network.shares.ranks / network.shares.in_flight
     limit = (_allowed(network) - network.fixed_nbytes) * scale
     least: _Candidate | None = None
-    bound, price = -math.inf, 0.0
+    bound, price, above = -math.inf, 0.0, limit
     for attempt in range(MOST_ATTEMPTS):
         problem = network.problem(1.0, pins, limit)
         last = attempt == MOST_ATTEMPTS - 1
@@ -248,12 +312,96 @@ def _closest(
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - _allowed(network)
+        if over <= 0 and attempt and not last:
+            raised = _Raised(captured, model, network, solve, judge, candidate, above, bound)
+            return raised.run(lambda limit: network.problem(1.0, pins, limit), scale), bound
         if last or over <= 0:
             break
+        above = limit
         # The solution may use less than the limit: from there the excess is taken off.
         limit = min(limit, solution.usage) - over * scale
     assert least is not None
     return least, bound
+
+
+@dataclass
+class _Raised:
+    """The search for a cheaper plan than one that fits, where the limit was lowered by guess.
+
+    What keeps less than a tighter limit fits a looser one all the same, and by how much a limit has
+    to be lowered differs from plan to plan.
+    best: the cheapest plan that fits. above: a limit on what is counted by which no plan fitted.
+    bound: on the cost of all. Other fields: the arguments of `_closest`.
+    """
+
+    captured: Captured
+    model: str
+    network: CostNetwork
+    solve: NetworkSolver
+    judge: Judge
+    best: _Candidate
+    above: float
+    bound: float
+    seen: list[Solution] = field(default_factory=list)
+    scale: float = 1.0
+
+    def run(self, problem_of: Callable[[float], Problem], scale: float) -> _Candidate:
+        """Return the cheapest plan that fits: of those that were looked at, and within limits
+        between the one that fitted and the one that did not.
+        """
+        self.scale = scale
+        self.look(self.solve.known)
+        below = self.best.counted * scale
+        for _ in range(_MOST_RAISES):
+            if self.is_enough or self.above - below <= _EQUAL_LIMITS * self.above:
+                break
+            limit = (below + self.above) / 2
+            try:
+                found = self.solve.within(problem_of(limit))
+            except OverLimitError:
+                break
+            if found.cost >= self.best.plan.cost or self.look([found]):
+                below = limit
+            else:
+                self.above = found.usage
+            self.look(self.solve.known)
+        return self.best
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the best is near enough to the bound, or there is no time for more."""
+        cost = self.best.plan.cost
+        return cost - self.bound <= self.network.options.gap * abs(cost) or current().is_over
+
+    def look(self, solutions: Sequence[Solution]) -> bool:
+        """Take the cheapest of these solutions that fits, if it is cheaper than the best; return
+        whether one is.
+        """
+        cheaper = sorted(
+            (
+                one
+                for one in solutions
+                if one.cost < self.best.plan.cost and one.usage <= self.above
+                if not any(one is seen for seen in self.seen)
+            ),
+            key=lambda one: one.cost,
+        )
+        # The dearer ones need less; the cheapest that fits is found by halving.
+        first, last, fits = 0, len(cheaper), False
+        for _ in range(_MOST_LOOKS):
+            if first == last or self.is_enough:
+                break
+            middle = (first + last) // 2
+            solution = cheaper[middle]
+            self.seen.append(solution)
+            read, account = _read(self.captured, self.model, self.network, solution, self.judge)
+            if account.total <= _allowed(self.network):
+                plan = replace(read, memory_price=self.best.plan.memory_price)
+                self.best = _Candidate(plan, account, solution.usage / self.scale)
+                last, fits = middle, True
+            else:
+                first = middle + 1
+        return fits
 
 
 def _least(problem: Problem, solve: NetworkSolver) -> Solution:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autoparallel.strategy.cost_network import CostNetwork
 from planners import Problem, Solution, TooWideError, conditioning, exact
 from planners import coarsening as coarse
@@ -33,6 +36,8 @@ class NetworkSolver(ExactOrConditioned):
         self.is_wide = self.is_searching = False
         axes = sum(size > 1 for _, size in network.mesh.axes)
         self.several, self.many = axes > 1, axes > 2
+        # By mesh axis, the groups of states that differ on it alone; the same for all problems.
+        self.groupings: tuple[dict[str, NDArray[np.intp]], ...] | None = None
         # Solutions within limits, each of use within another one.
         self.known: list[Solution] = []
 
@@ -63,7 +68,9 @@ class NetworkSolver(ExactOrConditioned):
 
     def coarse(self, problem: Problem) -> Solution:
         """Solve by groups of states that differ on one mesh axis only."""
-        return coarse.solve(problem, self.network.groupings(), start=self.start)
+        if self.groupings is None:
+            self.groupings = self.network.groupings()
+        return coarse.solve(problem, self.groupings, start=self.start)
 
     @property
     def is_rough(self) -> bool:

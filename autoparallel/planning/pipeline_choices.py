@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from autoparallel.analysis.pipeline_walk import held
@@ -27,8 +27,10 @@ __all__ = [
     "batch_of",
     "best_mesh",
     "chosen_of",
+    "estimator_of",
     "in_parts",
     "is_even",
+    "likely_meshes",
     "microbatch_counts",
     "middle_of",
     "over_time",
@@ -41,8 +43,11 @@ __all__ = [
 _PER_STAGE = 4
 # So many numbers of micro-batches are tried at most.
 _MOST_COUNTS = 12
-# More stages are no longer looked at after so many numbers of them that were worse.
-_MOST_WORSE = 2
+# Numbers of stages are looked at in steps of this factor first.
+_STEP = 1.6
+# Meshes of which the estimate is within this factor of the shortest are planned in full, and so
+# many of them at most.
+_LIKELY, _MOST_LIKELY = 1.03, 2
 
 
 def best_mesh(captured: Captured, world_size: int, options: Options, beat: float) -> Mesh | None:
@@ -54,48 +59,150 @@ def best_mesh(captured: Captured, world_size: int, options: Options, beat: float
 
     Example: `best_mesh(captured, 64, Options(data_parallel=True), plan.step)`
     """
+    estimator = estimator_of(captured, options)
+    best = None if estimator is None else _with_stages(estimator, world_size, options)
+    if best is None or not _fits(best[0], options):
+        return None
+    return best[1] if best[0].seconds < beat else None
+
+
+def likely_meshes(
+    estimator: Estimator, meshes: Sequence[Mesh], options: Options
+) -> tuple[Mesh, ...] | None:
+    """Return those of many meshes, and one with stages, of which the shortest steps are estimated,
+    the shortest first; None where no estimate fits.
+
+    meshes: of the same number of ranks, without stages, in the order of their inner axes' sizes.
+    From the one of whole nodes on, larger and smaller ones are looked at as long as they are
+    better.
+
+    Example: `likely_meshes(estimator_of(captured, options), arrangements(1024, 8), options)`
+    """
+    found: list[tuple[Estimate, Mesh]] = []
+    alone = shares_of(1, 1, options)
+    limit = options.memory_limit
+    per_node = find_hardware(options.hardware).devices_per_node
+    inner = [dict(mesh.axes).get("tp", 1) for mesh in meshes]
+    middle = max(place for place, size in enumerate(inner) if size <= per_node)
+    nearest: Estimate | None = None
+    for way in (range(middle, len(meshes)), range(middle)[::-1]):
+        for place in way:
+            estimate = estimator.estimate(meshes[place], alone, 1)
+            if estimate is None:
+                continue
+            found.append((estimate, meshes[place]))
+            if nearest is not None and not is_better(estimate, nearest, limit):
+                break
+            nearest = estimate
+    staged = _with_stages(estimator, meshes[0].world_size, options)
+    found += [staged] if staged is not None else []
+    found = [each for each in found if _fits(each[0], options)]
+    if not found:
+        return None
+    found.sort(key=lambda each: each[0].seconds)
+    enough = found[0][0].seconds * _LIKELY
+    return tuple(mesh for estimate, mesh in found if estimate.seconds <= enough)[:_MOST_LIKELY]
+
+
+def estimator_of(captured: Captured, options: Options) -> Estimator | None:
+    """Return what estimates pipelines of a model; None where there can be none, or no estimates.
+
+    Example: `estimator_of(captured, Options(data_parallel=True))`
+    """
     try:
         refuse_pipeline(captured, options)
     except PlanError:
         return None
-    captured = in_parts(captured)
-    estimator = Estimator(captured, options)
-    if estimator.short is None:
-        return None
+    estimator = Estimator(in_parts(captured), options)
+    return None if estimator.short is None else estimator
+
+
+def _fits(estimate: Estimate, options: Options) -> bool:
+    """Return whether an estimated step is within the memory limit."""
+    return options.memory_limit is None or estimate.nbytes <= options.memory_limit
+
+
+def _with_stages(
+    estimator: Estimator, world_size: int, options: Options
+) -> tuple[Estimate, Mesh] | None:
+    """Return the best estimate of a mesh with stages, and that mesh; None where there is none."""
     per_node = find_hardware(options.hardware).devices_per_node
     limit = options.memory_limit
     best: tuple[Estimate, Mesh] | None = None
+    fewest = 2
     for tensor in _widths(world_size, per_node):
         ladder = [
             pp
-            for pp in range(2, estimator.blocks // options.stages_per_rank + 1)
+            for pp in range(fewest, estimator.blocks // options.stages_per_rank + 1)
             if world_size % (pp * tensor) == 0
         ]
-        of_width: tuple[Estimate, Mesh] | None = None
-        worse = 0
-        for pp in ladder:
+        of_width = _best_of_width(estimator, ladder, tensor, world_size, options)
+        if of_width is None:
+            continue
+        if best is not None and not is_better(of_width[0], best[0], limit):
+            # Narrower ones send more between fewer ranks still.
+            break
+        best = of_width
+        if limit is not None:
+            # Fewer ranks hold more of a stage each, which takes more stages.
+            fewest = dict(of_width[1].axes)[PIPELINE]
+        if current().is_over:
+            break
+    return best
+
+
+def _best_of_width(
+    estimator: Estimator, ladder: Sequence[int], tensor: int, world_size: int, options: Options
+) -> tuple[Estimate, Mesh] | None:
+    """Return the best estimate of so many ranks on the inner axis, and its mesh.
+
+    ladder: numbers of stages, in order. Every number that is about twice the one before it is
+    looked at as long as they are better, and then those beside the best.
+    """
+    tried: dict[int, tuple[Estimate, Mesh] | None] = {}
+
+    def at(pp: int) -> tuple[Estimate, Mesh] | None:
+        """Return the estimate for so many stages, and its mesh."""
+        if pp not in tried:
             data = world_size // (pp * tensor)
             axes = {"dp": data} if data > 1 else {}
             axes |= {"tp": tensor} if tensor > 1 or not axes else {}
             inside = Mesh(**axes)
             counts = [options.microbatches or 0]
             if not options.microbatches:
-                counts = [middle_of(microbatch_counts(captured.graph, pp, inside, options), pp)]
-            found = chosen_of(estimator, counts, pp, inside, options)
-            if found is None:
-                continue
-            mesh = Mesh(**{PIPELINE: pp}, **axes)
-            if of_width is None or is_better(found[0], of_width[0], limit):
-                of_width, worse = (found[0], mesh), 0
-            else:
-                worse += 1
-            if worse >= _MOST_WORSE or current().is_over:
+                graph = estimator.whole
+                counts = [middle_of(microbatch_counts(graph, pp, inside, options), pp)]
+            chosen = chosen_of(estimator, counts, pp, inside, options)
+            tried[pp] = None if chosen is None else (chosen[0], Mesh(**{PIPELINE: pp}, **axes))
+        return tried[pp]
+
+    best: tuple[Estimate, Mesh] | None = None
+    limit = options.memory_limit
+    place, least = -1, 0.0
+
+    def look(number: int) -> bool:
+        """Look at a place of the ladder; say whether it is the best so far."""
+        nonlocal best, place
+        found = at(ladder[number])
+        better = found is not None and (best is None or is_better(found[0], best[0], limit))
+        if better:
+            best, place = found, number
+        return better
+
+    for number, pp in enumerate(ladder):
+        if pp < least:
+            continue
+        found = at(pp)
+        # What a stage holds goes down as their number goes up.
+        over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
+        least = pp * max(_STEP, over / _STEP)
+        if not look(number) or current().is_over:
+            break
+    for way in (-1, 1):
+        while best is not None and 0 <= place + way < len(ladder) and not current().is_over:
+            if ladder[place + way] in tried or not look(place + way):
                 break
-        if of_width is not None and (best is None or is_better(of_width[0], best[0], limit)):
-            best = of_width
-    if best is None or (limit is not None and best[0].nbytes > limit):
-        return None
-    return best[1] if best[0].seconds < beat else None
+    return best
 
 
 def _widths(world_size: int, per_node: int) -> list[int]:

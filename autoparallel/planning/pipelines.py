@@ -22,6 +22,7 @@ from autoparallel.options import SCHEDULES, Options
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning.coupled_batches import coupled_call
+from autoparallel.planning.memory_limit import Eased
 from autoparallel.planning.pipeline_choices import (
     batch_of,
     chosen_of,
@@ -89,13 +90,14 @@ def pipeline_plan(
     stored: Mapping[str, Layout] | None = None,
     holders: Mapping[str, Collection[int]] | None = None,
     pins: Mapping[str, Layout] | None = None,
+    estimator: Estimator | None = None,
 ) -> Plan:
     """Return the plan of a traced model on a mesh with stages, of the shortest predicted step.
 
     model: the name that the plan gives it. stored: the layouts, by path, in which the ranks of a
     stage have parameters already, and holders: the places on the axis of stages that have each.
     Without them both are chosen. pins: layouts, by path, that parameters are to have on the mesh of
-    the ranks of a stage.
+    the ranks of a stage. estimator: of this model, which knows some estimates already.
     Raises PlanError where micro-batches cannot be computed one after the other, and where the model
     cannot be cut into so many stages, MemoryLimitError where no stages fit, and the errors of
     `search`.
@@ -127,9 +129,12 @@ def pipeline_plan(
         )
     if stored is not None and asked is not None and batch_of(captured.graph) == 1:
         asked = 1  # a call of a planned model with one row, which no number of others can share
-    request = _Request(captured, model, ranks, inside, options, stored, holders, pins)
+    request = _Request(captured, model, ranks, inside, options, stored, holders, pins, estimator)
     if asked is not None:
-        return request.planned(asked)
+        found = None
+        if options.memory_limit is not None and stored is None:
+            found = request.estimated([asked])
+        return request.planned(asked, None if found is None else found[1])
     return request.best()
 
 
@@ -150,7 +155,9 @@ class _Request:
         stored: Mapping[str, Layout] | None,
         holders: Mapping[str, Collection[int]] | None,
         pins: Mapping[str, Layout] | None,
+        estimator: Estimator | None,
     ) -> None:
+        self.estimator = estimator
         self.captured, self.model, self.ranks, self.inside = captured, model, ranks, inside
         self.options, self.stored, self.holders, self.pins = options, stored, holders, pins
         # With the sizes for which the plan is made.
@@ -164,10 +171,11 @@ class _Request:
         are tried as long as they are better. As one micro-batch, everything can be computed.
         """
         counts = microbatch_counts(self.captured.graph, self.ranks, self.inside, self.options)
-        chosen = None if self.stored is not None else self.estimated(counts)
-        if chosen is not None:
+        estimated = None if self.stored is not None else self.estimated(counts)
+        if estimated is not None:
+            chosen, eased = estimated
             try:
-                return self.planned(chosen)
+                return self.planned(chosen, eased)
             except CoupledBatchError:
                 return self.planned(1)
             except MemoryLimitError:
@@ -217,18 +225,18 @@ class _Request:
             raise failed
         return best
 
-    def estimated(self, counts: list[int]) -> int | None:
-        """Return which of these numbers of micro-batches has the shortest step, by an estimate;
-        None where there is none.
+    def estimated(self, counts: list[int]) -> tuple[int, Eased] | None:
+        """Return which of these numbers of micro-batches has the shortest step, by an estimate, and
+        how its plan fits; None where there is none.
         """
-        estimator = Estimator(self.captured, self.options)
+        estimator = self.estimator or Estimator(self.captured, self.options)
         if estimator.short is None:
             return None
         best = chosen_of(estimator, counts, self.ranks, self.inside, self.options, self.pins)
-        return None if best is None else best[1]
+        return None if best is None else (best[1], best[0].eased)
 
-    def planned(self, count: int) -> Plan:
-        """Return the plan for so many micro-batches.
+    def planned(self, count: int, eased: Eased | None = None) -> Plan:
+        """Return the plan for so many micro-batches. eased: as of `search`.
 
         Raises CoupledBatchError where the batch cannot be computed in so many parts.
         """
@@ -257,6 +265,7 @@ class _Request:
                 pins=pins,
                 shares=shares,
                 judge=judge,
+                eased=eased,
             )
         except (CoupledBatchError, MemoryLimitError):
             raise

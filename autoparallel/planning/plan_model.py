@@ -21,7 +21,8 @@ from autoparallel.mesh import PIPELINE, Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.pipeline_choices import best_mesh, in_parts
+from autoparallel.planning.pipeline_choices import best_mesh, estimator_of, in_parts, likely_meshes
+from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.planning_progress import planning_progress
 from autoparallel.planning.request import require_clear, require_known
@@ -33,6 +34,9 @@ from autoparallel.rules.lookup import find_rule
 from planners.effort import Effort, current, effort
 
 __all__ = ["fastest_plan", "trace_model", "with_graphs"]
+
+# Of more meshes than these, those are planned in full that estimates say are quickest.
+_MOST_IN_FULL = 6
 
 
 def trace_model(
@@ -87,10 +91,24 @@ def fastest_plan(
         )
         most = math.inf if options.seconds is None else options.seconds
         with effort(Effort(most, can_stop=alone, report=report)):
-            best, errors = _fastest(model, traced, meshes, options, pins, product_weight, start)
-            # Stages are tried last: they have to be better than what needs no micro-batches.
             free = stages and len(meshes) > 1 and not (pins or product_weight or start)
-            if free and isinstance(traced, Captured) and not current().is_over:
+            estimator: Estimator | None = None
+            likely: tuple[Mesh, ...] | None = None
+            if free and isinstance(traced, Captured) and len(meshes) > _MOST_IN_FULL:
+                estimator = estimator_of(traced, options)
+                likely = None if estimator is None else likely_meshes(estimator, meshes, options)
+            chosen = meshes if likely is None else likely
+            best, errors = _fastest(
+                model, traced, chosen, options, pins, product_weight, start, estimator
+            )
+            if likely is not None and best is not None:
+                left = len([mesh for mesh in meshes if mesh not in likely])
+                left_out = f"; {left} of {len(meshes)} meshes left out by estimates"
+                best = replace(best, method=best.method + left_out)
+            elif likely is not None:
+                best, errors = _fastest(model, traced, meshes, options, pins, product_weight, start)
+            # Stages are tried last: they have to be better than what needs no micro-batches.
+            elif free and isinstance(traced, Captured) and not current().is_over:
                 world_size = meshes[0].world_size
                 best = _or_with_stages(best, errors, model, traced, world_size, options)
             if best is None:
@@ -106,10 +124,11 @@ def _fastest(
     pins: Mapping[str, Layout | Placement] | None,
     product_weight: float | None,
     start: Plan | None,
+    estimator: Estimator | None = None,
 ) -> tuple[Plan | None, list[PlanError]]:
     """Return the fastest plan of all meshes, None where there is none, and the others' errors.
 
-    Arguments as of `fastest_plan`.
+    Arguments as of `fastest_plan`. estimator: as of `pipeline_plan`.
     """
     best: Plan | None = None
     errors: list[PlanError] = []
@@ -120,7 +139,9 @@ def _fastest(
             # A plan to begin with is of one mesh; for the other meshes there is none.
             begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None
             beat = best.step if best else math.inf
-            plan = _search(model, traced, mesh, options, pins, product_weight, begin, beat)
+            plan = _search(
+                model, traced, mesh, options, pins, product_weight, begin, beat, estimator
+            )
         # One mesh may have no plan, as where heads do not divide, and another one may.
         except PlanError as error:
             errors.append(error)
@@ -143,7 +164,8 @@ def _fastest(
         # that are demanded, and searches within a limit, are of the axes there are.
         if not waiting and best is not None and len(meshes) > 1 and mesh in meshes:
             devices = find_hardware(options.hardware).devices_per_node
-            third = None if pins or options.memory_limit else finer(best.mesh, devices)
+            fixed = pins or options.memory_limit or best.pipeline is not None
+            third = None if fixed else finer(best.mesh, devices)
             waiting += [third] if third is not None else []
     return best, errors
 
@@ -201,10 +223,11 @@ def _search(
     product_weight: float | None = None,
     start: Plan | None = None,
     beat: float = math.inf,
+    estimator: Estimator | None = None,
 ) -> Plan:
     """Search for the best plan on one mesh.
 
-    beat: the step of the best plan on another mesh, in seconds.
+    beat: the step of the best plan on another mesh, in seconds. estimator: as of `pipeline_plan`.
 
     Raises PlanError for pins that do not fit the mesh, and for demands that a model in parts cannot
     heed, because each part is planned by itself.
@@ -227,7 +250,7 @@ def _search(
                 fix=f"give one placement for each of {', '.join(axes)}",
             )
     if is_pipeline(mesh):
-        return _with_stages(model, traced, mesh, options, layouts, product_weight, start)
+        return _with_stages(model, traced, mesh, options, layouts, product_weight, start, estimator)
     if isinstance(traced, GraphBreaks):
         asked = [name for name in ("memory_limit", "constraints") if getattr(options, name)]
         asked += ["start"] * (start is not None)
@@ -251,8 +274,9 @@ def _with_stages(
     pins: Mapping[str, Layout],
     product_weight: float | None,
     start: Plan | None,
+    estimator: Estimator | None,
 ) -> Plan:
-    """Return the plan of a model on a mesh with stages.
+    """Return the plan of a model on a mesh with stages. estimator: as of `pipeline_plan`.
 
     Raises PlanError for a model in parts, and for demands that such a plan cannot heed.
     """
@@ -271,7 +295,8 @@ def _with_stages(
             fix="leave it out, or leave pp out of the mesh",
         )
     require_known(pins, traced.aliases)
-    return pipeline_plan(traced, type(model).__name__, mesh, options, pins=pins)
+    name = type(model).__name__
+    return pipeline_plan(traced, name, mesh, options, pins=pins, estimator=estimator)
 
 
 def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:

@@ -17,7 +17,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.memory_limit import plan_within, unlimited
+from autoparallel.planning.many_axes import narrowed
+from autoparallel.planning.memory_limit import Eased, plan_within, unlimited
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
 from autoparallel.planning.solution_to_plan import (
@@ -57,6 +58,7 @@ def search(
     beat: float = math.inf,
     shares: StageShares = WHOLE_MODEL,
     judge: Callable[[Plan], Account] | None = None,
+    eased: Eased | None = None,
 ) -> Plan:
     """Return the plan of the shortest predicted step of one traced program on one mesh.
 
@@ -65,7 +67,7 @@ def search(
     plan of the same program and mesh to begin with; the result takes no longer. beat: a longer step
     than this, in seconds, is of no use: the search for a shorter one ends where none can be.
     shares: what a micro-batch of a pipeline bears, on a mesh with an axis of micro-batches; seconds
-    are then those of one of them on all stages. judge: see `plan_within`.
+    are then those of one of them on all stages. judge, eased: see `plan_within`.
     product_weight: what a second of matrix products counts in the cost. By default it is 1 with
     data parallelism; without it, a model too small to be worth splitting is split all the same:
     products are weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of
@@ -78,7 +80,14 @@ def search(
     hardware = find_hardware(options.hardware)
     # Whether a limit plays a part is found without it.
     free = options if options.memory_limit is None else unlimited(options)
-    network = build_network(graph, mesh, hardware, free, stored, captured.part, shares)
+    asked = pins or options.constraints or product_weight or start or judge
+    few = None
+    if options.data_parallel and shares == WHOLE_MODEL and not asked:
+        few = narrowed(graph, mesh, hardware, options, stored, captured.part)
+    if few is not None:
+        network = few.network
+    else:
+        network = build_network(graph, mesh, hardware, free, stored, captured.part, shares)
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     require_known(pins, captured.aliases)
     # Tied parameters are one node of the graph, under the first of their paths.
@@ -93,7 +102,8 @@ def search(
             )
     constrain(network, captured, pinned)
     if options.memory_limit is not None:
-        return plan_within(captured, model, network, options, pinned, start, beat, judge)
+        plan = plan_within(captured, model, network, options, pinned, start, beat, judge, eased)
+        return plan if few is None else few.told(plan)
     # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None
     solve = NetworkSolver(network, begin)
@@ -113,7 +123,8 @@ def search(
             break
     assert best is not None
     weight, _, solution, problem = best
-    return _shortest(captured, model, network, solve, problem, solution, weight, beat)
+    plan = _shortest(captured, model, network, solve, problem, solution, weight, beat)
+    return plan if few is None else few.told(plan)
 
 
 def _shortest(

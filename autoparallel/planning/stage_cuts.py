@@ -11,13 +11,15 @@ from autoparallel.analysis.pipeline import send_seconds
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
 from autoparallel.analysis.pipeline_walk import most_held
 from autoparallel.analysis.stage_memory import memory_of_pipeline
-from autoparallel.analysis.timeline import passes_of_stage
+from autoparallel.analysis.timeline import StagePasses, passes_of_stage
 from autoparallel.cost.hardware import Hardware, find_hardware
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.size_hints import with_larger_hints
+from autoparallel.mesh import MICROBATCH
+from autoparallel.parallel.pipeline_schedules import joins_weights_once
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.planning.stage_work import NEAR, StageWork, fewer_places
 from autoparallel.rewrite.stages import Stage, cut_plan
@@ -127,11 +129,14 @@ def _told(
         + (send_seconds(tied[stage.number], link) if tied[stage.number] else 0.0)
         for stage, each in zip(stages, passes, strict=True)
     ]
+    alone = all(size == 1 for name, size in plan.mesh.axes if name != MICROBATCH)
     pipeline = replace(
         pipeline,
         seconds=tuple(each.forward + each.backward for each in passes),
         forward_seconds=tuple(each.forward for each in passes),
-        weight_seconds=tuple(each.weights for each in passes),
+        weight_seconds=tuple(
+            _put_off(stage, each, alone) for stage, each in zip(stages, passes, strict=True)
+        ),
         once_seconds=tuple(once),
         back_nbytes=tuple(int(_back(stage, sizes)) for stage in stages),
     )
@@ -146,6 +151,18 @@ def _told(
         device_nbytes=0,
         memory=(),
     )
+
+
+def _put_off(stage: Stage, passes: StagePasses, alone: bool) -> float:
+    """Return the seconds of a backward pass that a schedule may put off, as the stage is run.
+
+    alone: it has one rank. Stages that cannot go back in halves put off nothing; those of which
+    nothing that comes in has a gradient put off everything.
+    """
+    if not (alone and joins_weights_once(stage)):
+        return 0.0
+    back = any(stage.graph.values[name].requires_grad for name in stage.takes)
+    return passes.weights if back else passes.backward
 
 
 def _gathers(stages: Sequence[Stage], passes: Sequence[Any]) -> float:

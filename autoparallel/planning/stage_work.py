@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.abstract_execution import AbstractExecution
+from autoparallel.analysis.abstract_execution import AbstractExecution, Seen
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory_account import resident
 from autoparallel.cost.op_costs import nbytes
@@ -127,10 +127,12 @@ class StageWork:
             owners.append(able)
         return owners
 
-    def bytes_of(self, microbatches: int, activations: bool = True) -> StageBytes:
+    def bytes_of(
+        self, microbatches: int, activations: bool = True, seen: Seen | None = None
+    ) -> StageBytes:
         """Return the bytes that ops bring to a stage. microbatches: for each of which there is a
         buffer of what comes in, and of its gradient. activations: whether to count those, which
-        takes longest.
+        takes longest. seen: as of AbstractExecution.
         """
         count = len(self.names)
         stays, kept = np.zeros(count), np.zeros(count)
@@ -147,7 +149,7 @@ class StageWork:
         if not activations:
             return StageBytes(stays, kept, buffers, tuple(twice), 0.0)
         walk = AbstractExecution(
-            self.graph, self.plan, self.plan.recomputed, remade=self.plan.remade
+            self.graph, self.plan, self.plan.recomputed, seen=seen, remade=self.plan.remade
         )
         liveness = Liveness(walk)
         place = 0

@@ -69,7 +69,14 @@ def why_whole(network: CostNetwork, node: Node, added: Mapping[str, float]) -> s
     """
     if network.world_size == 1:
         return "there is one rank"
-    if node.kind == "parameter":
+    if network.only is not None:
+        # Of a network of few states, it is the candidates that tell what could be.
+        every = network.splits.values()
+        if node.kind == "parameter":
+            could = any(splits.shards[node.result.name] for splits in every)
+        else:
+            could = any(splits.tiles.get(node.name) for splits in every)
+    elif node.kind == "parameter":
         choices = network.storages[node.name]
         could = any(isinstance(p, Shard) for choice in choices for p in choice.state)
     else:

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Node
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
@@ -24,6 +23,7 @@ from autoparallel.questions.differences import (
 from autoparallel.questions.explanation import Alternative, Explanation
 from autoparallel.questions.forcing import Forcing
 from autoparallel.questions.subjects import find_subject
+from autoparallel.rewrite.stages import stages_of_calls
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 from autoparallel.view.words import Words
 
@@ -33,6 +33,17 @@ __all__ = ["Alternative", "Explainer", "Explanation", "explain"]
 # tells the costs of all.
 _TOLD = 4
 _SOLVED = 2
+
+
+def stages_of_ops(plan: Plan) -> dict[str, str]:
+    """Return which stage computes each op of a plan with stages, in words; empty for another.
+
+    Example: `stages_of_ops(plan)["linear_3"]` is "stage 1 of 2"
+    """
+    if plan.pipeline is None or plan.captured is None:
+        return {}
+    places = stages_of_calls(plan.captured.graph, plan.pipeline.starts)
+    return {name: f"stage {stage} of {plan.pipeline.stages}" for name, stage in places.items()}
 
 
 def explain(plan: Plan, subject: str, *, why_not: str = "", search: bool = False) -> Explanation:
@@ -46,6 +57,8 @@ def explain(plan: Plan, subject: str, *, why_not: str = "", search: bool = False
     search: under a memory limit, each alternative is told with bytes charged at the price at which
     the plan's own search has ended, and with a bound on its cost within the limit. True looks for
     its best plan within the limit, which takes as long as planning.
+    Of a plan with stages, costs are those of one micro-batch on all stages, and each alternative is
+    cut into stages anew, so that what its step would take is told.
     For many questions about one plan, `Explainer` shares the work.
 
         >>> import autoparallel, torch
@@ -76,10 +89,11 @@ class Explainer:
 
     def __init__(self, plan: Plan) -> None:
         require_kind(plan, Plan, MAKE_ONE)
-        plan.refuse_stages("an explanation")
-        self.plan = plan
         self.forcing = Forcing(plan)
-        self.words = Words(plan)
+        # Of a plan with stages, decisions are those of one micro-batch on all of them.
+        self.plan, self.step = self.forcing.plan, plan.step_seconds
+        self.stages = stages_of_ops(plan)
+        self.words = Words(self.plan)
         self.search = False
 
     def explain(self, subject: str, *, why_not: str = "", search: bool = False) -> Explanation:
@@ -112,9 +126,9 @@ class Explainer:
             seconds = choice.seconds if isinstance(choice, OpChoice) else 0.0
         text = choice_text(self.words, choice)
         price = 0.0 if search else self.forcing.price
-        return Explanation(
-            self.plan, about, kind, text, seconds, tuple(alternatives[:_TOLD]), asked, price
-        )
+        shown = tuple(alternatives[:_TOLD])
+        stage = self.stages.get(choice.name, "") if isinstance(choice, OpChoice) else ""
+        return Explanation(self.plan, about, kind, text, seconds, shown, asked, price, stage)
 
     def _product_of(self, parameter: ParameterChoice) -> OpChoice | ParameterChoice:
         """Return the product that reads a parameter; itself where there is none."""
@@ -212,10 +226,12 @@ class Explainer:
 
     def _added_step(self, plan: Plan) -> float:
         """Return what another plan's step takes longer, NaN where this one's is not known."""
-        if not self.plan.step_seconds or self.plan.product_weight != 1.0:
+        if not self.step or self.plan.product_weight != 1.0:
             return math.nan
-        step, _ = step_and_waits(plan, self.forcing.network.hardware)
-        return step - self.plan.step_seconds
+        try:
+            return self.forcing.step_of(plan) - self.step
+        except PlanError:  # it cannot be cut into so many stages
+            return math.inf
 
 
 def _chain(plan: Plan, start: str, rows: tuple[Difference, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from autoparallel.mesh import MICROBATCH
 from autoparallel.plan import OpChoice, ParameterChoice, Plan
 from autoparallel.questions.differences import Difference, difference_lines, signed
 from autoparallel.questions.subjects import Subject
@@ -52,7 +53,8 @@ class Explanation:
     in words. seconds: what it takes of a step by itself. alternatives: the cheapest first. asked:
     the one that was asked for by why_not. price: the seconds that a byte is charged in the costs of
     the alternatives, in place of a memory limit; 0 where there is none, and where they were
-    searched within it.
+    searched within it. stage: of an op of a plan with stages, the one that computes it, in words.
+    Seconds of such a plan are those of one micro-batch on all stages; steps are whole ones.
     """
 
     plan: Plan
@@ -63,6 +65,7 @@ class Explanation:
     alternatives: tuple[Alternative, ...]
     asked: Alternative | None = None
     price: float = 0.0
+    stage: str = ""
 
     def __str__(self) -> str:
         """Return a paragraph for the decision and one for each alternative."""
@@ -91,6 +94,7 @@ class Explanation:
         place = ""
         if isinstance(choice, OpChoice):
             name, place = choice.name, _place(choice)
+            place += f", in {self.stage}," if self.stage else ""
         elif isinstance(choice, ParameterChoice):
             name, place = choice.path, self._read(choice.name)
         else:
@@ -99,7 +103,7 @@ class Explanation:
             op = words.producers.get(choice.value)
             place = f", made{_place(op)}," if op is not None else self._read(choice.value)
         verb = "" if self.chosen.startswith("makes ") else "is "
-        takes = f"; {self._share(self.seconds)} of a step" if self.seconds else ""
+        takes = f"; {self._share(self.seconds)} of {self._unit}" if self.seconds else ""
         return f"{name}{place} {verb}{self.chosen}{takes}."
 
     def _read(self, value: str) -> str:
@@ -123,7 +127,7 @@ class Explanation:
         ]
         moving = sum(conversion.seconds for conversion in sent)
         seconds = sum(op.seconds for op in ops) + moving
-        told = f"{path} takes {self._share(seconds)} of a step: {_number(len(ops), 'op')}"
+        told = f"{path} takes {self._share(seconds)} of {self._unit}: {_number(len(ops), 'op')}"
         if sent:
             kinds = [
                 " + ".join(dict.fromkeys(collective_text(one.collective) for one in words.sent(c)))
@@ -177,8 +181,10 @@ class Explanation:
             share = f" ({other.added_cost / self.plan.cost:+.2%})" if self.plan.cost else ""
             unit = " of weighted cost" if self._is_weighted else ""
             told = [f"would cost {signed(other.added_cost)}{unit}{share}"]
+            if self._is_of_microbatch:
+                told[0] += " a micro-batch"
             if self._is_weighted and other.plan is not None:
-                told[0] += f", {signed(other.added_seconds)} a step"
+                told[0] += f", {signed(other.added_seconds)} {self._unit}"
         if other.plan is not None:
             told[0] += " with all else planned anew"
         if abs(other.added_step) > least:
@@ -194,6 +200,16 @@ class Explanation:
         if other.excess_nbytes:
             told.append(f"it would take {bytes_text(other.excess_nbytes)} more than the limit")
         return told
+
+    @property
+    def _is_of_microbatch(self) -> bool:
+        """Whether the plan is that of one micro-batch on all stages."""
+        return any(name == MICROBATCH for name, _ in self.plan.mesh.axes)
+
+    @property
+    def _unit(self) -> str:
+        """What the seconds of the plan are of."""
+        return "a micro-batch" if self._is_of_microbatch else "a step"
 
     @property
     def _is_weighted(self) -> bool:

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.analysis.memory import memory_of
+from autoparallel.analysis.stage_memory import memory_of_pipeline
+from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
@@ -24,10 +26,13 @@ from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, Plan
 from autoparallel.planning.memory_limit import MOST_ATTEMPTS
 from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.pipeline_choices import shares_of
 from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
+from autoparallel.planning.stage_cuts import cut_into_stages
 from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
+from autoparallel.strategy.stage_shares import WHOLE_MODEL
 from planners import (
     InfeasibleError,
     OverLimitError,
@@ -50,7 +55,8 @@ _MOST_WORK = 2.0**33
 class Forcing:
     """The cost network of a plan, to be solved again and again with other choices forced.
 
-    plan: one that has its graph. All questions share one memo: of equal layers that a choice does
+    plan: one that has its graph; of one with stages, that of one micro-batch on all stages, which
+    is what is chosen together. All questions share one memo: of equal layers that a choice does
     not touch, every table is looked up. chosen: the states that make the plan.
     Raises PlanError for a plan without its graph and for a plan in parts.
     """
@@ -61,17 +67,27 @@ class Forcing:
                 f"the plan for {plan.model} has {len(plan.parts)} parts, each planned by itself",
                 fix="ask about one of them: explain(plan.parts[0].plan, ...)",
             )
-        self.plan, self.captured = plan, require_graph(plan)
+        self.captured, self.pipeline = require_graph(plan), plan.pipeline
         graph = with_larger_hints(self.captured, plan.options.tokens)
         hardware = find_hardware(plan.options.hardware)
         part = self.captured.part
-        self.network = build_network(graph, plan.mesh, hardware, plan.options, whole_outputs=part)
+        shares = WHOLE_MODEL
+        if plan.pipeline is not None:
+            shares = shares_of(plan.pipeline.ranks, plan.pipeline.microbatches, plan.options)
+        self.network = build_network(
+            graph, plan.mesh, hardware, plan.options, whole_outputs=part, shares=shares
+        )
         constrain(self.network, self.captured)
         self.chosen = solution_of_plan(self.network, plan)
         limit = plan.options.memory_limit
+        # The tables of a pipeline count all stages, for one micro-batch of those in flight.
+        scale = shares.ranks / shares.in_flight
         self.problem = self.network.problem(
-            plan.product_weight, {}, None if limit is None else limit - self.network.fixed_nbytes
+            plan.product_weight,
+            {},
+            None if limit is None else (limit - self.network.fixed_nbytes) * scale,
         )
+        self.plan = plan if plan.pipeline is None else self._of_one_microbatch(plan)
         # The plan itself is no assignment to begin with: what is forced rules it out.
         self.solver = NetworkSolver(self.network)
         self.priced = self.problem.weighed(self.price)
@@ -141,6 +157,9 @@ class Forcing:
         limit = self.plan.memory_limit
         if limit is None:
             return 0
+        if self.pipeline is not None:
+            accounts = memory_of_pipeline(self.in_stages(plan), self.network.graph)
+            return max(max(account.total for account in accounts) - limit, 0)
         return max(memory_of(plan, graph=self.network.graph).total - limit, 0)
 
     def _within(self, forced: Problem) -> Solution:
@@ -194,6 +213,25 @@ class Forcing:
         except (InfeasibleError, TooWideError):
             return self._at_price(forced, self.solver)
         return replace(solution, lower_bound=min(self.proven(allowed), solution.cost))
+
+    def step_of(self, plan: Plan) -> float:
+        """Return the predicted seconds of a step with a plan of this network."""
+        if self.pipeline is not None:
+            return self.in_stages(plan).step
+        return step_and_waits(plan, self.network.hardware)[0]
+
+    def in_stages(self, plan: Plan) -> Plan:
+        """Return a plan of one micro-batch, cut anew into as many stages as the one asked about."""
+        assert self.pipeline is not None
+        network, count = self.network, self.pipeline.microbatches
+        return cut_into_stages(network.graph, plan, network.shares, count)
+
+    def _of_one_microbatch(self, plan: Plan) -> Plan:
+        """Return a plan with stages as that of one micro-batch on all of them."""
+        self.plan = plan
+        cost = self.problem.cost(self.chosen)
+        own = self.plan_of(Solution(self.chosen, cost, plan.lower_bound, plan.method))
+        return replace(plan, pipeline=None, seconds=own.seconds)
 
     def plan_of(self, solution: Solution) -> Plan:
         """Return a solution as a plan."""

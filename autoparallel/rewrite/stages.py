@@ -223,8 +223,11 @@ class Cut:
             ),
             outputs=outputs,
             captured=None,
+            # What follows from the inputs alone is computed before all micro-batches.
             recomputed=tuple(
-                group for group in self.plan.recomputed if all(name in calls for name in group)
+                own
+                for group in self.plan.recomputed
+                if (own := tuple(name for name in group if name in calls))
             ),
             remade=tuple(name for name in self.plan.remade if name in calls),
             pipeline=None,

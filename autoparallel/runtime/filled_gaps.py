@@ -13,21 +13,18 @@ from typing import Any
 
 import torch
 
-from autoparallel.placement import Placement, Shard, gradient
+from autoparallel.placement import Placement
 from autoparallel.runtime.collectives import convert as convert_and_wait
 from autoparallel.runtime.collectives import is_type_checked
 from autoparallel.runtime.groups import Group
-from autoparallel.runtime.moves import move, start_move
 from autoparallel.runtime.products import bias_gradient
-from autoparallel.support.torch_private import backward_pass
+from autoparallel.runtime.routes import Route, route_between
+from autoparallel.support.torch_private import apply_directly, backward_pass
 
 __all__ = [
-    "Ends",
     "Gap",
     "Later",
     "Weights",
-    "back_ends",
-    "back_size",
     "convert_filled",
     "flat_weights",
     "is_plain",
@@ -36,8 +33,6 @@ __all__ = [
 
 # A weight and its bias, None in place of a bias that there is not; of every place of a gap.
 Weights = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
-# A group, two placements on its axis, and the size of the whole along the former's split dim.
-Ends = tuple[Group, Placement, Placement, int]
 
 
 def is_plain(x: torch.Tensor) -> bool:
@@ -47,16 +42,6 @@ def is_plain(x: torch.Tensor) -> bool:
         or torch.compiler.is_compiling()
         or is_type_checked()
     )
-
-
-def back_size(x: torch.Tensor, source: Placement, target: Placement, size: int) -> int:
-    """Return the size of the whole along the split dim that the gradient's move starts from.
-
-    As of `Convert`: x is whole along the target's dim, except where the source splits it.
-    """
-    if not isinstance(target, Shard):
-        return 0
-    return size if isinstance(source, Shard) and source.dim == target.dim else x.size(target.dim)
 
 
 class Later:
@@ -81,12 +66,6 @@ class Later:
         x, grad, _ = parts
         weight = self.kind.of_weight(x, grad) if of_weight else None
         return weight, bias_gradient(grad, self.bias_dims) if of_bias else None
-
-
-def back_ends(x: torch.Tensor, ends: Ends) -> Ends:
-    """Return the ends of the move of a gradient. x: what is moved between the given ones."""
-    group, source, target, size = ends
-    return group, gradient(target), gradient(source), back_size(x, source, target, size)
 
 
 def flat_weights(weights: Weights) -> list[torch.Tensor | None]:
@@ -130,13 +109,15 @@ class _Filled(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        ends: tuple[Group, Placement, Placement, int],
+        route: Route,
+        size: int,
         places: list[Later],
         *weights: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move x."""
+        """Move x. size: of the whole along the split dim of the route's source."""
         ctx.set_materialize_grads(False)
-        moved, ctx.back = move(x, *ends), back_ends(x, ends)
+        moved = route.move(x, size)
+        ctx.back, ctx.back_size = route.back, route.back_size(x, size)
         ctx.places, ctx.facts = places, (moved.shape, moved.dtype, moved.device)
         # As of `Convert`: autograd wants another tensor where nothing moves.
         return torch.ops.aten.alias(x) if moved is x else moved, x.new_empty(())
@@ -151,10 +132,15 @@ class _Filled(torch.autograd.Function):
         places, needed = ctx.places, ctx.needs_input_grad
         if torch.is_grad_enabled():
             # It is differentiated in turn; the products have computed all their gradients.
-            return convert_and_wait(grad, *ctx.back), *([None] * (len(needed) - 1))
-        wait = start_move(grad, *ctx.back)
-        late = late_gradients(places, needed[3:])
-        return wait(), None, None, *late
+            back = ctx.back
+            moved = convert_and_wait(grad, back.group, back.source, back.target, ctx.back_size)
+            return moved, *([None] * (len(needed) - 1))
+        wait = ctx.back.start(grad, ctx.back_size)
+        late = late_gradients(places, needed[4:])
+        return wait(), None, None, None, *late
+
+
+_apply_filled = apply_directly(_Filled)
 
 
 def convert_filled(
@@ -185,5 +171,6 @@ def convert_filled(
     if is_plain(x):
         return convert_and_wait(x, group, source, target, size), None
     places = [Later() for _ in weights]
-    moved, tie = _Filled.apply(x, (group, source, target, size), places, *flat_weights(weights))
+    route = route_between(group, source, target)
+    moved, tie = _apply_filled(x, route, size, places, *flat_weights(weights))
     return moved, Gap(tie, places)

@@ -89,6 +89,23 @@ class Group(ABC):
         """Start `reduce_scatter`. The tensor must not be written to until the result came."""
         return partial(_given, self.reduce_scatter(tensor))
 
+    def start_gather_rows(self, tensor: torch.Tensor) -> Result:
+        """Start gathering the rows of all ranks' tensors, rank by rank, along the first dim.
+
+        The tensors must have equal shapes, and not be written to until the result came.
+        """
+        wait = self.start_all_gather(tensor)
+        return lambda: wait().flatten(0, 1)
+
+    def start_scatter_rows(self, tensor: torch.Tensor) -> Result:
+        """Start adding up the ranks' tensors, of which each gets an equal part of the rows.
+
+        The tensor must not be written to until the result came.
+        """
+        each = tensor.size(0) // self.world_size
+        whole = tensor.reshape(self.world_size, each, *tensor.shape[1:])
+        return self.start_reduce_scatter(whole)
+
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor."""
@@ -210,6 +227,14 @@ class ProcessGroup(Group):
         flat = tensor.contiguous()
         started = self.start("reduce_scatter", flat, "sum", self.world_size)
         return lambda: self.wait("reduce_scatter", started).squeeze(0)
+
+    def start_gather_rows(self, tensor: torch.Tensor) -> Result:
+        started = self.start("all_gather", tensor.contiguous(), self.world_size)
+        return partial(self.wait, "all_gather", started)
+
+    def start_scatter_rows(self, tensor: torch.Tensor) -> Result:
+        started = self.start("reduce_scatter", tensor.contiguous(), "sum", self.world_size)
+        return partial(self.wait, "reduce_scatter", started)
 
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -26,6 +27,7 @@ from autoparallel.runtime.tensor_parts import take_layout_part
 
 __all__ = [
     "Reduction",
+    "ReductionSteps",
     "bucket_nbytes",
     "gathered",
     "reduced",
@@ -49,7 +51,8 @@ def gathered(
     next step.
     """
     results = list(parts)
-    fine = _exchanged(results, fine, coarse, shapes, ranks)
+    exchanges, fine = _exchanges(fine, coarse, len(ranks.sizes))
+    _exchange(results, exchanges, shapes, ranks)
     joined = [_joined_layout(have, want) for have, want in zip(fine, coarse, strict=True)]
     # From the innermost axis outwards: where two axes cut a dim, the inner cut was made last.
     for axis in reversed(range(len(ranks.sizes))):
@@ -81,20 +84,21 @@ def gathered(
     return results
 
 
-def _exchanged(
-    results: list[torch.Tensor],
-    have: Sequence[Layout],
-    want: Sequence[Layout],
-    shapes: Sequence[tuple[int, ...]],
-    ranks: Ranks,
-) -> list[Layout]:
-    """Exchange parts that one axis alone cuts, before and after, but in other places, in the list
-    `results`; return the layouts then.
+# Parts of one axis that are exchanged: the axis, the tensors' places, and how each is split before
+# and after.
+_Exchange = tuple[int, list[int], list[Shard], list[Shard]]
+
+
+def _exchanges(
+    have: Sequence[Layout], want: Sequence[Layout], axes: int
+) -> tuple[list[_Exchange], list[Layout]]:
+    """Return the exchanges of parts that one axis alone cuts, before and after, but in other
+    places; and the layouts then.
 
     Each rank is sent what it lacks: a gather would bring all of a dim to all of them.
     """
-    layouts = list(have)
-    for axis, group in enumerate(ranks.groups):
+    layouts, exchanges = list(have), []
+    for axis in range(axes):
         indices, sources, targets = [], [], []
         for index, (early, late) in enumerate(zip(have, want, strict=True)):
             source, target = early[axis], late[axis]
@@ -113,12 +117,23 @@ def _exchanged(
                     target if at == axis else other for at, other in enumerate(layouts[index])
                 )
         if indices:
-            sizes = [shapes[i][shard.dim] for i, shard in zip(indices, sources, strict=True)]
-            parts = [results[index] for index in indices]
-            exchanged = exchange_together(parts, sources, targets, sizes, group)
-            for index, part in zip(indices, exchanged, strict=True):
-                results[index] = part
-    return layouts
+            exchanges.append((axis, indices, sources, targets))
+    return exchanges, layouts
+
+
+def _exchange(
+    results: list[torch.Tensor],
+    exchanges: Sequence[_Exchange],
+    shapes: Sequence[tuple[int, ...]],
+    ranks: Ranks,
+) -> None:
+    """Exchange parts in place in the list `results`. Collective."""
+    for axis, indices, sources, targets in exchanges:
+        sizes = [shapes[i][shard.dim] for i, shard in zip(indices, sources, strict=True)]
+        parts = [results[index] for index in indices]
+        exchanged = exchange_together(parts, sources, targets, sizes, ranks.groups[axis])
+        for index, part in zip(indices, exchanged, strict=True):
+            results[index] = part
 
 
 def _joined_layout(have: Layout, want: Layout) -> Layout:
@@ -127,6 +142,7 @@ def _joined_layout(have: Layout, want: Layout) -> Layout:
     Those are the axes where `want` is not split, and all that cut a dim which an axis cuts in other
     places than before: an inner cut is made in the part that the outer ones leave.
 
+    >>> from autoparallel.placement import layout_text
     >>> layout_text(_joined_layout((Shard(0), Shard(0)), (Shard(0, blocks=2), Shard(0))))
     'I | I'
     """
@@ -147,6 +163,7 @@ def _joined_layout(have: Layout, want: Layout) -> Layout:
 def _cut_anew(have: Layout, want: Layout) -> Layout:
     """Return `have`, unsplit on the axes that cut a dim which `want` cuts in other places.
 
+    >>> from autoparallel.placement import layout_text
     >>> layout_text(_cut_anew((Partial(), Shard(0, unit=4)), (Shard(1), Shard(0))))
     'P | I'
     """
@@ -174,33 +191,102 @@ def reduced(
     Example: gradients of a ZeRO-2 parameter go from (Partial(),) to (Shard(0),) in one
     reduce-scatter.
     """
-    return Reduction(tensors, layouts, wanted, shapes, ranks).finish()
+    steps = ReductionSteps.between(layouts, wanted, len(ranks.sizes))
+    return Reduction(tensors, steps, shapes, ranks).finish()
+
+
+@dataclass(frozen=True)
+class ReductionSteps:
+    """The collectives and cuts that bring gradients from their layouts to others.
+
+    They are found out once for gradients that are reduced together in every backward pass. Tensors
+    are known by their places among the gradients. exchanges: see `_exchanges`. spreads: parts that
+    are put amid zeros, each with the axis and its split. gathers: the layouts between which all are
+    gathered, None where nothing is. scatters: of every axis that has some, the parts that are cut
+    of what is whole, and then those that are reduced and scattered. sums: of every axis. cuts: of
+    sums, at the end.
+
+    >>> pending, whole = (Partial(),), (Invariant(),)
+    >>> ReductionSteps.between([pending, whole], [whole, whole], 1).sums
+    [(0, [0])]
+    """
+
+    exchanges: list[_Exchange]
+    spreads: list[tuple[int, int, Shard]]
+    gathers: tuple[list[Layout], list[Layout]] | None
+    scatters: list[tuple[int, list[tuple[int, Shard]], list[int], list[Shard]]]
+    sums: list[tuple[int, list[int]]]
+    cuts: list[tuple[int, int, Shard]]
+
+    @staticmethod
+    def between(layouts: Sequence[Layout], wanted: Sequence[Layout], axes: int) -> ReductionSteps:
+        """Return the steps from layouts to those that are wanted. axes: of the mesh."""
+        exchanges, exchanged = _exchanges(layouts, wanted, axes)
+        spreads, spread = _spreads(exchanged)
+        # What several ranks are to hold is cut of the whole sum.
+        last = list(wanted)
+        wanted = [
+            tuple(Invariant() if _is_shared(placement) else placement for placement in layout)
+            for layout in last
+        ]
+        layouts = [_cut_anew(have, want) for have, want in zip(spread, wanted, strict=True)]
+        pairs = list(zip(layouts, wanted, strict=True))
+        scatters, sums = [], []
+        for axis in range(axes):
+            cuts, indices, shards = [], [], []
+            for index, (have, want) in enumerate(pairs):
+                cut = want[axis]
+                if have[axis] == cut or not isinstance(cut, Shard):
+                    continue
+                if isinstance(have[axis], Partial):
+                    indices.append(index)
+                    shards.append(cut)
+                else:
+                    cuts.append((index, cut))
+            if cuts or indices:
+                scatters.append((axis, cuts, indices, shards))
+        for axis in range(axes):
+            pending = [
+                index
+                for index, (have, want) in enumerate(pairs)
+                if isinstance(have[axis], Partial) and not isinstance(want[axis], (Partial, Shard))
+            ]
+            if pending:
+                sums.append((axis, pending))
+        shared = [
+            (index, axis, placement)
+            for index, layout in enumerate(last)
+            for axis, placement in enumerate(layout)
+            if isinstance(placement, Shard)
+            and placement.repeat != 1
+            and exchanged[index][axis] != placement
+        ]
+        gathers = (spread, layouts) if spread != layouts else None
+        return ReductionSteps(exchanges, spreads, gathers, scatters, sums, shared)
 
 
 class Reduction:
     """A Reduction does what `reduced` does, in two halves: it begins when made, `finish` waits.
 
     The first collective runs until then. Further ones, on other mesh axes, need what it brings, and
-    are done by `finish`. The arguments are those of `reduced`.
+    are done by `finish`. tensors, shapes, ranks: as of `reduced`. steps: between the layouts.
 
-    >>> from autoparallel.placement import Partial
     >>> from autoparallel.runtime.ranks import one_axis
     >>> from autoparallel.runtime.groups import SingleGroup
-    >>> ends = [(Partial(),)], [(Invariant(),)]
-    >>> Reduction([torch.ones(2)], *ends, [(2,)], one_axis(SingleGroup())).finish()
+    >>> steps = ReductionSteps.between([(Partial(),)], [(Invariant(),)], 1)
+    >>> Reduction([torch.ones(2)], steps, [(2,)], one_axis(SingleGroup())).finish()
     [tensor([1., 1.])]
     """
 
     def __init__(
         self,
         tensors: Sequence[torch.Tensor],
-        layouts: Sequence[Layout],
-        wanted: Sequence[Layout],
+        steps: ReductionSteps,
         shapes: Sequence[tuple[int, ...]],
         ranks: Ranks,
     ) -> None:
         self.results = list(tensors)
-        self.rest = _reducing(self.results, layouts, wanted, shapes, ranks)
+        self.rest = _reducing(self.results, steps, shapes, ranks)
         next(self.rest, None)
 
     def finish(self) -> list[torch.Tensor]:
@@ -212,64 +298,48 @@ class Reduction:
 
 def _reducing(
     results: list[torch.Tensor],
-    layouts: Sequence[Layout],
-    wanted: Sequence[Layout],
+    steps: ReductionSteps,
     shapes: Sequence[tuple[int, ...]],
     ranks: Ranks,
 ) -> Iterator[None]:
     """Redistribute gradients in place in the list `results`; yield while a collective runs."""
-    exchanged = _exchanged(results, layouts, wanted, shapes, ranks)
-    layouts, last = _spread_out(results, exchanged, shapes, ranks), list(wanted)
-    # What several ranks are to hold is cut of the whole sum.
-    wanted = [
-        tuple(Invariant() if _is_shared(placement) else placement for placement in layout)
-        for layout in last
-    ]
-    anew = [_cut_anew(have, want) for have, want in zip(layouts, wanted, strict=True)]
-    if any(have != joined for have, joined in zip(layouts, anew, strict=True)):
-        results[:] = gathered(results, layouts, anew, shapes, ranks)
-        layouts = anew
-    for axis, group in enumerate(ranks.groups):
-        indices, shards = [], []
-        for index, (have, want) in enumerate(zip(layouts, wanted, strict=True)):
-            cut = want[axis]
-            if have[axis] == cut or not isinstance(cut, Shard):
-                continue
-            if isinstance(have[axis], Partial):
-                indices.append(index)
-                shards.append(cut)
-            else:
-                part = take_part(results[index], cut, group.world_size, group.rank)
-                results[index] = part.clone(memory_format=torch.contiguous_format)
+    _exchange(results, steps.exchanges, shapes, ranks)
+    for index, axis, shard in steps.spreads:
+        # No other axis cuts the dim.
+        part = results[index]
+        shape = list(part.shape)
+        shape[shard.dim] = shapes[index][shard.dim]
+        whole = part.new_zeros(shape)
+        put_part(whole, part, shard, ranks.sizes[axis], ranks.coordinates[axis])
+        results[index] = whole
+    if steps.gathers is not None:
+        results[:] = gathered(results, *steps.gathers, shapes, ranks)
+    for axis, cuts, indices, shards in steps.scatters:
+        for index, shard in cuts:
+            results[index] = _part_of(results[index], shard, axis, ranks)
         if indices:
             pending = [results[index] for index in indices]
-            wait = start_reduce_scatter_together(pending, shards, group)
+            wait = start_reduce_scatter_together(pending, shards, ranks.groups[axis])
             # They are copied, and the backward pass needs the memory.
             del pending
             _let_go(results, indices)
             yield
             for index, part in zip(indices, wait(), strict=True):
                 results[index] = part
-    for axis, group in enumerate(ranks.groups):
-        indices = [
-            index
-            for index, (have, want) in enumerate(zip(layouts, wanted, strict=True))
-            if isinstance(have[axis], Partial) and not isinstance(want[axis], (Partial, Shard))
-        ]
-        if indices:
-            wait = start_sum_together([results[index] for index in indices], group)
-            _let_go(results, indices)
-            yield
-            for index, total in zip(indices, wait(), strict=True):
-                results[index] = total
-    for index, layout in enumerate(last):
-        for axis, placement in enumerate(layout):
-            if exchanged[index][axis] == placement:
-                continue
-            if isinstance(placement, Shard) and placement.repeat != 1:
-                count, rank = ranks.sizes[axis], ranks.coordinates[axis]
-                part = take_part(results[index], placement, count, rank)
-                results[index] = part.clone(memory_format=torch.contiguous_format)
+    for axis, indices in steps.sums:
+        wait = start_sum_together([results[index] for index in indices], ranks.groups[axis])
+        _let_go(results, indices)
+        yield
+        for index, total in zip(indices, wait(), strict=True):
+            results[index] = total
+    for index, axis, shard in steps.cuts:
+        results[index] = _part_of(results[index], shard, axis, ranks)
+
+
+def _part_of(tensor: torch.Tensor, shard: Shard, axis: int, ranks: Ranks) -> torch.Tensor:
+    """Return this rank's part of a tensor, in memory of its own."""
+    part = take_part(tensor, shard, ranks.sizes[axis], ranks.coordinates[axis])
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _is_shared(placement: Placement) -> bool:
@@ -277,31 +347,21 @@ def _is_shared(placement: Placement) -> bool:
     return isinstance(placement, Shard) and placement.repeat != 1
 
 
-def _spread_out(
-    results: list[torch.Tensor],
+def _spreads(
     layouts: Sequence[Layout],
-    shapes: Sequence[tuple[int, ...]],
-    ranks: Ranks,
-) -> list[Layout]:
-    """Put parts that are pending among the ranks that share them amid zeros, in the list `results`,
-    and return the layouts then: a sum over all ranks.
+) -> tuple[list[tuple[int, int, Shard]], list[Layout]]:
+    """Return the parts that are pending among the ranks that share them, which are put amid zeros,
+    and the layouts then: a sum over all ranks.
     """
-    spread_layouts = list(layouts)
+    spreads, after = [], list(layouts)
     for index, layout in enumerate(layouts):
         for axis, placement in enumerate(layout):
             if isinstance(placement, Shard) and placement.pending:
-                # No other axis cuts the dim.
-                part, count = results[index], ranks.sizes[axis]
-                shape = list(part.shape)
-                shape[placement.dim] = shapes[index][placement.dim]
-                whole = part.new_zeros(shape)
-                put_part(whole, part, placement, count, ranks.coordinates[axis])
-                results[index] = whole
-                spread_layouts[index] = tuple(
-                    Partial() if at == axis else other
-                    for at, other in enumerate(spread_layouts[index])
+                spreads.append((index, axis, placement))
+                after[index] = tuple(
+                    Partial() if at == axis else other for at, other in enumerate(after[index])
                 )
-    return spread_layouts
+    return spreads, after
 
 
 def _let_go(results: list[torch.Tensor], indices: Sequence[int]) -> None:

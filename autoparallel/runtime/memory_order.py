@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["in_memory_order", "in_rows", "outer_dim"]
+__all__ = ["in_memory_order", "in_rows", "outer_dim", "to_back", "to_front"]
 
 
 def outer_dim(tensor: torch.Tensor) -> int:
@@ -21,10 +21,31 @@ def outer_dim(tensor: torch.Tensor) -> int:
     """
     if tensor.dim() < 3 or torch.compiler.is_compiling() or tensor.is_contiguous():
         return 0
-    for dim in range(1, tensor.dim() - 1):
+    if tensor.transpose(0, 1).is_contiguous():
+        return 1
+    for dim in range(2, tensor.dim() - 1):
         if tensor.movedim(dim, 0).is_contiguous():
             return dim
     return 0
+
+
+def to_front(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return a tensor with a dim as its first one.
+
+    >>> to_front(torch.zeros(2, 3, 4, 5), 2).shape
+    torch.Size([4, 2, 3, 5])
+    """
+    # To exchange two dims takes a third of the time that it takes to move one.
+    return tensor.transpose(0, 1) if dim == 1 else tensor.movedim(dim, 0)
+
+
+def to_back(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return a tensor with its first dim as another one: the inverse of `to_front`.
+
+    >>> to_back(torch.zeros(4, 2, 3, 5), 2).shape
+    torch.Size([2, 3, 4, 5])
+    """
+    return tensor.transpose(0, 1) if dim == 1 else tensor.movedim(0, dim)
 
 
 def in_rows(x: torch.Tensor) -> torch.Tensor:
@@ -59,4 +80,4 @@ def in_memory_order(
     dim = outer_dim(x)
     if not 0 < dim < x.dim() - len(shape):
         return function(x, shape, *arguments)
-    return function(x.movedim(dim, 0), shape, *arguments).movedim(0, dim)
+    return to_back(function(to_front(x, dim), shape, *arguments), dim)

@@ -147,6 +147,7 @@ def start_move(
     The arguments are those of `move`. The tensor must not be written to until the result came. What
     is no sum and no gather is done at once.
 
+    >>> from autoparallel.placement import Partial
     >>> from autoparallel.runtime.groups import SingleGroup
     >>> start_move(torch.ones(2), SingleGroup(), Partial(), Invariant())()
     tensor([1., 1.])

@@ -35,7 +35,7 @@ import torch
 from autoparallel.placement import Invariant, Partial, Placement, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
 from autoparallel.runtime.collectives import for_parts, pending_sum
-from autoparallel.runtime.filled_gaps import Gap, Later, back_size, convert_filled, is_plain
+from autoparallel.runtime.filled_gaps import Gap, Later, convert_filled, is_plain
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.runtime.joined_products import (
     convert_then_linear,
@@ -43,9 +43,10 @@ from autoparallel.runtime.joined_products import (
     linear_then_convert,
     mm_then_convert,
 )
-from autoparallel.runtime.memory_order import in_rows, outer_dim
+from autoparallel.runtime.memory_order import in_rows, outer_dim, to_back, to_front
 from autoparallel.runtime.moves import start_move
 from autoparallel.runtime.products import Linear, Mm, bias_gradient, summed_product
+from autoparallel.runtime.routes import route_between
 from autoparallel.support.torch_private import backward_pass, place_in_backward, run_in_place
 
 __all__ = [
@@ -81,7 +82,7 @@ class _Flight:
         self, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
     ) -> None:
         self.group, self.source, self.target, self.size = group, source, target, size
-        self.back_size = back_size(x, source, target, size)
+        self.back_size = route_between(group, source, target).back_size(x, size)
         self.forward: tuple[torch.Tensor, Result] | None = None
         self.backward: Result | None = None
 
@@ -288,12 +289,12 @@ class _Product(torch.autograd.Function):
         # Rows are taken in the order in which they lie in memory, and so does the result lie.
         ctx.outer = outer = outer_dim(x)
         if outer:
-            x = x.movedim(outer, 0)
+            x = to_front(x, outer)
         if group is not None:
             result = summed_product(kind, x, weight, group)
         else:
             result = kind.product(x, weight, bias)
-        return result.movedim(0, outer).detach() if outer else result
+        return to_back(result, outer).detach() if outer else result
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
@@ -307,10 +308,10 @@ class _Product(torch.autograd.Function):
         outer = ctx.outer or outer_dim(grad)
         if outer:
             # One copy at most, and not one for each of the gradients.
-            x, grad = x.movedim(outer, 0), grad.movedim(outer, 0).contiguous()
+            x, grad = to_front(x, outer), to_front(grad, outer).contiguous()
         of_x = ctx.kind.of_x(weight, grad)
         if outer:
-            of_x = of_x.movedim(0, outer)
+            of_x = to_back(of_x, outer)
         if not torch.is_grad_enabled():
             ctx.later.parts = (x, grad, backward_pass())
             return of_x, None, None, None, None, None, None

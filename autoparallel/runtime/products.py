@@ -6,7 +6,6 @@ at different times, so that torch's own backward pass, which computes both at on
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -83,7 +82,9 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     """Return a tensor as a matrix of its rows, of which there may be none, and which may be
     empty.
     """
-    return x.reshape(math.prod(x.shape[:-1]), x.size(-1))
+    if x.dim() == 2:
+        return x
+    return x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
 
 
 def summed_product(kind: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:

@@ -138,6 +138,7 @@ def require_refined(coarse: Layout, fine: Layout, what: str) -> None:
     what: the tensor, for the message. Each part that the optimizer updates must be a part of one
     that computes, so that gathering it needs no other exchange.
 
+    >>> from autoparallel.placement import Invariant
     >>> require_refined((Invariant(), Invariant()), (Shard(0), Invariant()), "weight")
     """
     for axis, (coarse_placement, fine_placement) in enumerate(zip(coarse, fine, strict=True)):

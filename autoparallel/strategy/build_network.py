@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -34,7 +34,14 @@ from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import Table
-from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies
+from autoparallel.strategy.equal_axes import (
+    AxisGroups,
+    arranged,
+    arranged_layout,
+    arranged_storage,
+    equal_axes,
+)
+from autoparallel.strategy.mesh_strategies import MeshStrategy, is_nested, joint_strategies
 from autoparallel.strategy.network_factors import CallStates, NetworkFactors
 from autoparallel.strategy.parameter_storage import ParameterStorage, storage_choices, stored_bytes
 from autoparallel.strategy.recompute_modes import Recomputation
@@ -62,6 +69,8 @@ def build_network(
     whole_outputs: bool = False,
     shares: StageShares = WHOLE_MODEL,
     known: CostNetwork | None = None,
+    groups: AxisGroups = (),
+    only: Mapping[str, frozenset[Any]] | None = None,
 ) -> CostNetwork:
     """Return the cost network of a graph: all strategies, and what they cost with neighbours.
 
@@ -69,13 +78,18 @@ def build_network(
     that parameters (by path) have already, which they keep; None for none. whole_outputs: True
     where all returned values must be whole, as for a graph that ends before a graph break. shares:
     what a micro-batch of a pipeline bears, on a mesh with an axis of micro-batches. known: a
-    network of the same graph, of which what rules and splits say is taken.
+    network of the same graph, of which what rules and splits say is taken. groups: of equal axes,
+    whose order is to be left open: one state then stands for all of its orders, and the network
+    bounds the one with them (see equal_axes.py). only: per variable, the states that there are to
+    be, in whatever order, as `arranged_states` tells them; all by default.
     Costs are seconds of one training step (forward, backward, update), usage is bytes per rank.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
 
     Example: `build_network(captured.graph, Mesh(tp=4), find_hardware("dgx-a100"), Options())`
     """
-    builder = _Builder(graph, mesh, hardware, options, stored or {}, whole_outputs, shares, known)
+    builder = _Builder(
+        graph, mesh, hardware, options, stored or {}, whole_outputs, shares, known, groups, only
+    )
     return builder.build()
 
 
@@ -95,6 +109,8 @@ def rebuilt(
         network.whole_outputs,
         network.shares,
         network,
+        # The states of one mesh say nothing of another's.
+        only=network.only if mesh is None else None,
     )
 
 
@@ -115,6 +131,8 @@ class _Builder:
         whole_outputs: bool,
         shares: StageShares,
         known: CostNetwork | None,
+        groups: AxisGroups,
+        only: Mapping[str, frozenset[Any]] | None,
     ) -> None:
         self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
         self.options, self.stored, self.known = options, stored, known
@@ -125,13 +143,23 @@ class _Builder:
         self.pace = hardware.at_pace_of(math.prod(devices) * shares.ranks)
         self.links = hardware.links(devices)
         self.shares = shares
+        self.groups, self.only = groups, only
+        # By these, states are the same but for the order of axes.
+        self.equal = groups or equal_axes(self.sizes, self.links, self.in_time)
         memory = options.memory_limit is not None
         self.edges = RedistributionTables(
-            self.sizes, self.links, self.pace, options, memory, self.in_time, shares.once
+            self.sizes, self.links, self.pace, options, memory, self.in_time, shares.once, groups
         )
+        # Networks that differ in what is recomputed alone have the same states and the same moves.
+        self.alike: dict[Any, CallStates] = {}
+        if known is not None and known.graph is graph and known.edges.serves(self.edges):
+            self.edges = known.edges
+            self.alike = {} if memory else known.alike
         self.network = CostNetwork(
-            graph, mesh, hardware, options, self.edges, stored, whole_outputs, shares=shares
-        )
+            graph, mesh, hardware, options, self.edges, stored, whole_outputs, shares=shares,
+            only=only,
+        )  # fmt: skip
+        self.network.alike = self.alike
         self.invariant = whole_layout(len(self.sizes))
         self.weights = weight_values(graph)
         self.network.weights = frozenset(self.weights)
@@ -205,7 +233,7 @@ class _Builder:
 
     def add_calls(self) -> None:
         """Add the states of every call to the network, computed once for calls that are alike."""
-        shared: dict[Any, CallStates] = {}
+        shared = self.alike
         different = tuple({id(splits): splits for splits in self.splits}.values())
         for node in self.graph.calls:
             matched = self.matched[node.name]
@@ -213,6 +241,8 @@ class _Builder:
             key: tuple[Any, ...] = (id(matched), tiles)
             if self.saved is not None:
                 key = (*key, self.saved.of(node.name), self.saved.counted_elsewhere(node))
+            if self.only is not None:
+                key = (*key, self.only.get(node.name))
             if key not in shared:
                 shared[key] = self.states_of(node, matched)
             states = self.states[node.name] = shared[key]
@@ -249,7 +279,9 @@ class _Builder:
                 )
             per_axis.append(alone[id(splits)])
         shapes = [value.shape for value in (*call.operands, *call.results)]
-        joints = joint_strategies(rule, per_axis, shapes, self.sizes)
+        joints = self.arranged_joints(
+            node.name, joint_strategies(rule, per_axis, shapes, self.sizes), per_axis
+        )
         if not joints:
             # On ranks alone, every op can be computed whole by all.
             raise CoupledBatchError(
@@ -271,6 +303,40 @@ class _Builder:
             for place in range(len(results))
         )
         return CallStates(joints, costs, results_layouts, usage)
+
+    def arranged_joints(
+        self,
+        name: str,
+        joints: tuple[MeshStrategy, ...],
+        per_axis: Sequence[tuple[Strategy, ...]],
+    ) -> tuple[MeshStrategy, ...]:
+        """Return the joint strategies of a call that are asked for, in one order where that is left
+        open.
+
+        per_axis: the strategies on each axis alone, by whose places those of equal axes are sorted.
+        """
+        wanted = None if self.only is None else self.only.get(name)
+        if not self.groups and wanted is None:
+            return joints
+        ranks = [{part: place for place, part in enumerate(parts)} for parts in per_axis]
+        place = {axis: group[0] for group in self.equal for axis in group}
+
+        def parts_of(joint: MeshStrategy) -> tuple[Strategy, ...]:
+            pairs = [(ranks[place[axis]][part], part) for axis, part in enumerate(joint.parts)]
+            return tuple(part for _, part in arranged(pairs, self.equal, lambda pair: pair[0]))
+
+        if not self.groups:
+            return tuple(joint for joint in joints if parts_of(joint) in (wanted or ()))
+        distinct = dict.fromkeys(parts_of(joint) for joint in joints)
+        in_order = (MeshStrategy.of(parts) for parts in distinct)
+        return tuple(
+            MeshStrategy(
+                joint.parts,
+                tuple(arranged_layout(layout, self.groups) for layout in joint.operands),
+                tuple(arranged_layout(layout, self.groups) for layout in joint.results),
+            )
+            for joint in in_order
+        )
 
     def peak_usage(self, node: Node, states: CallStates) -> Array:
         """Return, per state, the saved bytes of a call plus those of its live gradients.
@@ -310,11 +376,25 @@ class _Builder:
                     for choice in storage_choices(value, shards, several, zero, scattered)
                 )
             choices = self.storage_choices[key]
+            if self.only is not None:
+                wanted = self.only[node.name]
+                choices = tuple(
+                    choice for choice in choices if arranged_storage(choice, self.equal) in wanted
+                )
+        every, choices = choices, self.arranged_choices(choices)
         self.network.storages[node.name] = choices
         priced = (value.shape, value.dtype, value.requires_grad, choices)
         if priced not in self.update_tables:
-            self.update_tables[priced] = self.update_table(node, choices)
+            self.update_tables[priced] = self.update_table(node, choices, every)
         self.network.updates[node.name], self.parameters[node.name] = self.update_tables[priced]
+
+    def arranged_choices(
+        self, choices: tuple[ParameterStorage, ...]
+    ) -> tuple[ParameterStorage, ...]:
+        """Return the ways to store a parameter, in one order where that is left open."""
+        if not self.groups:
+            return choices
+        return tuple(dict.fromkeys(arranged_storage(choice, self.groups) for choice in choices))
 
     def over_time(self, stored: ParameterStorage, grad: bool) -> ParameterStorage:
         """Return a way to store a parameter that all micro-batches read as it is.
@@ -335,12 +415,18 @@ class _Builder:
         )
 
     def update_table(
-        self, node: Node, choices: tuple[ParameterStorage, ...]
+        self,
+        node: Node,
+        choices: tuple[ParameterStorage, ...],
+        every: tuple[ParameterStorage, ...],
     ) -> tuple[Table, ProducerLayouts]:
-        """Return seconds and bytes of each way to store a parameter, and the layouts it has."""
+        """Return seconds and bytes of each way to store a parameter, and the layouts it has.
+
+        every: the ways in all orders of axes, of which the least counts.
+        """
         value = node.result
         costs, usage = [], []
-        for choice in choices:
+        for choice in every:
             parts = stored_bytes(value, choice, self.sizes, self.options.optimizer)
             updated = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
             seconds = update_seconds(updated, updated, parts[2], self.pace)
@@ -348,10 +434,22 @@ class _Builder:
             seconds += exchange_seconds(value, choice, self.edges.links, self.sizes)
             costs.append(seconds * self.shares.once if value.requires_grad else 0.0)
             usage.append(sum(parts) / self.shares.in_flight)
+        if not self.groups:
+            layouts = ProducerLayouts(
+                tuple(choice.storage for choice in choices), choices, resident=True
+            )
+            return Table(np.array(costs), np.array(usage)), layouts
+        place = {choice: number for number, choice in enumerate(choices)}
+        least = np.full((2, len(choices)), np.inf)
+        numbers = [place[arranged_storage(choice, self.groups)] for choice in every]
+        for row, values in zip(least, (costs, usage), strict=True):
+            np.minimum.at(row, numbers, values)
         layouts = ProducerLayouts(
-            tuple(choice.storage for choice in choices), choices, resident=True
+            tuple(arranged_layout(choice.storage, self.groups) for choice in choices),
+            choices,
+            resident=True,
         )
-        return Table(np.array(costs), np.array(usage)), layouts
+        return Table(least[0], least[1]), layouts
 
     def add_outputs(self) -> None:
         """Add the layouts in which a value may be returned: whole; beside a loss, also split.
@@ -376,11 +474,21 @@ class _Builder:
                     plain.append((same, *shards, Partial()))
                 else:
                     plain.append((Invariant(), *(shards if free else ())))
-            self.network.outputs[value.name] = tuple(
+            layouts = tuple(
                 layout
                 for layout in product(*plain)
                 if is_nested(value.shape, layout, self.sizes) and not self.is_mixed(layout)
             )
+            if self.groups:
+                layouts = tuple(
+                    dict.fromkeys(arranged_layout(layout, self.groups) for layout in layouts)
+                )
+            elif self.only is not None:
+                wanted = self.only[f"return:{value.name}"]
+                layouts = tuple(
+                    layout for layout in layouts if arranged_layout(layout, self.equal) in wanted
+                )
+            self.network.outputs[value.name] = layouts
 
     def is_mixed(self, layout: Layout) -> bool:
         """Return whether ranks hold a part of every micro-batch along the dim of the batch: put

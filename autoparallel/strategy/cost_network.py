@@ -57,8 +57,10 @@ class CostNetwork:
     come from parameters alone.
     peak_call: the call during whose backward the bytes are counted, "" for after the forward pass.
     fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
+    only: the states that there are, see `build_network`; None for all.
     matched, splits: what every call is, and the splits that it may have, by the size of an axis and
-    whether there are several. They serve other networks of the same graph.
+    whether there are several. They serve other networks of the same graph. alike: the states of
+    calls, by what they are computed from, which serve networks that differ in what is recomputed.
     """
 
     graph: Graph
@@ -84,6 +86,7 @@ class CostNetwork:
     saved_for_backward: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     matched: Mapping[str, MatchedCall] = field(default_factory=dict)
     splits: dict[tuple[int, bool], CandidateSplits] = field(default_factory=dict)
+    alike: dict[Any, Any] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
@@ -91,6 +94,7 @@ class CostNetwork:
     peak_call: str = ""
     fixed_nbytes: float = 0.0
     shares: StageShares = WHOLE_MODEL
+    only: Mapping[str, frozenset[Any]] | None = None
 
     @property
     def world_size(self) -> int:
@@ -162,6 +166,25 @@ class CostNetwork:
         variables.sort(key=lambda variable: self.position(variable.name))
         self.names = tuple(variable.name for variable in variables)
         return Problem(tuple(variables), tuple(self.factors), limit)
+
+    def arranged_states(self, names: Mapping[str, Iterable[int]]) -> dict[str, frozenset[Any]]:
+        """Return states of a network that leaves the order of equal axes open, as the network with
+        all orders knows them.
+
+        names: the numbers of states, per variable. Variables between values and readers have the
+        layouts that these ask for, and are left out.
+        """
+        told: dict[str, frozenset[Any]] = {}
+        for name, states in names.items():
+            if name in self.strategies:
+                joints = self.strategies[name]
+                told[name] = frozenset(joints[state].parts for state in states)
+            elif name in self.storages:
+                told[name] = frozenset(self.storages[name][state] for state in states)
+            elif name.removeprefix("return:") in self.outputs and name.startswith("return:"):
+                layouts = self.outputs[name.removeprefix("return:")]
+                told[name] = frozenset(layouts[state] for state in states)
+        return told
 
     def groupings(self) -> tuple[dict[str, NDArray[np.intp]], ...]:
         """Return, per mesh axis, the groups of states that differ on that axis alone.

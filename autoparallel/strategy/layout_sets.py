@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.placement import Layout
+from autoparallel.strategy.equal_axes import AxisGroups, places_that_differ
 
 __all__ = ["ReaderLayouts", "layout_sets", "offers_to_reader"]
 
@@ -32,11 +33,12 @@ class ReaderLayouts:
 
 
 def layout_sets(
-    readers: tuple[ReaderLayouts, ...], axes: int, memory: bool
+    readers: tuple[ReaderLayouts, ...], axes: int, memory: bool, groups: AxisGroups = ()
 ) -> tuple[tuple[tuple[Layout, ...], ...], tuple[tuple[Layout, ...], ...]]:
     """Return the sets of layouts that a value may be brought to, the smallest first.
 
-    axes: the number of mesh axes. memory: True where saved bytes are counted.
+    axes: the number of mesh axes. memory: True where saved bytes are counted. groups: of axes whose
+    order is left open, none by default.
     Also returns, parallel to these, the subset that is saved for the backward pass: the same set
     occurs once for every subset that its readers can ask for.
 
@@ -54,9 +56,16 @@ def layout_sets(
     counts = range(1, max(min(most, len(readers), len(targets)), largest) + 1)
     sets = [group for count in counts for group in combinations(targets, count)]
     if axes > 1:
-        sets = [group for group in sets if len(group) == 1 or _differ(*group[:2]) == 1]
+        groups = groups or tuple((axis,) for axis in range(axes))
+        differ = places_that_differ(tuple(targets), tuple(targets), groups)
+        place = {target: number for number, target in enumerate(targets)}
+        sets = [
+            group
+            for group in sets
+            if len(group) == 1 or differ[place[group[0]], place[group[1]]] == 1
+        ]
     savers = sum(reader.saved_for_backward for reader in readers) if memory else 0
-    groups: list[tuple[Layout, ...]] = []
+    layouts: list[tuple[Layout, ...]] = []
     saved: list[tuple[Layout, ...]] = []
     for group in sets:
         # Each layout of the set has a reader: those that no saver reads, one of the others
@@ -64,12 +73,12 @@ def layout_sets(
         fewest = max(1, len(group) - (len(readers) - savers))
         for count in range(fewest, min(savers, len(group)) + 1):
             for some in combinations(group, count):
-                groups.append(group)
+                layouts.append(group)
                 saved.append(some)
         if not savers:
-            groups.append(group)
+            layouts.append(group)
             saved.append(())
-    return tuple(groups), tuple(saved)
+    return tuple(layouts), tuple(saved)
 
 
 def offers_to_reader(
@@ -94,8 +103,3 @@ def offers_to_reader(
     # Counts, for all pairs at once, the layouts that a state reads and a group lacks.
     missing = (1 - has) @ members(reader.layouts).T
     return np.where(missing > 0, np.inf, 0.0)
-
-
-def _differ(one: Layout, two: Layout) -> int:
-    """Return on how many axes two layouts differ."""
-    return sum(first != second for first, second in zip(one, two, strict=True))

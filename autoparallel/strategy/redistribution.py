@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from autoparallel.graph.graph import Value
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Layout, Movement, Placement, Replicate, Shard, Step
+from autoparallel.strategy.arranged_paths import ArrangedPaths
 from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns
+from autoparallel.strategy.equal_axes import AxisGroups
 from autoparallel.strategy.layout_sets import ReaderLayouts, layout_sets, offers_to_reader
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.redistribution_paths import RedistributionPaths
@@ -87,7 +90,7 @@ class RedistributionTable:
     groups: tuple[tuple[Layout, ...], ...]
     kept: tuple[tuple[Layout, ...], ...]
     paid: Table
-    routes: RedistributionPaths
+    routes: RedistributionPaths | ArrangedPaths
     produced: ProducerLayouts
     again: tuple[bool, ...]
     offers: tuple[Table, ...] = ()
@@ -100,7 +103,8 @@ class RedistributionTables:
     sizes, links: of the mesh axes, outermost first. memory: True where bytes are counted, that is,
     where there is a memory limit. in_time: per axis, whether its places are micro-batches, one
     after the other; empty for none. once: the share that a step bears of reductions of parameters'
-    gradients; see `StageShares`.
+    gradients; see `StageShares`. groups: of axes whose order is left open, so that the prices are
+    bounds; none by default.
     """
 
     sizes: tuple[int, ...]
@@ -110,12 +114,24 @@ class RedistributionTables:
     memory: bool = False
     in_time: tuple[bool, ...] = ()
     once: float = 1.0
-    _routes: dict[Any, RedistributionPaths] = field(default_factory=dict)
+    groups: AxisGroups = ()
+    _routes: dict[Any, RedistributionPaths | ArrangedPaths] = field(default_factory=dict)
     _tables: dict[Any, Any] = field(default_factory=dict)
+
+    def serves(self, other: RedistributionTables) -> bool:
+        """Return whether the tables of another network would be these."""
+        ours, theirs = (
+            (
+                *(each.sizes, each.links, each.hardware, each.memory, each.in_time, each.once),
+                *(each.groups, each.options.sequence_parallel, each.options.data_parallel),
+            )
+            for each in (self, other)
+        )
+        return ours == theirs
 
     def routes(
         self, value: Value, weight: bool, together: bool, layouts: Sequence[Layout]
-    ) -> RedistributionPaths:
+    ) -> RedistributionPaths | ArrangedPaths:
         """Return the paths of a value between these layouts, and through what lies between them.
 
         weight: the value is a parameter, or computed from one alone. together: its gradient may be
@@ -123,15 +139,19 @@ class RedistributionTables:
         """
         # On the way a value may have, on each axis, any placement that one of the layouts has
         # there.
-        universe = tuple(
-            tuple(sorted(dict.fromkeys(column), key=_rank)) for column in zip(*layouts, strict=True)
-        )
+        columns = list(zip(*layouts, strict=True))
+        for group in self.groups:
+            together_there = tuple(placement for axis in group for placement in columns[axis])
+            for axis in group:
+                columns[axis] = together_there
+        universe = tuple(tuple(sorted(dict.fromkeys(column), key=_rank)) for column in columns)
         key = (value.shape, value.dtype.itemsize, value.requires_grad, weight, together, universe)
         if key not in self._routes:
             # A parameter with one long dim at most is a bias or a gain: small, and free to be
             # moved.
             matrix = sum(size != 1 for size in value.shape) > 1
-            self._routes[key] = RedistributionPaths(
+            paths = partial(ArrangedPaths, groups=self.groups)
+            self._routes[key] = (paths if self.groups else RedistributionPaths)(
                 value.shape,
                 nbytes(value),
                 value.requires_grad,
@@ -196,7 +216,7 @@ class RedistributionTables:
                     groups if readers[0].saved_for_backward and self.memory else ((),) * len(groups)
                 )
             else:
-                groups, saved = layout_sets(readers, len(self.sizes), self.memory)
+                groups, saved = layout_sets(readers, len(self.sizes), self.memory, self.groups)
             targets = tuple(dict.fromkeys(target for group in groups for target in group))
             produced_layouts = tuple(dict.fromkeys(produced.layouts))
             routes = self.routes(value, weight, together, (*produced_layouts, *targets))
@@ -225,7 +245,7 @@ class RedistributionTables:
         produced: ProducerLayouts,
         groups: tuple[tuple[Layout, ...], ...],
         saved: tuple[tuple[Layout, ...], ...],
-        routes: RedistributionPaths,
+        routes: RedistributionPaths | ArrangedPaths,
         targets: tuple[Layout, ...],
         mode: RecomputedEnds,
     ) -> Table:
@@ -237,7 +257,9 @@ class RedistributionTables:
         row = np.array([routes.cells[layout] for layout in produced.layouts])
         seconds = routes.seconds(targets)[row]
         if produced.stored:
-            zero = zero_gradient_table(value, produced.stored, targets, self.links, self.sizes)
+            zero = zero_gradient_table(
+                value, produced.stored, targets, self.links, self.sizes, self.groups
+            )
             if self.once != 1.0:
                 reduced = np.where(np.isfinite(seconds), routes.reduced_seconds(targets)[row], 0.0)
                 seconds = seconds - (1 - self.once) * reduced

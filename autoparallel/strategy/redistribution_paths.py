@@ -192,6 +192,14 @@ class RedistributionPaths:
             self._forward[targets] = table
         return self._forward[targets]
 
+    def backward_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
+        """Return table[layout, target]: backward seconds of the paths that `seconds` prices, 0
+        where there is none.
+        """
+        every = self.seconds(targets)
+        possible = np.isfinite(every)
+        return np.where(possible, every - np.where(possible, self.forward_seconds(targets), 0), 0)
+
     def reduced_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
         """Return table[layout, target]: the part of `seconds` in which gradients are reduced in a
         bucket with others.

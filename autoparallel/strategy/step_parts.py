@@ -35,6 +35,7 @@ from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.runtime.products import MOST_PIECES
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import sum_of_columns
+from autoparallel.strategy.equal_axes import AxisGroups, places_that_differ
 from autoparallel.strategy.redistribution import RedistributionTable
 from autoparallel.strategy.zero_costs import zero_gradient_table
 from planners import Factor, Problem, Variable
@@ -251,16 +252,19 @@ class StepParts:
         every = edge.routes.seconds(targets)[row]
         possible = np.isfinite(every)
         ahead = np.where(possible, ahead, 0.0)
-        back = np.where(possible, every - ahead, 0.0)
+        back = np.where(possible, edge.routes.backward_seconds(targets)[row], 0.0)
         columns: dict[Kind, Array] = {}
         forward = ahead
         if stored:
             reduced = np.where(possible, edge.routes.reduced_seconds(targets)[row], 0.0)
-            links, sizes = network.edges.links, network.edges.sizes
+            links, sizes, groups = network.edges.links, network.edges.sizes, network.edges.groups
             read = network.graph.values[value]
-            zero = zero_gradient_table(read, stored, targets, links, sizes)
+            zero = zero_gradient_table(read, stored, targets, links, sizes, groups)
             possible = possible & np.isfinite(zero)
             # A gathered parameter's gradient is scattered while nothing else is done.
+            if groups:
+                # Of paths in whatever order it is not known what is reduced: all may be.
+                reduced = back
             forward = ahead + np.maximum(back - reduced, 0.0)
             reduced = np.where(possible, (reduced + zero) * network.shares.once, 0.0)
             if first:
@@ -271,7 +275,7 @@ class StepParts:
             columns[Kind.MOVED] = back
             # What is returned is summed at once.
             if late and value not in network.graph.outputs:
-                once = _sums_once(layouts, targets)
+                once = _sums_once(layouts, targets, network.edges.groups)
                 columns[Kind.PIECES] = np.where(once, ahead * (1 - 1 / MOST_PIECES), 0.0)
                 forward = ahead - columns[Kind.PIECES]
         columns[Kind.FIXED] = np.where(possible, forward, np.inf)
@@ -311,10 +315,15 @@ def _is_late(node: Node, parameters: Mapping[str, Node]) -> bool:
     return node.target in LATE_PRODUCTS and weight is not None and len(weight.result.shape) == 2
 
 
-def _sums_once(sources: tuple[Layout, ...], targets: tuple[Layout, ...]) -> NDArray[np.bool_]:
+def _sums_once(
+    sources: tuple[Layout, ...], targets: tuple[Layout, ...], groups: AxisGroups = ()
+) -> NDArray[np.bool_]:
     """Return, per source and target, whether all between them is one sum on one axis, which may be
-    made piece by piece.
+    made piece by piece. groups: of axes whose order is left open, if any: then it may be.
     """
+    if groups:
+        pending = np.array([Partial() in one for one in sources])
+        return pending[:, None] & (places_that_differ(sources, targets, groups) == 1)
     numbers: dict[Placement, int] = {Partial(): 0, Invariant(): 1}
 
     def coded(layouts: tuple[Layout, ...]) -> NDArray[np.intp]:

@@ -17,6 +17,7 @@ from autoparallel.graph.graph import Value
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.placement import Collective, Invariant, Layout, Replicate
 from autoparallel.plan.kept_layouts import kept_layout
+from autoparallel.strategy.equal_axes import AxisGroups
 from autoparallel.strategy.parameter_storage import ParameterStorage, fixed_shape
 
 __all__ = [
@@ -33,24 +34,30 @@ def zero_gradient_table(
     targets: Sequence[Layout],
     links: Sequence[Link],
     sizes: tuple[int, ...],
+    groups: AxisGroups = (),
 ) -> NDArray[np.float64]:
     """Return the seconds of `zero_gradient_seconds` as table[stored, target].
 
     value: the parameter. stored: the ways to store it. targets: layouts in which ops read it.
     links, sizes: of the mesh axes. Infinite where a target does not replicate an axis on which the
-    optimizer's state is split and the parameter is not.
+    optimizer's state is split and the parameter is not. groups: of axes whose order is left open,
+    none by default.
     """
     table = np.zeros((len(stored), len(targets)))
-    replicated = [np.array([t[axis] == Replicate() for t in targets]) for axis in range(len(sizes))]
+    groups = groups or tuple((axis,) for axis in range(len(sizes)))
+    replicated = [
+        np.array([sum(target[axis] == Replicate() for axis in group) for target in targets])
+        for group in groups
+    ]
     everywhere = (Replicate(),) * len(sizes)
     for index, choice in enumerate(stored):
         # Without ZeRO, the gradient's reduction is priced on the path from storage to target.
         if choice.storage == choice.state:
             continue
         table[index] = zero_gradient_seconds(value, choice, everywhere, links, sizes)
-        for axis, (placement, state) in enumerate(zip(choice.storage, choice.state, strict=True)):
-            if placement != state:
-                table[index, ~replicated[axis]] = np.inf
+        for group, counts in zip(groups, replicated, strict=True):
+            spread = sum(choice.storage[axis] != choice.state[axis] for axis in group)
+            table[index, counts < spread] = np.inf
     return table
 
 

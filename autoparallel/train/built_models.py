@@ -6,6 +6,7 @@ The same seed gives the same weights in every process; nothing here knows that t
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 from autoparallel.train.rows import user_function
 from autoparallel.train.run_config import ModelConfig, RunConfig
 
-__all__ = ["build_model", "objective_of"]
+__all__ = ["build_model", "objective_of", "require_rows_fit"]
 
 
 def build_model(config: RunConfig, vocabulary: int) -> nn.Module:
@@ -38,7 +39,7 @@ def build_model(config: RunConfig, vocabulary: int) -> nn.Module:
         raise TrainingError(
             f"model.vocabulary = {model.vocabulary}, and the tokenizer has {vocabulary} tokens",
             why="each token is a row of the embedding",
-            fix="leave it out, or give a number that is not smaller",
+            fix=f"give data.vocabulary = {model.vocabulary}, too, or no smaller model.vocabulary",
         )
     rows = model.vocabulary or vocabulary
     if model.is_bundled and not rows:
@@ -60,6 +61,23 @@ def build_model(config: RunConfig, vocabulary: int) -> nn.Module:
             fix="return one whose forward returns the loss",
         )
     return built.double().train() if config.training.precision == "float64" else built.train()
+
+
+def require_rows_fit(model: nn.Module, example: Mapping[str, Any]) -> None:
+    """Raise TrainingError unless the model's forward takes rows by the names that they have.
+
+    Example: `require_rows_fit(model, {"input_ids": tokens, "labels": tokens})`
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(**example)
+    except TypeError:
+        name = type(model).__name__
+        raise TrainingError(
+            f"{name}.forward does not take {' and '.join(example)}",
+            why=f"rows are given by these names, and it takes {signature}",
+            fix="call its arguments so; forward returns the loss",
+        ) from None
 
 
 def objective_of(config: RunConfig) -> str:

@@ -24,7 +24,7 @@ from autoparallel.parallel.gradient_norms import clip_grad_norm_
 from autoparallel.parallel.seeds import manual_seed
 from autoparallel.plan import Plan
 from autoparallel.support.units import bytes_text, seconds_text
-from autoparallel.train.built_models import build_model, objective_of
+from autoparallel.train.built_models import build_model, objective_of, require_rows_fit
 from autoparallel.train.config import TrainingError
 from autoparallel.train.config_text import config_to_toml
 from autoparallel.train.optimizers import make_optimizers, set_rates
@@ -68,8 +68,9 @@ def plan_of_run(
     """Return the plan of a run: the one that it names, or the best one.
 
     example: a batch of one forward pass, of all ranks. Raises as make_plan does, and TrainingError
-    for a file that cannot be read.
+    for a file that cannot be read, and for a model that does not take such rows.
     """
+    require_rows_fit(model, example)
     options = config.parallel
     if options.plan:
         try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import sympy
 
 from autoparallel.analysis.closed_forms import closed_forms
-from autoparallel.analysis.module_forms import AMOUNTS, ClosedForms, Form, Sent
+from autoparallel.analysis.module_forms import AMOUNTS, HANDED, ClosedForms, Form, Sent
 from autoparallel.plan import Plan
 from autoparallel.view.folded_rows import fold
 from autoparallel.view.size_names import size_names
@@ -24,6 +24,8 @@ _WORDS = {
     "gradients": "bytes of gradients",
     "optimizer_state": "bytes of optimizer state",
     "activations": "bytes of saved activations",
+    "handed_on": "bytes sent to the next stage",
+    "handed_back": "bytes sent to the stage before",
 }
 
 
@@ -62,14 +64,18 @@ def forms_text(forms: ClosedForms, plan: Plan) -> str:
         f"planned for {sizes}",
     ]
     for form in (*forms.forms, total):
-        lines += ["", "total" if form is total else _title(form)]
+        whole = "total" if plan.pipeline is None else "total of one rank of each stage"
+        lines += ["", whole if form is total else _title(form)]
         lines += [f"  {line}" for line in _rows(form, tuple(values))]
     return "\n".join(lines) + "\n"
 
 
 def _expressions(form: Form) -> list[sympy.Expr]:
     """Return all amounts of a form."""
-    return [*(sent.nbytes for sent in form.sent), *(getattr(form, name) for name in AMOUNTS)]
+    return [
+        *(sent.nbytes for sent in form.sent),
+        *(getattr(form, name) for name in (*AMOUNTS, *HANDED)),
+    ]
 
 
 def _title(form: Form) -> str:
@@ -107,7 +113,7 @@ def _rows(form: Form, order: Sequence[str]) -> list[str]:
         else:
             row += f", {next(iter(counts))}"
         rows.append(row + (", together" if sent.together else ""))
-    for name in AMOUNTS:
+    for name in (*AMOUNTS, *HANDED):
         if (amount := getattr(form, name)) != 0:
             rows.append(f"{_WORDS[name]}: {text(amount)}")
     return rows

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pipeline_models import Language, batch_of
 from processes import run_processes
 from torch import nn
+from traces import traced_once
 
 import autoparallel
 from autoparallel.analysis.pipeline_walk import held, most_held
@@ -66,8 +67,9 @@ def planned(name: str) -> Plan:
 
 
 def plan_all() -> None:
-    for name in SCHEDULES:
-        planned(name)
+    with traced_once():
+        for name in SCHEDULES:
+            planned(name)
 
 
 class Alive(TorchDispatchMode):

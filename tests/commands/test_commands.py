@@ -21,6 +21,7 @@ from autoparallel.errors import PlanError
 from autoparallel.exports.targets import TARGETS
 from autoparallel.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--layers", "1", "--batch", "2", "--sequence", "16", "--hardware", "dgx-a100"]
 BUILD = """
@@ -151,6 +152,24 @@ def test_a_function_of_the_users(module: str, capsys: pytest.CaptureFixture[str]
     assert main(["plan", f"{module}:sized", "--world-size", "2", "--batch", "6", "--json"]) == 0
     with pytest.raises(PlanError, match="its function decides on the inputs"):
         named_model(f"{module}:build", batch=6)
+
+
+def test_a_plan_is_written_as_what_its_files_are_called(
+    module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At once, with no second command; a name that says nothing is refused before planning."""
+    asked = ["plan", f"{module}:build", "--world-size", "2"]
+    names = ("plan.json", "plan.html", "step.trace.json", "plan.txt")
+    assert main([*asked, *(word for name in names for word in ("-o", name))]) == 0
+    told = capsys.readouterr().err
+    assert all(f"written to {name}" in told for name in names)
+    assert json.loads(Path("plan.json").read_text())["model"] == "Net"
+    assert Path("plan.html").read_text().startswith("<!doctype html>")
+    assert "traceEvents" in json.loads(Path("step.trace.json").read_text())
+    assert "up.weight" in Path("plan.txt").read_text()
+    assert main([*asked, "-o", "plan.doc"]) == 2
+    assert "plan.doc has no ending that is known" in capsys.readouterr().err
+    assert not Path("plan.doc").exists()
 
 
 def test_measure_puts_a_step_beside_the_prediction(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from calls import Call, call, fixed, ints, x
 from sample_calls import CALLS
 
-from autoparallel.cost.fake_run import contiguous, observe, runner
-from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe
+from autoparallel.cost import fake_run
+from autoparallel.cost.fake_run import FakeTensorSpec, _devices_for, contiguous, observe, runner
+from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe, stand_in
 from autoparallel.discovery.example_calls import make_example
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.rules.lookup import find_rule
@@ -164,6 +167,22 @@ def test_views_lie_in_the_memory_of_what_they_view() -> None:
     assert tensors.of("y").aliases == (0, 0, 0)
 
 
+@pytest.mark.parametrize("sample", CALLS, ids=str)
+def test_tensors_of_no_device_tell_the_same(sample: Call) -> None:
+    """Where they are asked first, which is quicker, all is as on tensors of the CPU."""
+    function = runner(sample.target)
+    if _devices_for(function)[0] != "meta":
+        return
+    graph, node = (example := sample.example()).graph, example.node
+    operands = [stand_in(graph.values[name]) for name in node.operands()]
+    results = tuple(map(stand_in, node.results))
+    told = [
+        observe(function, node.args, dict(node.kwargs), operands, results, devices, backward=True)
+        for devices in (("meta",), ("fake",))
+    ]
+    assert told[0].assumed or told[0] == told[1]
+
+
 def test_what_cannot_be_run_keeps_all() -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError
@@ -182,3 +201,38 @@ def test_the_users_random_numbers_stay_as_they_are() -> None:
     for graph, rules in cases:
         SavedTensors(graph, rules).of("y")
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_op_of_torch_is_run_once_for_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same tensors, under the same settings; what others define is run each time."""
+    runs: list[str] = []
+    run = fake_run._run
+
+    def counted(function: Any, *rest: Any) -> Any:
+        runs.append(str(function))
+        return run(function, *rest)
+
+    monkeypatch.setattr(fake_run, "_run", counted)
+    monkeypatch.setattr(fake_run, "_known", {})
+    stand, other = (contiguous((5, size), torch.float32, True) for size in (3, 7))
+    softmax = runner("aten._softmax.default")
+
+    def saved(function: Any, stand: FakeTensorSpec, dim: int = 1, backward: bool = True) -> Any:
+        return observe(function, (Ref("x"), dim, False), {}, [stand], [stand], backward=backward)
+
+    first = saved(softmax, stand)
+    assert saved(softmax, stand) == first
+    assert len(runs) == 1
+    for ask in ({"stand": other}, {"stand": stand, "dim": 0}, {"stand": stand, "backward": False}):
+        saved(softmax, **ask)
+    assert len(runs) == 4
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+    saved(softmax, stand)
+    assert len(runs) == 5
+
+    def own(x: torch.Tensor, dim: int, _: bool) -> torch.Tensor:
+        return x.softmax(dim)
+
+    for _ in range(2):
+        assert saved(own, stand).saved
+    assert len(runs) == 7

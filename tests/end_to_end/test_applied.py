@@ -22,6 +22,7 @@ import autoparallel
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 TOLERANCE = 1e-10
 broad = pytest.mark.broad
 

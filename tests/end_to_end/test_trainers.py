@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from processes import run_processes
 from small_classifier import plain, rows
 from torch.utils.data import DataLoader, TensorDataset
+from traces import trace_ahead
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import autoparallel
@@ -90,6 +91,14 @@ def import_example(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def begun(name: str) -> None:
+    """Import an example, and trace its model as each rank would in training and evaluation."""
+    import_example(name)
+    small = import_example("small_llama")
+    batch = small.example_batch()
+    small.held_out_loss(autoparallel.autoparallelize(small.llama(), 1, example_inputs=batch))
+
+
 def run_example(rank: int, name: str, folder: str) -> list[float]:
     """The held-out loss after two steps, and after two more from the checkpoint."""
     losses = []
@@ -126,7 +135,7 @@ def test_example(name: str, tmp_path: Path) -> None:
     """One recipe in three trainers on two processes, which go on from their own checkpoints."""
     if name == "with_lightning" and importlib.util.find_spec("lightning") is None:
         pytest.skip("Lightning is not installed")
-    before = partial(import_example, name)
+    before = partial(trace_ahead, begun, name)
     for losses in run_processes(run_example, 2, name, str(tmp_path / "run"), before=before):
         # The loss of a model of transformers is of float32, whatever its weights are.
         assert losses == pytest.approx(bare_losses(), rel=1e-6)

@@ -6,6 +6,7 @@ state dicts and from checkpoints.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from families import relative_error
 from processes import run_processes
 from torch import nn
 from torch.nn import functional
+from traces import trace_ahead
 
 import autoparallel
 from autoparallel.mesh import Mesh
@@ -23,6 +25,7 @@ from autoparallel.parallel.state_dicts import full_state_dict
 from autoparallel.placement import Shard
 from autoparallel.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 TOLERANCE = 1e-12
 WIDTH, HEADS = 6, 8
 
@@ -196,7 +199,12 @@ def run(rank: int, folder: Path) -> list[tuple[set[str], float]]:
     return found
 
 
+def traced() -> None:
+    for kind in TRAINED:
+        autoparallel.make_plan(build(kind), 4, example_inputs=(tokens(),))
+
+
 def test_training_and_checkpoints(tmp_path: Path) -> None:
-    for found in run_processes(run, 4, tmp_path):
+    for found in run_processes(run, 4, tmp_path, before=partial(trace_ahead, traced)):
         assert [ways for ways, _ in found] == [{"unequal", "shared"}, {"shared"}, {"unequal"}]
         assert max(apart for _, apart in found) < 1e-10

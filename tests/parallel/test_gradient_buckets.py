@@ -13,7 +13,7 @@ from torch import nn
 from autoparallel.mesh import Mesh
 from autoparallel.parallel import uncaptured_python
 from autoparallel.parallel.gradient_bucket import GradientBucket
-from autoparallel.parallel.gradient_return import GradientReturn
+from autoparallel.parallel.gradient_return import GradientReturn, local_together
 from autoparallel.placement import Invariant, Partial
 from autoparallel.runtime.groups import LocalGroup, Result
 from autoparallel.runtime.joint_moves import bucket_nbytes
@@ -124,6 +124,35 @@ def test_a_hook_on_one_rank_leaves_buckets_as_they_are() -> None:
 
     for grads in run_ranks(thread_ranks(Mesh(tp=2)), work):
         assert [grad.tolist() for grad in grads] == [[4.0] * 3, [4.0] * 2, [2.0] * 4]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_small_gradients_that_wait_come_by_one_node(world_size: int) -> None:
+    """One sum over the ranks for all; for one that is asked for by itself, none for the others."""
+
+    def work(ranks: Ranks) -> tuple[list[int], list[list[float]]]:
+        bucket = GradientBucket(ranks)
+        parameters = [nn.Parameter(torch.ones(size)) for size in (3, 2, 4)]
+        ends = (Partial(),), (Partial(),), (Invariant(),)
+        ways = [GradientReturn(tuple(each.shape), *ends, bucket) for each in parameters]
+        local = local_together(ways, parameters, [each.data for each in parameters])
+        assert len({each.grad_fn for each in local.values()}) == 1
+        loss = torch.stack([(local[n] * (n + 1)).sum() for n in range(3)]).sum()
+        counts = [ranks.counts.get("all_reduce", 0)]
+        (asked,) = torch.autograd.grad(loss, parameters[1], retain_graph=True)
+        counts.append(ranks.counts["all_reduce"])
+        loss.backward(inputs=[parameters[2]], retain_graph=True)
+        counts.append(ranks.counts["all_reduce"])
+        loss.backward()
+        counts.append(ranks.counts["all_reduce"])
+        grads = [each.grad for each in parameters if each.grad is not None]
+        return counts, [each.tolist() for each in (asked, *grads)]
+
+    for counts, grads in run_ranks(thread_ranks(Mesh(dp=world_size)), work):
+        assert counts == [0, 1, 2, 3]
+        # The last one was added to twice.
+        sums = [(2.0, 2), (1.0, 3), (2.0, 2), (6.0, 4)]
+        assert grads == [[factor * world_size] * size for factor, size in sums]
 
 
 def test_a_gradient_is_not_kept_while_its_sum_is_on_its_way() -> None:

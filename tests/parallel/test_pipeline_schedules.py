@@ -12,10 +12,12 @@ from pipeline_models import MODELS, batch_of
 from processes import run_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
+from traces import traced_once
 
 import autoparallel
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
+from autoparallel.parallel.pipeline_run import PipelineRun
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Plan
 
@@ -103,8 +105,9 @@ def planned(name: str) -> Plan:
 
 
 def plan_all() -> None:
-    for name in CASES:
-        planned(name)
+    with traced_once():
+        for name in CASES:
+            planned(name)
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -159,8 +162,9 @@ SPLIT: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
 
 def plan_split() -> None:
     CASES.update(SPLIT)
-    for name in SPLIT:
-        planned(name)
+    with traced_once():
+        for name in SPLIT:
+            planned(name)
 
 
 def on_four(rank: int) -> dict[str, Any]:
@@ -224,6 +228,16 @@ def test_gradients_of_weights_are_in_memory_of_their_own() -> None:
     for gradient in module.gradients():
         assert gradient is not None
         assert torch.equal(gradient.flatten(), torch.full((8,), 3.0))
+
+
+def test_gradients_are_multiplied_by_an_exact_number() -> None:
+    """The gradient of a loss in float32 is not rounded to the type of a parameter's gradient."""
+    run: Any = SimpleNamespace(narrow=False)
+    gradient = torch.linspace(1, 2, 200).bfloat16()
+    exact = (gradient.double() * 1.003).bfloat16()
+    (scaled,) = PipelineRun.scaled(run, run, [gradient], torch.tensor(1.003))
+    assert scaled is gradient
+    assert torch.equal(gradient, exact)
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,33 @@ def counted(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     return found
 
 
+class Aside(nn.Module):
+    """A model that returns something besides its loss, for which alone two stages read a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.side, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 8)
+        self.tied = nn.Parameter(torch.rand(8))
+
+    def forward(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        aside = self.side(rows) * self.tied
+        hidden = self.first(rows)
+        for _ in range(8):
+            hidden = self.last(hidden.tanh())
+        return {"loss": hidden.square().sum(), "aside": aside.tanh() * self.tied}
+
+
+def aside(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Gradients of the loss, and of what is returned besides."""
+    rows, found = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6), []
+    for name in ("loss", "aside"):
+        whole_logits(model(rows)[name]).sum().backward()
+        found.append(gradients(model))
+        model.zero_grad()
+    return found
+
+
 def counting() -> nn.Module:
     torch.manual_seed(2)
     return Counting().double()
@@ -270,12 +297,19 @@ def on_two_that_count(rank: int) -> Any:
         hidden = model(row)["hidden"]
         if not number:
             kept, copied = hidden, whole_logits(hidden).clone()
-    return found, message(late.backward), (whole_logits(kept), copied)
+    apart = autoparallel.autoparallelize(Aside().double(), **options)
+    held = {path for path, parameter in apart.named_parameters() if not parameter.is_meta}
+    return found, message(late.backward), (whole_logits(kept), copied), aside(apart), held
 
 
 def test_a_step_that_runs_again_reads_the_buffers_of_its_call() -> None:
-    reference = counted(counting())
-    for found, refused, (kept, copied) in run_processes(on_two_that_count, 2):
+    """And what no gradient comes to has none, on any of the ranks that share it."""
+    reference, besides = counted(counting()), aside(Aside().double())
+    for found, refused, (kept, copied), apart, held in run_processes(on_two_that_count, 2):
+        assert "tied" in held
+        for own, other in zip(apart, besides, strict=True):
+            expected = {path: other[path] for path in other if path in held}
+            torch.testing.assert_close(own, expected, rtol=TOLERANCE, atol=TOLERANCE)
         assert torch.equal(kept, copied)
         for own, other in zip(found, reference, strict=True):
             for path, gradient in own.items():

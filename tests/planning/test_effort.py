@@ -20,6 +20,7 @@ from autoparallel.train.models import GPT, GPTConfig
 from planners import exact
 from planners.effort import Effort, effort
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 MESH = Mesh(dp=2, tp=2)
 
 

@@ -23,6 +23,7 @@ from autoparallel.strategy.layout_families import LayoutFamilies
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
 from planners import InfeasibleError, Solution, exact
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 MODELS = {
     "gpt": lambda: GPT(GPTConfig(2, 64, 4, 256, 64)),
     "bert": lambda: Bert(BertConfig(layers=1, hidden=64, heads=4, vocabulary=256)),

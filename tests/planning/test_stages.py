@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline_models import MODELS, Language, batch_of
+from pipeline_models import MODELS, Block, Language, batch_of
 from torch import nn
 
 import autoparallel
 from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.simulate import Simulation
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.rewrite.stages import cut_plan
 from autoparallel.support.pytree import flatten
 
 TOLERANCE = 1e-12
@@ -106,6 +108,61 @@ def test_stages_are_balanced_and_send_little() -> None:
     assert 0.1 < plan.pipeline.bubble < 0.4
 
 
+class MaskInside(nn.Module):
+    """A block that makes its mask itself: of the inputs' sizes alone, before all micro-batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(causal=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        mask: torch.Tensor = torch.ones(length, length, dtype=torch.bool).tril()
+        out: torch.Tensor = self.block(x, mask)
+        return out
+
+
+def test_blocks_that_make_their_mask_are_recomputed() -> None:
+    torch.manual_seed(3)
+    model = Language(blocks=4)
+    model.blocks = nn.ModuleList(MaskInside() for _ in range(4))
+    plan = autoparallel.make_plan(
+        model,
+        mesh=Mesh(pp=2),
+        microbatches=3,
+        example_inputs=batch_of("Language"),
+        recompute="full",
+    )
+    assert plan.captured is not None
+    stages = cut_plan(plan.captured.graph, plan)
+    inside = {name for group in plan.recomputed for name in group}
+    again = {name for stage in stages for group in stage.plan.recomputed for name in group}
+    assert len(plan.recomputed) >= 4
+    assert sum(len(stage.plan.recomputed) for stage in stages) == len(plan.recomputed)
+    # All but what each stage computes once.
+    once = set(inert_calls(plan.captured.graph))
+    assert inside & once
+    assert again == inside - once
+
+
+@pytest.mark.parametrize("axes", [{"pp": 3}, {"pp": 2, "tp": 2}], ids=str)
+def test_what_is_put_off_is_predicted_as_it_is_run(axes: dict[str, int]) -> None:
+    """Stages of several ranks go back whole; of the first stage, nothing that came in has a
+    gradient, and all of its backward pass waits.
+    """
+    plan = language_plan(mesh=Mesh(**axes), schedule="zero_bubble", data_parallel=True)
+    pipeline = plan.pipeline
+    assert pipeline is not None
+    both = zip(pipeline.seconds, pipeline.forward_seconds, strict=True)
+    first, *others = (seconds - forward for seconds, forward in both)
+    if "tp" in axes:
+        assert set(pipeline.weight_seconds) == {0.0}
+        return
+    assert pipeline.weight_seconds[0] == pytest.approx(first)
+    for put_off, backward in zip(pipeline.weight_seconds[1:], others, strict=True):
+        assert 0 < put_off < backward
+
+
 def test_plan_is_read_as_it_was_written() -> None:
     """And checked: an edited one is refused, in words, before it runs."""
     plan = language_plan(data_parallel=False)
@@ -144,7 +201,7 @@ def test_programs_of_stages_are_read() -> None:
     with pytest.raises(PlanError, match="rank 4"):
         autoparallel.emitted_program(plan, rank=4)
     with pytest.raises(PlanError, match="not told of a plan with stages"):
-        autoparallel.closed_forms(plan)
+        autoparallel.to_fx(plan, rank=0)
 
 
 class Branching(nn.Module):

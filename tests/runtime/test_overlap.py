@@ -91,19 +91,24 @@ def test_late_products_have_the_plain_ones_derivatives(source, target, world_siz
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def chain(group: Group, size: int, outermost: bool, joined: bool) -> list[torch.Tensor]:
+def chain(
+    group: Group, size: int, outermost: bool, joined: bool, inside: bool = False
+) -> list[torch.Tensor]:
     """Two products between parts of a sequence, as Megatron has them, a third one, and derivatives
-    up to the second order. joined: with conversions and products in one node.
+    up to the second order. joined: with conversions and products in one node. inside: the parts are
+    between the two products, and wholes around them.
     """
     generator = torch.Generator().manual_seed(group.rank)
     split = Shard(1, outermost=outermost)
     part = local_size(size, split, group.world_size, group.rank)
     leaves = [
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        for shape in ((2, part, 6), (4, 6), (4,), (6, 4), (3, 6))
+        for shape in ((2, size if inside else part, 6), (4, 6), (4,), (6, 4), (3, 6))
     ]
     x, up, bias, down, last = leaves
     gather, scatter = (group, split, Replicate(), size), (group, Partial(), split, 0)
+    if inside:
+        gather, scatter = scatter, gather
     if joined:
         weights = [(up, bias), (down, None)]
         first, gap = overlap.convert_then_linear(x.sin(), *gather, weights)
@@ -122,13 +127,15 @@ def chain(group: Group, size: int, outermost: bool, joined: bool) -> list[torch.
     return [tensor.detach() for tensor in found]
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["parts-outside", "parts-inside"])
 @pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])
 @pytest.mark.parametrize(("world_size", "size"), [(2, 6), (3, 6), (3, 7)])
 def test_a_conversion_and_a_product_in_one_node_have_the_same_derivatives(
-    world_size, size, outermost
+    world_size, size, outermost, inside
 ):
-    one = on_ranks(world_size, lambda group: chain(group, size, outermost, joined=True))
-    two = on_ranks(world_size, lambda group: chain(group, size, False, joined=False))
+    """Rows that are moved as they lie, those of unequal parts, and those that must be laid out."""
+    one = on_ranks(world_size, lambda group: chain(group, size, outermost, True, inside))
+    two = on_ranks(world_size, lambda group: chain(group, size, False, False, inside))
     for ours, theirs in zip(one, two, strict=True):
         for found, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

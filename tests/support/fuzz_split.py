@@ -157,6 +157,11 @@ class Subject:
         """True if the program draws random numbers."""
         return _RANDOM.search(self.program.text) is not None
 
+    @cached_property
+    def alone(self) -> Plan:
+        """The plan of one rank, which draws what all ranks draw."""
+        return self.plan(Split(1))
+
     def whole(self, inputs: tuple[torch.Tensor, ...]) -> _Ran:
         """Return torch's own result. Raises UnfitError where there is none or numbers run away."""
         model = copy.deepcopy(self.model)
@@ -222,8 +227,7 @@ class Subject:
     def compare(self, plan: Plan, inputs: tuple[torch.Tensor, ...], expected: _Ran) -> None:
         """Compare one plan on one set of inputs."""
         if self.draws:
-            whole = self.plan(Split(1))
-            expected = _ran(simulate_plan(self.model, whole, fresh(inputs), {}, loss_of))
+            expected = _ran(simulate_plan(self.model, self.alone, fresh(inputs), {}, loss_of))
         made = simulate_plan(self.model, plan, fresh(inputs), {}, loss_of)
         assert made.apart <= TOLERANCE, (
             f"ranks that should hold the same are {made.apart:.3g} apart"

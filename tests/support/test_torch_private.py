@@ -13,6 +13,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,25 @@ def test_a_fake_process_group_has_ranks_that_do_not_run() -> None:
     assert done.stdout.split() == ["1", "4"]
 
 
+def test_a_function_that_is_applied_directly_is_recorded() -> None:
+    """What its forward gets is what was passed, numbers and lists included."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factors):
+            ctx.factors = factors
+            return x * factors[0]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factors[0], None
+
+    x = torch.ones(2, requires_grad=True)
+    result = torch_private.apply_directly(Scaled)(x, [3.0])
+    result.sum().backward()
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
 def test_functional_collectives_are_past_autograd(mesh) -> None:
     """What calls them has a backward pass of its own."""
     ops, group = torch_private.functional_collectives(), mesh.get_group()
@@ -589,6 +609,7 @@ def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh) -> None:
     x = torch.arange(6.0)
     made = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
     local = torch_private.local_part(made)
+    assert list(torch_private.local_parts([made, made])) == [local, local]
     local.mul_(2)
     assert torch.equal(made.full_tensor(), torch.arange(6.0) * 2)
     assert local.data_ptr() == x.data_ptr()
@@ -712,6 +733,30 @@ def test_results_of_fake_tensors_are_remembered_or_not(enabled: bool) -> None:
         assert sizes_found() == 3
 
 
+def test_kernels_for_tensors_without_device() -> None:
+    own = [aten.mm.default, aten.add.Tensor, aten.sum.dim_IntList]
+    assert all(map(torch_private.has_meta_kernel, own))
+    others = [aten.linear.default, aten.matmul.default, aten.slice.Tensor, aten.softmax.int]
+    assert not any(map(torch_private.has_meta_kernel, others))
+
+
+def test_traces_without_metadata_of_tensors() -> None:
+    """Within, no node has them; afterwards, in other threads too, torch notes them as ever."""
+
+    def metadata() -> list[Any]:
+        program = exported(lambda x: x.sin().cos(), torch.ones(3, 4))
+        return [node.meta.get("tensor_meta") for node in program.graph.nodes if node.op != "output"]
+
+    with torch_private.without_tensor_metadata():
+        with torch_private.without_tensor_metadata():
+            assert metadata() == [None] * 3
+        assert metadata() == [None] * 3
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(metadata).result()
+    for noted in (elsewhere, metadata()):
+        assert [tuple(item.shape)[1] for item in noted] == [4, 4, 4]
+
+
 def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:
     class Inner(nn.Module):
         def forward(self, x):
@@ -756,6 +801,57 @@ def test_frames_of_more_functions_are_kept() -> None:
     with torch_private.keeping_frames(lambda file: file == __file__, inside=__file__):
         assert functions() == []
     assert functions() == ["forward"]
+
+
+class Reshaped(nn.Module):
+    """Calls modules, functions and methods, one of which is named as a forward is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))
+
+    def helped(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(0, 1).softmax(0)
+
+        return torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = x.abs().sum(0, keepdim=True)
+        return self.helped(self.layers(x) / scale)
+
+
+@pytest.mark.parametrize("inside", [__file__, torch.export.__file__, torch.nn.functional.__file__])
+@pytest.mark.parametrize("kept", [__file__, torch.nn.functional.__file__, "none"])
+def test_frames_that_are_not_kept_are_not_described(kept: str, inside: str) -> None:
+    """The others are those that are left of a whole stack; another thread has whole ones."""
+    x, dims = torch.ones(3, 4), ({0: torch.export.Dim.AUTO},)
+
+    def stacks() -> list[str]:
+        program = torch.export.export(Reshaped(), (x,), strict=False, dynamic_shapes=dims)
+        graphs = [getattr(m, "graph", None) for m in program.graph_module.modules()]
+        nodes = [node for graph in graphs if graph is not None for node in graph.nodes]
+        return [f"{node.name}: {node.meta.get('stack_trace', '')}" for node in nodes]
+
+    def functions() -> list[str]:
+        return [frame.name for frame in proxy.CapturedTraceback.extract().summary()]
+
+    from torch.fx import proxy
+
+    whole = proxy.CapturedTraceback
+    with torch_private.keeping_frames(lambda file: file == kept, inside=inside):
+        assert proxy.CapturedTraceback is not whole
+        assert len(functions()) < 20
+        with ThreadPoolExecutor(1) as pool:
+            assert {"functions", "run"} <= set(pool.submit(functions).result())
+        found = []
+        for described in (proxy.CapturedTraceback, whole):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(proxy, "CapturedTraceback", described)
+                found.append(stacks())
+        assert found[0] == found[1]
+    assert proxy.CapturedTraceback is whole
 
 
 def test_loggers_of_the_tracer_have_these_names() -> None:
@@ -841,6 +937,30 @@ def test_a_backward_pass_says_whether_it_accumulates() -> None:
     torch.autograd.grad(kept.sum(), x)
     assert [adds for _, adds in notes] == [True, True, False]
     assert torch.equal(x.grad, torch.full((2,), 2.0))
+
+
+def test_a_backward_pass_says_which_gradients_it_returns() -> None:
+    """Of two leaves that one node passes gradients to."""
+    notes = []
+
+    class Both(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x + y
+
+        @staticmethod
+        def backward(ctx, grad):
+            nodes = [node for node, _ in ctx.next_functions]
+            notes.append([torch_private.is_returned(node) for node in nodes])
+            return grad, grad
+
+    x, y = (torch.ones(2, requires_grad=True) for _ in range(2))
+    both = Both.apply(x, y)
+    torch.autograd.grad(both.sum(), x, retain_graph=True)
+    torch.autograd.grad(both.sum(), [x, y], retain_graph=True)
+    both.sum().backward(inputs=[y], retain_graph=True)
+    both.sum().backward()
+    assert notes == [[True, False], [True, True], [False, False], [False, False]]
 
 
 def test_a_node_runs_when_it_is_ready() -> None:

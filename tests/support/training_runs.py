@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from processes import run_processes
+from traces import trace_ahead
 
 from autoparallel.train.config_text import read_config
 from autoparallel.train.run_config import RunConfig
@@ -58,11 +62,28 @@ def on_rank(_: int, config: RunConfig) -> tuple[tuple[float, ...], float | None]
     return result.losses, result.held_out
 
 
+def traced(config: RunConfig) -> None:
+    """Trace what each rank of a run would: one process begins it, and evaluates its model."""
+    with tempfile.TemporaryDirectory() as folder:
+        parallel = replace(config.parallel, mesh="auto", constraints=(), microbatches=0)
+        alone = replace(
+            config,
+            folder=folder,
+            parallel=replace(parallel, stages_per_rank=1),
+            training=replace(config.training, steps=1),
+            checkpoint=replace(config.checkpoint, every=0),
+        )
+        run_training(alone)
+
+
 def run_on(ranks: int, config: RunConfig) -> tuple[tuple[float, ...], float | None]:
-    """Run on so many processes; all ranks tell the same."""
+    """Run on so many processes; all ranks tell the same.
+
+    They are forks of one that has traced the model, as each of them would, and plan by themselves.
+    """
     if ranks == 1:
         return on_rank(0, config)
-    results = run_processes(on_rank, ranks, config)
+    results = run_processes(on_rank, ranks, config, before=partial(trace_ahead, traced, config))
     assert all(result == results[0] for result in results)
     losses: tuple[float, ...] = results[0][0]
     return losses, results[0][1]

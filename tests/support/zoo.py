@@ -56,12 +56,12 @@ def build(name: str, layers: int = LAYERS, dropout: float = 0.0) -> nn.Module:
     return FAMILIES[name].make(layers, dropout).double().train()
 
 
-def build_reference(name: str) -> nn.Module:
+def build_reference(name: str, layers: int = LAYERS) -> nn.Module:
     """Return the same model for plain torch, with experts one by one, in products of any type.
 
     Torch's grouped matrix products, which are Hugging Face's choice, take no float64.
     """
-    model = build(name)
+    model = build(name, layers)
     config = getattr(model, "config", None)
     if getattr(config, "_experts_implementation", None) == "grouped_mm":
         config._experts_implementation = "eager"

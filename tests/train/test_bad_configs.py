@@ -64,6 +64,7 @@ BAD = {
     "no tokenizer": (["--data.tokenizer={}/file"], "no tokenizer in"),
     "embedding too small": (["--model.vocabulary=20"], "model.vocabulary = 20"),
     "no function": (["--model=json:nothing"], "cannot be imported"),
+    "other arguments": (["--model=torch.nn:Flatten"], "does not take input_ids and labels"),
     "no such class": (["--model=hf:LlamaForCasualLM"], "do you mean LlamaForCausalLM"),
     "no such argument": (
         ["--model=hf:LlamaForCausalLM", "--model.options.hiden_size=8"],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from processes import run_processes
+from traces import trace_ahead
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autoparallel
@@ -57,12 +59,16 @@ def without_cache(model: Any) -> list[torch.Tensor]:
     return made
 
 
-def on_rank(_: int) -> list[list[torch.Tensor]]:
+def on_ranks(count: int) -> list[list[torch.Tensor]]:
     made = []
     for plain in (gpt(), llama()):
-        split = autoparallel.autoparallelize(plain, 3, example_inputs=(prompt(),))
+        split = autoparallel.autoparallelize(plain, count, example_inputs=(prompt(),))
         made.append(texts(split))
     return made
+
+
+def on_rank(_: int) -> list[list[torch.Tensor]]:
+    return on_ranks(3)
 
 
 def test_ranks_write_what_the_unsplit_model_writes():
@@ -71,7 +77,8 @@ def test_ranks_write_what_the_unsplit_model_writes():
         for one, other in zip(texts(model), same, strict=True):
             assert one.tolist() == other.tolist()
     assert len({tuple(row) for text in expected[0] for row in text.tolist()}) == 4
-    for result in run_processes(on_rank, 3):
+    # One process has traced what all write.
+    for result in run_processes(on_rank, 3, before=partial(trace_ahead, on_ranks, 1)):
         for model, same in zip(result, expected, strict=True):
             for one, other in zip(model, same, strict=True):
                 assert one.tolist() == other.tolist()

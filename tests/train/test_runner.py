@@ -16,6 +16,7 @@ from autoparallel.train.generation import Sampling, generate
 from autoparallel.train.trained import open_trained
 from autoparallel.train.weights import export_weights
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 BERT = (
     "--model=bert", "--model.norm=post", "--model.sentence_order=true",
     "--data.tokenizer=wordpiece", "--optimizer.kind=muon", "--schedule.kind=linear",

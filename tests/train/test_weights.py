@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from processes import run_processes
+from traces import trace_ahead
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import autoparallel
@@ -35,6 +37,12 @@ def tokens() -> torch.Tensor:
     return torch.arange(16).view(2, 8) * 3
 
 
+def traced() -> None:
+    """Both models, as each rank would trace them twice."""
+    for make in (gpt, gpt2):
+        autoparallel.make_plan(make(1), 3, example_inputs=(tokens(),))
+
+
 def exported(rank: int, folder: Path, shard_bytes: int) -> list[dict[str, Any]]:
     """Write both models from three ranks; read the first again into a model of other weights."""
     weights.SHARD_BYTES = shard_bytes
@@ -50,7 +58,9 @@ def exported(rank: int, folder: Path, shard_bytes: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("shard_bytes", [10_000, 5_000_000], ids=["several files", "one file"])
 def test_weights_go_out_and_come_in(tmp_path, shard_bytes):
-    for states in run_processes(exported, 3, tmp_path, shard_bytes):
+    for states in run_processes(
+        exported, 3, tmp_path, shard_bytes, before=partial(trace_ahead, traced)
+    ):
         for state, make in zip(states, (gpt, gpt2), strict=True):
             for name, value in make(1).state_dict().items():
                 assert torch.equal(state[name], value), name

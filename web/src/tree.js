@@ -47,7 +47,7 @@ export class TreeView {
       const more = element.k === "sync" ? element.n : element.line || "";
       return `<li role="treeitem" aria-level="${level}" data-at="${at}" tabindex="-1" class="leaf ` +
         `${element.k}" ${indent}><span class="name">${escapeText(name)}</span>` +
-        `<span class="more">${escapeText(more)}</span></li>`;
+        `<span class="more"><bdi>${escapeText(more)}</bdi></span></li>`;
     }
     const run = item.kind === "run" ? item : this.model.standsFor(item);
     const name = run ? `${run.name} × ${run.count}` : item.name;

@@ -214,6 +214,9 @@ class _Expert(RowSearch):
         value, node = self.graph.values[name], self.graph.producers[name]
         if node.kind != "call" or not self.has_rows(value):
             raise NoRowsError
+        below = self.below_one(node)
+        if below is not None:
+            return self.given("row", self.of_tokens(below))
         if node.target == "aten.index.Tensor":
             source = self.graph.values[node.operands()[0]]
             if node.args[1] == (Ref(self.places[0]),):
@@ -233,6 +236,22 @@ class _Expert(RowSearch):
         if node.target in ("aten.linear.default", "aten.mm.default", "aten.matmul.default"):
             return self.multiplied(node, order)
         return self.row_by_row(node, name, order)
+
+    def below_one(self, node: Node) -> str | None:
+        """Return the tokens of which a node picks the rows by way of a dim of 1 before them, as in
+        `x[None, rows].reshape(-1, width)`; None where it does not.
+        """
+        if node.target not in ("aten.reshape.default", "aten.squeeze.dim"):
+            return None
+        picked = self.graph.producers[first_operand(node)]
+        if picked.target != "aten.index.Tensor" or picked.args[1] != (None, Ref(self.places[0])):
+            return None
+        wide = self.graph.producers[first_operand(picked)]
+        if wide.target != "aten.unsqueeze.default" or wide.args[1] != 0:
+            return None
+        tokens = first_operand(wide)
+        fits = node.result.shape[1:] == self.graph.values[tokens].shape[1:]
+        return tokens if fits else None
 
     def multiplied(self, node: Node, order: str) -> str:
         """Return the product of rows with a parameter of the expert, and its bias."""

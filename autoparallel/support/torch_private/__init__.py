@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from autoparallel.support.torch_private.backward_passes import (
+    apply_directly,
     at_end_of_backward,
     backward_pass,
     call_hooks_of,
@@ -26,6 +27,7 @@ from autoparallel.support.torch_private.backward_passes import (
     gradient_hooks_of,
     hook_handles_so_far,
     in_backward,
+    is_returned,
     place_in_backward,
     run_in_place,
     run_when_ready,
@@ -45,6 +47,7 @@ from autoparallel.support.torch_private.distributed_tensors import (
     distributed_tensor_like,
     handle_distributed,
     local_part,
+    local_parts,
     placed_alike,
     share_local_part,
     strided_shard,
@@ -66,6 +69,7 @@ from autoparallel.support.torch_private.symbolic_numbers import (
     hint_of,
     is_fixed,
     remembering_fake_results,
+    without_tensor_metadata,
 )
 from autoparallel.support.torch_private.tensor_records import (
     assert_on_device,
@@ -82,6 +86,7 @@ from autoparallel.support.torch_private.torch_operators import (
     differentiates_custom_op,
     dispatch_registrations,
     has_backward,
+    has_meta_kernel,
     has_torch_binding,
     is_composite,
     is_custom_op,
@@ -153,6 +158,7 @@ __all__ = [
     "ShapeEnv",
     "StorageWeakRef",
     "TorchDispatchMode",
+    "apply_directly",
     "assert_on_device",
     "at_end_of_backward",
     "backward_pass",
@@ -181,6 +187,7 @@ __all__ = [
     "guards_of",
     "handle_distributed",
     "has_backward",
+    "has_meta_kernel",
     "has_torch_binding",
     "hint_of",
     "hook_handles_so_far",
@@ -190,8 +197,10 @@ __all__ = [
     "is_custom_op",
     "is_fixed",
     "is_functorch_wrapped_tensor",
+    "is_returned",
     "keeping_frames",
     "local_part",
+    "local_parts",
     "multiply_all_",
     "nn_binding",
     "norms_of",
@@ -223,6 +232,7 @@ __all__ = [
     "without_function_modes",
     "without_function_overrides",
     "without_modes",
+    "without_tensor_metadata",
     "wrapper_tensor",
 ]
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     pass
 
 __all__ = [
+    "apply_directly",
     "at_end_of_backward",
     "backward_pass",
     "call_hooks_of",
@@ -20,6 +21,7 @@ __all__ = [
     "gradient_hooks_of",
     "hook_handles_so_far",
     "in_backward",
+    "is_returned",
     "place_in_backward",
     "run_in_place",
     "run_when_ready",
@@ -31,6 +33,27 @@ __all__ = [
 def in_backward() -> bool:
     """Return whether this thread runs inside of a backward pass."""
     return backward_pass() != -1
+
+
+def apply_directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Return `function.apply` for calls outside of transforms of torch.func, which it looks for,
+    operand by operand, before each of them.
+
+    >>> class Double(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         return x * 2
+    ...     @staticmethod
+    ...     def backward(ctx, grad):
+    ...         return grad * 2
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> apply_directly(Double)(x).sum().backward()
+    >>> x.grad
+    tensor([2., 2.])
+    """
+    direct: Any = super(torch.autograd.Function, function)
+    apply: Callable[..., Any] = direct.apply
+    return apply
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
@@ -55,6 +78,18 @@ def will_accumulate(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # it says that it does not tell of leaves under torch.autograd.grad
         return False
+
+
+def is_returned(node: Any) -> bool:
+    """Return whether the torch.autograd.grad that runs now returns the gradient of a leaf.
+
+    node: the leaf's own node, AccumulateGrad. Others get none in that pass.
+    """
+    try:
+        torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # as in `will_accumulate`
+        return True
+    return False
 
 
 def run_when_ready(tensor: torch.Tensor, place: int = 0) -> None:

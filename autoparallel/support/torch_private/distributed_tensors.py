@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ __all__ = [
     "distributed_tensor_like",
     "handle_distributed",
     "local_part",
+    "local_parts",
     "placed_alike",
     "share_local_part",
     "strided_shard",
@@ -43,6 +45,14 @@ def checkpoint_classes() -> dict[tuple[str, str], Any]:
 def local_part(tensor: DTensor) -> torch.Tensor:
     """Return this rank's part of a DTensor, the tensor itself; `to_local` makes a view of it."""
     return tensor._local_tensor
+
+
+def local_parts(tensors: Iterable[DTensor]) -> Iterator[torch.Tensor]:
+    """Return `local_part` of each of many DTensors, by a loop that runs in C."""
+    return map(_LOCAL_PART, tensors)
+
+
+_LOCAL_PART = operator.attrgetter("_local_tensor")
 
 
 def placed_alike(one: DTensor, other: DTensor) -> bool:

@@ -48,12 +48,15 @@ def _past_autograd(name: str) -> Callable[..., Any]:
     the call. A tracer is given the op itself.
     """
     function = getattr(torch.ops._c10d_functional, name).default
+    # The same without a function of Python around it.
+    direct, is_compiling = function._op, torch.compiler.is_compiling
+    below = torch._C._AutoDispatchBelowAutograd
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return function(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return function(*arguments)
+        with below():
+            return direct(*arguments)
 
     return call
 

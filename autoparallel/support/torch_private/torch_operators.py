@@ -20,6 +20,7 @@ __all__ = [
     "differentiates_custom_op",
     "dispatch_registrations",
     "has_backward",
+    "has_meta_kernel",
     "has_torch_binding",
     "is_composite",
     "is_custom_op",
@@ -47,6 +48,17 @@ def schema_of(operation: Any) -> Any:
 def is_composite(operation: Any) -> bool:
     """Return whether torch defines the op by other ops, which `operation.decompose` runs."""
     return bool(operation._can_decompose())
+
+
+def has_meta_kernel(operation: Any) -> bool:
+    """Return whether an op has a kernel of its own for tensors without device, and is not made of
+    others.
+
+    operation: an overload, such as torch.ops.aten.mm.default.
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    name = operation.name()
+    return has(name, "Meta") and not has(name, "CompositeImplicitAutograd")
 
 
 def dispatch_registrations(name: str) -> str:

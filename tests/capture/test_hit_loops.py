@@ -1,0 +1,206 @@
+"""Loops over the experts that a token has chosen: a turn for every expert is traced, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import expert_families
+import pytest
+import torch
+from families import relative_error, worst_gradient
+from torch import nn
+from torch.nn import functional
+
+import autoparallel
+from autoparallel.capture.graph_breaks import trace
+from autoparallel.errors import CaptureError
+from autoparallel.graph.row_program import ROUTED
+from autoparallel.mesh import Mesh
+from autoparallel.options import Options
+from autoparallel.planning.search import search
+from autoparallel.rules.lookup import find_rule
+
+WIDTH, EXPERTS, CHOICES = 4, 5, 2
+
+
+class Routed(nn.Module):
+    """Tokens with their experts, of which the last one is chosen by few. form: of the loop."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form = form
+        self.gate = nn.Linear(WIDTH, EXPERTS)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 6), nn.SiLU(), nn.Linear(6, WIDTH))
+            for _ in range(EXPERTS)
+        )
+        self.named = nn.ModuleDict({f"expert_{at}": each for at, each in enumerate(self.experts)})
+        self.up = nn.Parameter(torch.randn(EXPERTS, 6, WIDTH) / 2)
+        self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, 6) / 2)
+        with torch.no_grad():
+            self.gate.bias[-1] -= 0.4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(CHOICES, -1)
+        # The last place of the tables' loop stands for experts of other ranks.
+        with torch.no_grad():
+            count = EXPERTS + (self.form == "tables")
+            masks = functional.one_hot(chosen, num_classes=count).permute(2, 1, 0)
+            used = torch.greater(masks.sum(dim=(-1, -2)), 0)
+        loop = getattr(self, self.form)
+        return loop(x, weights, masks, used).pow(2).sum()
+
+    def listed(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in used.nonzero():
+            choice, token = torch.where(masks[number].squeeze(0))
+            rows = x[None, token].reshape(-1, WIDTH)
+            made = self.experts[number](rows) * weights[token, choice, None]
+            y.index_add_(0, token, made.to(x.dtype))
+        return y
+
+    def called(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in torch.where(used)[0]:
+            choice, token = torch.where(masks[number])
+            y[token] += self.named[f"expert_{number}"](x[token]) * weights[token, choice, None]
+        return y
+
+    def tables(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in used.nonzero():
+            number = number[0]
+            if number == EXPERTS:
+                continue
+            choice, token = torch.where(masks[number])
+            rows = functional.silu(functional.linear(x[token], self.up[number]))
+            made = functional.linear(rows, self.down[number])
+            y.index_add_(0, token, made * weights[token, choice, None])
+        return y
+
+    # -- other loops: a turn more would do something
+
+    def counted(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for place, number in enumerate(used.nonzero()):
+            choice, token = torch.where(masks[number].squeeze(0))
+            made = self.experts[place](x[token]) * weights[token, choice, None]
+            y.index_add_(0, token, made)
+        return y
+
+    def collected(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        norms = []
+        for number in used.nonzero():
+            choice, token = torch.where(masks[number].squeeze(0))
+            made = self.experts[number](x[token]) * weights[token, choice, None]
+            y.index_add_(0, token, made)
+            norms.append(self.experts[number][0].weight.norm())
+        return y + sum(norms)
+
+    def dense(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in used.nonzero():
+            y += self.experts[number](x)
+        return y
+
+    def crowded(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in torch.greater(masks.sum(dim=(-1, -2)), 1).nonzero():
+            choice, token = torch.where(masks[number].squeeze(0))
+            made = self.experts[number](x[token]) * weights[token, choice, None]
+            y.index_add_(0, token, made)
+        return y
+
+    def shifted(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in used.nonzero():
+            choice, token = torch.where(masks[number - 1].squeeze(0))
+            made = self.experts[number](x[token]) * weights[token, choice, None]
+            y.index_add_(0, token, made)
+        return y
+
+    def first(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in used.nonzero():
+            choice, token = torch.where(masks[number].squeeze(0))
+            made = self.experts[number](x[token]) * weights[token, choice, None]
+            y.index_add_(0, token, made)
+            if number > 1:
+                break
+        return y
+
+    def late(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        last = None
+        for number in used.nonzero():
+            choice, token = torch.where(masks[number].squeeze(0))
+            made = self.experts[number](x[token]) * weights[token, choice, None]
+            y.index_add_(0, token, made)
+            last = number
+        return y * self.up[last].sum()
+
+
+def inputs(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(9, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def unused(x: torch.Tensor, model: Routed) -> set[int]:
+    """The experts that no token chooses."""
+    chosen = model.gate(x).topk(CHOICES, -1).indices
+    return {*range(EXPERTS)} - {*chosen.flatten().tolist()}
+
+
+def few() -> Iterator[torch.Tensor]:
+    """Inputs that leave an expert out, and inputs that need all of them."""
+    model = Routed("listed").double()
+    found = [inputs(seed) for seed in range(40)]
+    yield next(x for x in found if unused(x, model))
+    yield next(x for x in found if not unused(x, model))
+
+
+@pytest.mark.parametrize("form", ["listed", "called", "tables"])
+def test_a_loop_over_chosen_experts_is_one_op(form: str) -> None:
+    """Planned for inputs that leave an expert out, it is right for others too, on 2 and 3 ranks."""
+    model = Routed(form).double()
+    some, every = few()
+    traced = autoparallel.make_plan(model, 1, example_inputs=(some,))
+    assert not traced.breaks
+    assert sum(op.target == ROUTED for op in traced.ops) == 1
+    assert traced.captured is not None
+    for world_size, x in ((2, some), (2, every), (3, every)):
+        with expert_families.only("experts_summed", "experts_summed"):
+            plan = search(traced.captured, traced.model, Mesh(tp=world_size), Options())
+        model.zero_grad()
+        expected = model(x)
+        expected.backward()
+        run = autoparallel.simulate(model, plan=plan, example_inputs=(x,))
+        assert relative_error(run.output.detach(), expected.detach()) < 1e-10
+        named = dict(model.named_parameters(remove_duplicate=False))
+        gradients = {path: p.grad for path, p in named.items() if p.grad is not None}
+        error, where = worst_gradient({path: run.gradients[path] for path in gradients}, gradients)
+        assert error < 1e-10, where
+        # An expert that had no turn has none; one that had a turn without tokens has zeros.
+        others = [tensor for path, tensor in run.gradients.items() if path not in gradients]
+        assert bool(others) == (x is some and form != "tables")
+        assert not any(tensor.any() for tensor in others)
+
+
+@pytest.mark.parametrize(
+    ("form", "why"),
+    [
+        ("counted", "branches on the values|could not be traced"),
+        ("collected", "what a turn computes is used after it"),
+        ("dense", "it writes to more than the rows"),
+        ("crowded", "it writes to more than the rows"),
+        ("shifted", "it writes to more than the rows"),
+        ("first", "it ends before all places"),
+        ("late", "is used outside of its turn"),
+    ],
+)
+def test_other_loops_over_places_are_refused(form: str, why: str) -> None:
+    """A turn that a call does not take would count, write, return or choose something."""
+    with pytest.raises(CaptureError, match=why):
+        trace(Routed(form).double(), (inputs(0),), {}, known=find_rule)

@@ -1,0 +1,80 @@
+"""The limit on what is counted is lowered by guess, and raised again where that was too far."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from autoparallel.planning import memory_limit
+from planners import OverLimitError, Solution
+
+# By what is counted: the cost, and the bytes that the plan really takes. Of 100 that are allowed.
+CASES = {
+    40: (12.0, 80),
+    50: (10.0, 90),
+    56: (9.5, 97),
+    60: (9.0, 99),
+    64: (8.0, 130),
+    70: (7.0, 120),
+}
+
+
+class Solver:
+    """Finds the cheapest case within a limit; knows those that it has found."""
+
+    def __init__(self, known: list[Solution]) -> None:
+        self.known, self.limits = known, list[float]()
+
+    def within(self, limit: float) -> Solution:
+        self.limits.append(limit)
+        able = [usage for usage in CASES if usage <= limit]
+        if not able:
+            raise OverLimitError(40, 40, limit)
+        self.known.append(solution_of(min(able, key=lambda usage: CASES[usage][0])))
+        return self.known[-1]
+
+
+def solution_of(usage: int) -> Solution:
+    return Solution({}, CASES[usage][0], 0.0, "", usage)
+
+
+def raised(
+    monkeypatch: pytest.MonkeyPatch, known: list[int], gap: float = 0.01
+) -> tuple[float, Solver]:
+    """The bytes counted of the plan that is taken where 50 fitted and nothing within 70 did."""
+
+    def read(*args: Any) -> tuple[Any, Any]:
+        solution = args[3]
+        plan = SimpleNamespace(cost=solution.cost, memory_price=0.0)
+        return plan, SimpleNamespace(total=CASES[int(solution.usage)][1])
+
+    monkeypatch.setattr(memory_limit, "_read", read)
+    monkeypatch.setattr(memory_limit, "replace", lambda plan, **changes: plan)
+    plan, account = read(None, None, None, solution_of(50))
+    network = SimpleNamespace(options=SimpleNamespace(memory_limit=100, gap=gap))
+    solve = Solver([solution_of(usage) for usage in known])
+    best = memory_limit._Candidate(plan, account, 50)
+    search = memory_limit._Raised(
+        cast(Any, None), "", cast(Any, network), cast(Any, solve), cast(Any, None), best, 70, 6.0
+    )
+    return search.run(cast(Any, lambda limit: limit), 1.0).counted, solve
+
+
+def test_what_was_looked_at_is_taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_limit, "_MOST_RAISES", 0)
+    assert raised(monkeypatch, [50, 70])[0] == 50
+    assert raised(monkeypatch, [40, 56, 50, 64])[0] == 56
+
+
+def test_limits_between_two_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    best, solve = raised(monkeypatch, [50, 70])
+    assert best == 60
+    assert solve.limits[0] == 60
+
+
+def test_near_the_bound_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    best, solve = raised(monkeypatch, [50, 56, 60], gap=0.5)
+    assert best == 50
+    assert not solve.limits
