@@ -24,7 +24,6 @@ MESHES: dict[str, tuple[Mesh, dict[str, Any]]] = {
     "two": (Mesh(dp=2, tp=2), {}),
     "stages": (Mesh(pp=2, tp=2), {"microbatches": 2}),
     "zero bubble": (Mesh(pp=2), {"microbatches": 2, "schedule": "zero_bubble"}),
-    "limit": (Mesh(tp=2), {"memory_limit": 34000, "recompute": "auto"}),
 }
 
 
