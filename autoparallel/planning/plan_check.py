@@ -62,6 +62,7 @@ def require_sound(plan: Plan, model: nn.Module) -> None:
         return
     if plan.captured is not None:
         if plan.pipeline is not None:
+            _Check(plan, plan.captured).of_stages()
             require_sound_stages(plan, plan.captured)
         else:
             _Check(plan, plan.captured).all()
@@ -186,26 +187,48 @@ class _Check:
 
     def all(self) -> None:
         """Check everything that a program is emitted from."""
-        graph, plan = self.graph, self.plan
-        if plan.fingerprint != graph.fingerprint:
-            raise _wrong(plan.model, "", "it was made for another program")
-        for node in graph.nodes:
-            if node.kind != "call":
-                self.made[node.result.name] = self.whole
-        self.parameters([node for node in graph.nodes if node.kind == "parameter"])
-        if [op.name for op in plan.ops] != [node.name for node in graph.calls]:
-            raise _wrong(plan.model, "", "its ops are not those of the model")
-        inert = inert_calls(graph)
-        matched = match_rules(graph, inert, plan.options, plan.world_size)
-        for op, node in zip(plan.ops, graph.calls, strict=True):
+        self.begin()
+        inert = inert_calls(self.graph)
+        matched = match_rules(self.graph, inert, self.plan.options, self.plan.world_size)
+        for op, node in zip(self.plan.ops, self.graph.calls, strict=True):
             self.op(op, node, matched[node.name], node.name in inert)
         self.outputs()
         self.conversions()
         self.recomputed()
         self.remade(matched)
 
-    def parameters(self, nodes: Sequence[Node]) -> None:
-        """Check how parameters are stored."""
+    def of_stages(self) -> None:
+        """Check that a plan with stages tells of this graph; see `require_sound_stages`.
+
+        On the axis of micro-batches, parameters and results lie otherwise than on one of ranks.
+        """
+        self.begin(stages=True)
+        for op, node in zip(self.plan.ops, self.graph.calls, strict=True):
+            self.named(op, node)
+        if len(self.plan.outputs) != len(self.graph.outputs):
+            raise _wrong(self.plan.model, "", f"it returns {len(self.graph.outputs)} tensors")
+        axes = range(len(self.sizes))
+        for row in self.plan.conversions:
+            if row.value not in self.graph.values or any(
+                step.axis not in axes for step in row.steps
+            ):
+                raise _wrong(f"conversion of {row.value:.80}", "", "there is no such one")
+
+    def begin(self, stages: bool = False) -> None:
+        """Check that the plan has the parameters and the ops of the graph."""
+        graph, plan = self.graph, self.plan
+        if plan.fingerprint != graph.fingerprint:
+            raise _wrong(plan.model, "", "it was made for another program")
+        for node in graph.nodes:
+            if node.kind != "call":
+                self.made[node.result.name] = self.whole
+        nodes = [node for node in graph.nodes if node.kind == "parameter"]
+        self.parameters(nodes, stored=not stages)
+        if [op.name for op in plan.ops] != [node.name for node in graph.calls]:
+            raise _wrong(plan.model, "", "its ops are not those of the model")
+
+    def parameters(self, nodes: Sequence[Node], stored: bool) -> None:
+        """Check which parameters there are. stored: and how they are stored."""
         rows = [(choice.name, choice.path) for choice in self.plan.parameters]
         if rows != [(node.name, node.target) for node in nodes]:
             raise _wrong(self.plan.model, "", "its parameters are not those of the model")
@@ -213,20 +236,13 @@ class _Check:
             value = node.result
             if choice.shape != value.shape or choice.nbytes != nbytes(value):
                 raise _wrong(choice.path, node.where, f"it is {value}, of {nbytes(value)} bytes")
-            _require_storage(choice, value.shape, self.plan, node.where)
+            if stored:
+                _require_storage(choice, value.shape, self.plan, node.where)
             self.made[value.name] = choice.storage
 
     def op(self, op: OpChoice, node: Node, matched: MatchedCall, inert: bool) -> None:
         """Check that one of the op's strategies has these layouts, and these kernels."""
-        names = (tuple(node.operands()), tuple(value.name for value in node.results))
-        where = ", ".join(text for text in (node.where, node.line) if text)
-        what = f"{op.name} ({node.target})"
-        if (op.target, op.where, op.line) != (node.target, node.where, node.line):
-            raise _wrong(what, where, "the plan has another op, or another line, of that name")
-        if (op.reads, op.makes) != names:
-            raise _wrong(what, where, "it reads, or makes, other values in the plan")
-        if (len(op.operands), len(op.results)) != (len(op.reads), len(op.makes)):
-            raise _wrong(what, where, "the plan has layouts for more or fewer tensors")
+        what, where = self.named(op, node)
         values = [self.graph.values[name] for name in (*op.reads, *op.makes)]
         layouts = (*op.operands, *op.results)
         for value, layout in zip(values, layouts, strict=True):
@@ -242,6 +258,22 @@ class _Check:
         for name, layout in zip(op.reads, op.operands, strict=True):
             self.read(name, layout, op.name)
         self.made.update(zip(op.makes, op.results, strict=True))
+
+    def named(self, op: OpChoice, node: Node) -> tuple[str, str]:
+        """Check that the op is the one of that name, and has a layout for each of its tensors.
+
+        Returns what it is called in an error, and its line.
+        """
+        names = (tuple(node.operands()), tuple(value.name for value in node.results))
+        where = ", ".join(text for text in (node.where, node.line) if text)
+        what = f"{op.name} ({node.target})"
+        if (op.target, op.where, op.line) != (node.target, node.where, node.line):
+            raise _wrong(what, where, "the plan has another op, or another line, of that name")
+        if (op.reads, op.makes) != names:
+            raise _wrong(what, where, "it reads, or makes, other values in the plan")
+        if (len(op.operands), len(op.results)) != (len(op.reads), len(op.makes)):
+            raise _wrong(what, where, "the plan has layouts for more or fewer tensors")
+        return what, where
 
     def is_allowed(self, op: OpChoice, node: Node, matched: MatchedCall, inert: bool) -> bool:
         """Return whether a strategy of the op on the whole mesh is as the plan has it."""

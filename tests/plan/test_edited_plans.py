@@ -19,7 +19,12 @@ from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import with_graphs
 
-MESHES = {"one": Mesh(tp=2), "two": Mesh(dp=2, tp=2)}
+MESHES: dict[str, tuple[Mesh, dict[str, Any]]] = {
+    "one": (Mesh(tp=2), {}),
+    "two": (Mesh(dp=2, tp=2), {}),
+    "stages": (Mesh(pp=2, tp=2), {"microbatches": 2}),
+    "zero bubble": (Mesh(pp=2), {"microbatches": 2, "schedule": "zero_bubble"}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def edited(request: pytest.FixtureRequest, all_edited: dict[str, Edited]) -> Edi
     name: str = getattr(request, "param", "one")
     if name not in all_edited:
         tokens = torch.randint(10, (4, 6), generator=torch.Generator().manual_seed(0))
-        all_edited[name] = Edited(Mixed().double(), tokens, MESHES[name])
+        all_edited[name] = Edited(Mixed().double(), tokens, *MESHES[name])
     return all_edited[name]
 
 
@@ -97,6 +102,34 @@ def test_a_layout_that_no_rule_allows_is_refused_by_name(
     target = where.split()[0]
     assert f"aten.{target}" in str(caught.value)
     assert ".py:" in caught.value.where
+
+
+@pytest.mark.parametrize("edited", ["stages"], indirect=True)
+@pytest.mark.parametrize(
+    ("place", "content", "why"),
+    [
+        ("ops 5 reads", [], "it reads, or makes, other values"),
+        ("ops 5 name", "other", "its ops are not those of the model"),
+        ("parameters 1 path", "other", "its parameters are not those of the model"),
+        ("parameters 1 shape", [7], "it is "),
+        ("conversions 0 value", "other", "there is no such one"),
+        ("outputs", [], "it returns 2 tensors"),
+    ],
+)
+def test_a_plan_with_stages_is_checked_by_name(
+    edited: Edited, place: str, content: Any, why: str
+) -> None:
+    rows = json.loads(edited.text)
+    *way, last = [int(step) if step.isdecimal() else step for step in place.split()]
+    owner = rows
+    for step in way:
+        owner = owner[step]
+    assert owner[last] != content
+    owner[last] = content
+    plan = with_graphs(Plan.from_json(json.dumps(rows)), edited.traced)
+    with pytest.raises(PlanError, match="cannot be followed") as caught:
+        require_sound(plan, edited.model)
+    assert why in caught.value.why
 
 
 def test_a_plan_changed_in_memory_is_checked(edited: Edited) -> None:
