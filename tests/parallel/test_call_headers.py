@@ -12,7 +12,7 @@ from autoparallel.parallel.call_headers import checksum
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_what_differs_is_said_on_all_ranks(world_size: int) -> None:
-    results = run_processes(calls, world_size, world_size, timeout_seconds=60.0)
+    results = run_processes(calls, world_size, world_size, timeout_seconds=300.0)
     words = {
         "values": "were given different inputs: x",
         "one value": "were given different inputs: x",

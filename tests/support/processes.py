@@ -40,7 +40,7 @@ def run_processes(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
-    timeout_seconds: float = 180.0,
+    timeout_seconds: float = 900.0,
     start: str = "forkserver",
     before: Callable[[], Any] | None = None,
 ) -> list[Any]:
