@@ -59,7 +59,7 @@ class OuterVariables:
         walk.reads()
         self.objects, self.caches, self.moving = walk.objects, walk.caches, walk.moving
         self.unwatched, self.variables = walk.unwatched, tuple(walk.variables.values())
-        self.codes, self.helpers, self.kept = walk.codes, tuple(walk.helpers), walk.kept
+        self.codes, self.helpers, self.kept = walk.codes, walk.helpers, walk.kept
         # Names of code that are no variables may become some.
         self.names = [
             (variables, frozenset(code.co_names) - variables.keys())

@@ -8,7 +8,6 @@ turns begin and end, from which `hit_turns.py` proves that a turn more adds noth
 
 from __future__ import annotations
 
-import dis
 import itertools
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoparallel.capture.branch_ways import ValueBranchError
+from autoparallel.capture.loop_variables import LoopVariables, loop_at
 from autoparallel.support.torch_private import without_function_modes, without_modes
 
 __all__ = ["TURN", "HitLoops"]
@@ -41,7 +41,6 @@ _MOST_TURNS = 1024
 _UNBIND = {torch.Tensor.unbind, torch.unbind}
 _NONZERO = {torch.Tensor.nonzero, torch.nonzero}
 _RESHAPE = {torch.Tensor.squeeze, torch.squeeze, torch.Tensor.flatten, torch.flatten}
-_GET_ITER = dis.opmap["GET_ITER"]
 
 
 class HitLoops(TorchFunctionMode):
@@ -76,8 +75,10 @@ class HitLoops(TorchFunctionMode):
         if not isinstance(first, torch.Tensor) or not (self.conditions or self.places):
             return function(*args, **kwargs)
         if first in self.conditions:
-            if function in _UNBIND and args[1:] in ((), (0,)) and not kwargs and _is_loop():
-                return _Turns(self, self.conditions[first], first.dim())
+            if function in _UNBIND and args[1:] in ((), (0,)) and not kwargs:
+                variables = _loop()
+                if variables is not None:
+                    return _Turns(self, self.conditions[first], first.dim(), variables)
             result = function(*args, **kwargs)
             # The places as a vector, which they were as a column.
             if function in _RESHAPE and isinstance(result, torch.Tensor) and result.dim() == 1:
@@ -89,7 +90,12 @@ class HitLoops(TorchFunctionMode):
 
     def in_turn(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a function that is perhaps given the number of a place."""
-        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
+        given = [
+            item
+            for each in (*args, *kwargs.values())
+            for item in (each if isinstance(each, (list, tuple)) else (each,))
+        ]
+        tensors = [item for item in given if isinstance(item, torch.Tensor)]
         numbers = [tensor for tensor in tensors if tensor in self.places]
         for tensor in numbers:
             if self.places[tensor] != self.turn:
@@ -100,7 +106,9 @@ class HitLoops(TorchFunctionMode):
             if isinstance(result, torch.Tensor):
                 self.places[result] = self.turn
             return result
-        if function is torch.Tensor.__getitem__ and numbers and args[1] is numbers[0]:
+        # A condition on the place is no place, and takes rows or leaves them.
+        looked_up = function is torch.Tensor.__getitem__ and numbers and args[1] is numbers[0]
+        if looked_up and args[1].dim() <= 1 and args[1].dtype != torch.bool:
             with without_modes(), without_function_modes():
                 place = int(args[1])
             row = args[0].select(0, place)
@@ -122,10 +130,16 @@ class HitLoops(TorchFunctionMode):
 
 
 class _Turns:
-    """The turns of one loop, as a list of the places that it would be given."""
+    """The turns of one loop, as a list of the places that it would be given.
 
-    def __init__(self, loops: HitLoops, condition: torch.Tensor, dims: int) -> None:
+    variables: of the function that has the loop.
+    """
+
+    def __init__(
+        self, loops: HitLoops, condition: torch.Tensor, dims: int, variables: LoopVariables
+    ) -> None:
         self.loops, self.condition, self.dims = loops, condition, dims
+        self.variables = variables
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         loop = next(self.loops.numbers)
@@ -135,6 +149,9 @@ class _Turns:
                 number = torch.tensor([place] if self.dims == 2 else place)
             self.loops.places[number] = (loop, place)
             yield number
+            name = self.variables.changed()
+            if name:
+                raise _counted(name)
         self.loops.begin(self.condition, -1, loop)
 
 
@@ -146,8 +163,8 @@ def _is_condition(tensor: Any) -> bool:
     return isinstance(size, int) and 0 < size <= _MOST_TURNS
 
 
-def _is_loop() -> bool:
-    """Return whether a tensor is being taken apart for a `for` over itself alone.
+def _loop() -> LoopVariables | None:
+    """Return the variables of a `for` over a tensor alone that is now being taken apart, if any.
 
     A loop over `enumerate` or `zip` of it would count the turns that are taken.
     """
@@ -155,7 +172,18 @@ def _is_loop() -> bool:
     while frame is not None and frame.f_code is not torch.Tensor.__iter__.__code__:
         frame = frame.f_back
     frame = None if frame is None else frame.f_back
-    return frame is not None and frame.f_code.co_code[frame.f_lasti] == _GET_ITER
+    head = None if frame is None else loop_at(frame)
+    return None if frame is None or head is None else LoopVariables(frame, head)
+
+
+def _counted(name: str) -> ValueBranchError:
+    """Return the error for a variable in which a turn leaves something."""
+    return ValueBranchError(
+        "the forward loops over the places where a condition holds",
+        why=f"each turn changes the variable {name}, which is read in the next turn or after the "
+        "loop, and a trace has all turns, also those that a call does not take",
+        fix="count, or collect, by ops on tensors: condition.sum()",
+    )
 
 
 def _left(place: int) -> ValueBranchError:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from autoparallel.capture.branch_ways import ValueBranchError
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.graph.aliasing import owner_of
@@ -30,6 +32,20 @@ _HANDS_ON = {
     "aten.unsqueeze.default",
     "aten.to.dtype",
     "aten.detach.default",
+}
+# Ops that hand on all numbers, in another order or as another type.
+_MOVES = {
+    "aten.permute.default",
+    "aten.transpose.int",
+    "aten.t.default",
+    "aten.numpy_T.default",
+    "aten.view.default",
+    "aten.reshape.default",
+    "aten.unsqueeze.default",
+    "aten.clone.default",
+    "aten.contiguous.default",
+    "aten.detach.default",
+    "aten.to.dtype",
 }
 # Comparisons that hold for counts above zero alone.
 _ABOVE_ZERO = {("aten.gt.Scalar", 0), ("aten.ne.Scalar", 0), ("aten.ge.Scalar", 1)}
@@ -135,9 +151,26 @@ def _counted(graph: Graph, condition: str) -> str:
     rank = len(source.shape)
     dims = node.argument(1, "dim")
     keeps = node.argument(2, "keepdim", False)
+    # Numbers below zero may take away what others add, and a small type has the sum of many wrong.
+    if node.target == "aten.sum.dim_IntList" and (
+        node.argument(3, "dtype") is not None or not _counts(graph, source.name)
+    ):
+        return ""
     if keeps or not isinstance(dims, tuple) or {dim % rank for dim in dims} != {*range(1, rank)}:
         return ""
     return source.name
+
+
+def _counts(graph: Graph, name: str) -> bool:
+    """Return whether a value has zeros and ones alone."""
+    while graph.values[name].dtype != torch.bool:
+        node = graph.producers[name]
+        if node.target == "aten.one_hot.default":
+            return True
+        if node.target not in _MOVES:
+            return False
+        name = node.operands()[0]
+    return True
 
 
 def _unproven(node: Node | None, why: str) -> ValueBranchError:

@@ -13,7 +13,7 @@ import contextlib
 import random
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from autoparallel.errors import CaptureError
@@ -28,7 +28,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 _CLOCKS = _names("time monotonic perf_counter process_time thread_time clock_gettime")
-_CLOCKS |= {f"{name}_ns" for name in _CLOCKS} | _names("localtime gmtime ctime asctime")
+_CLOCKS |= {f"{name}_ns" for name in _CLOCKS} | _names("localtime gmtime ctime asctime strftime")
 _SYSTEM = _names("urandom getrandom getpid getppid times getloadavg getcwd open read")
 _SYSTEM |= _names("stat lstat fstat access listdir scandir readlink")
 _FILES = _names("open open_code")
@@ -72,8 +72,11 @@ _WAYS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("secrets", "uuid", "subprocess", "socket", "resource"), _ANY),
     **dict.fromkeys(("tempfile", "glob"), _ANY),
 }
-# Methods that code calls without their names.
-_CALLED = ("__call__", "__getitem__", "__enter__", "__exit__", "__iter__")
+# Methods that are called where an object is made, taken apart or copied.
+_MAKING = _names("__init__ __new__ __post_init__ __init_subclass__ __set_name__ __getstate__")
+_MAKING |= _names("__setstate__ __reduce__ __reduce_ex__ __copy__ __deepcopy__ __del__")
+_FUNCTIONS = (types.FunctionType, types.MethodType)
+_STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch"}
 # Packages that ask for themselves, when a user's code calls them.
 _OTHERS = _names("torch autoparallel logging warnings importlib linecache traceback threading")
 _OTHERS |= _names("concurrent asyncio selectors copy weakref contextlib")
@@ -83,14 +86,24 @@ def may_ask(names: Iterable[str], variables: Mapping[str, Any]) -> bool:
     """Return whether code may ask, by what it has the names of. variables: its global ones.
 
     >>> import time
-    >>> may_ask(("time", "monotonic"), {"time": time}), may_ask(("time", "sleep"), {"time": time})
+    >>> may_ask(("time", "monotonic"), {"time": time}), may_ask(("sleep",), {"sleep": time.sleep})
     (True, False)
     """
     known = frozenset(names)
     if not known.isdisjoint(_METHODS):
         return True
-    for name in known:
-        value = variables.get(name, getattr(builtins, name, sys.modules.get(name)))
+    values = [
+        (name, variables.get(name, getattr(builtins, name, sys.modules.get(name))))
+        for name in known
+    ]
+    # A module may have what another one defines, as `timeit` has clocks.
+    values += [
+        (name, vars(value)[name])
+        for _, value in values
+        if isinstance(value, types.ModuleType)
+        for name in known & vars(value).keys()
+    ]
+    for name, value in values:
         if isinstance(value, types.ModuleType):
             home, asked = value.__name__, known
         else:
@@ -106,29 +119,38 @@ def may_ask(names: Iterable[str], variables: Mapping[str, Any]) -> bool:
 
 def asking_code(
     codes: Mapping[types.CodeType, Mapping[str, Any]],
-    helpers: Sequence[type],
+    helpers: Mapping[type, bool],
     kept: Iterable[Any] = (),
 ) -> frozenset[types.CodeType]:
     """Return all code, and that of methods which it may call, if any of it may ask; else none.
 
-    codes: with their global variables. helpers: classes of objects whose methods may be called.
+    codes: with their global variables. helpers: classes of objects whose methods may be called;
+    True where objects of the class may be made.
     kept: functions of other packages that may be called, too.
 
-    >>> asking_code({(lambda x: x + 1).__code__: {}}, ())
+    >>> asking_code({(lambda x: x + 1).__code__: {}}, {})
     frozenset()
     """
     found = dict(codes)
     names: set[str] = set()
+    # Methods that are called without their names, such as `__enter__`.
+    special: dict[type, set[str]] = {}
+    for kind, made in helpers.items():
+        for owner in kind.__mro__:
+            if _package(owner.__module__) in _STANDARD:
+                continue
+            own = {name for name in vars(owner) if name.startswith("__")}
+            special.setdefault(owner, set()).update(own if made else own - _MAKING)
+    owners = tuple(special)
     todo = list(found.items())
     while todo:
         code, variables = todo.pop()
-        new = [name for name in (*code.co_names, *_CALLED) if name not in names]
+        new = {name for name in code.co_names if name not in names}
         names.update(new)
         functions = [
             function
-            for kind in helpers
-            for name in new
-            if (owner := next((each for each in kind.__mro__ if name in vars(each)), None))
+            for owner in owners
+            for name in (vars(owner).keys() & new) | special.pop(owner, set())
             for function in functions_in(vars(owner)[name])
         ]
         if code not in codes:  # of the others all are known that they call by name
@@ -142,7 +164,8 @@ def asking_code(
         inner = [each for each in code.co_consts if isinstance(each, types.CodeType)]
         pairs = [(function.__code__, function.__globals__) for function in functions]
         for other, around in (*pairs, *[(each, variables) for each in inner]):
-            if other not in found:
+            # Such as what a dataclass has around its methods.
+            if other not in found and _package(around.get("__name__")) not in _STANDARD:
                 found[other] = around
                 todo.append((other, around))
     asks = any(may_ask(code.co_names, variables) for code, variables in found.items())
@@ -168,7 +191,8 @@ class OutsideAnswers:
     """An OutsideAnswers object notes what a forward asks outside of torch and the model.
 
     name: of the model. codes: the code of the user's functions, empty where none may ask. asked: by
-    the function's name the line that has asked.
+    the function's name the line that has asked. before: a profile function of the user's, which is
+    called as ever.
 
     >>> def clock():
     ...     return time.monotonic()
@@ -183,6 +207,7 @@ class OutsideAnswers:
     def __init__(self, name: str, codes: frozenset[types.CodeType]) -> None:
         self.name, self.codes = name, codes
         self.asked: dict[str, str] = {}
+        self.before: Any = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -190,15 +215,23 @@ class OutsideAnswers:
         if not self.codes:
             yield
             return
-        if sys.getprofile() is not None:  # it is the user's, and cannot be shared
+        before: Any = sys.getprofile()
+        # The interpreter's own profiler takes no other function beside it, and rests meanwhile.
+        rests = all(hasattr(before, name) for name in ("enable", "disable"))
+        if before is not None and not rests and not isinstance(before, _FUNCTIONS):
             self.asked["a function that gives something else in each call"] = ""
             yield
             return
+        if rests:
+            before.disable()
+        self.before = None if rests else before
         sys.setprofile(self._seen)
         try:
             yield
         finally:
-            sys.setprofile(None)
+            sys.setprofile(self.before)
+            if rests:
+                before.enable()
 
     def refuse(self) -> None:
         """Raise OutsideAnswerError where the forward has asked for something."""
@@ -215,6 +248,8 @@ class OutsideAnswers:
 
     def _seen(self, frame: types.FrameType, event: str, function: Any) -> None:
         """Note the call of a function of the interpreter. function: the one that is called."""
+        if self.before is not None:
+            self.before(frame, event, function)
         if event != "c_call":
             return
         name, owner = function.__name__, getattr(function, "__self__", None)

@@ -58,7 +58,8 @@ def searched(model: nn.Module) -> VariableSearch:
             walk.method(kind, name)
     for module in model.modules():
         for name, value in vars(module).items():
-            if name == "forward" or name not in MODULE_ATTRIBUTES:
+            # Hooks are called with the module.
+            if name == "forward" or name not in MODULE_ATTRIBUTES or name.endswith("_hooks"):
                 walk.attribute(value, type(module))
     return walk
 
@@ -73,7 +74,8 @@ class VariableSearch:
     attribute the classes that have it, each with the one that it inherits it from. codes: all code
     that was looked at, with its global variables. variables: what may be set to other values, each
     as the mapping, or the cell, that has it, its name and its value. helpers: the user's own
-    classes of objects that modules or variables refer to.
+    classes of objects that modules or variables refer to; True where they refer to the class, of
+    which code may make an object. kept: functions that modules refer to.
     """
 
     def __init__(self) -> None:
@@ -88,7 +90,7 @@ class VariableSearch:
         self.moving: list[str] = []
         self.codes: dict[types.CodeType, dict[str, Any]] = {}
         self.variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self.helpers: dict[type, None] = {}
+        self.helpers: dict[type, bool] = {}
         self.kept: list[Any] = []
 
     def reads(self) -> tuple[AttributeRead, ...]:
@@ -97,13 +99,17 @@ class VariableSearch:
             self.look(*self.todo.pop())
         return tuple(self.found.values())
 
-    def method(self, kind: type, name: str) -> None:
-        """Take up a method of a class, wherever it inherits it from."""
+    def method(self, kind: type, name: str, above: bool = False) -> None:
+        """Take up a method of a class, wherever it inherits it from.
+
+        above: and those that it overrides, which `super()` calls.
+        """
         for owner in kind.__mro__:
             if name in vars(owner):
                 if not _left_out(owner.__module__):
                     self.value(vars(owner)[name], kind)
-                return
+                if not above:
+                    return
 
     def value(self, value: Any, kind: type) -> None:
         """Take up the functions in a value, which is an attribute of a class, say.
@@ -117,21 +123,21 @@ class VariableSearch:
 
     def attribute(self, value: Any, kind: type) -> None:
         """Take up what an attribute of a module may call. kind: the module's class."""
-        for function in functions_in(value):
-            if not _left_out(function.__module__):
-                self.value(function, kind)
-        if isinstance(value, _CALLABLE):
-            self.kept.append(value)
-        items = value.values() if isinstance(value, dict) else value
+        items = list(value.values()) if isinstance(value, dict) else value
         for item in items if isinstance(value, (list, tuple, dict)) else (value,):
+            for function in functions_in(item):
+                if not _left_out(function.__module__):
+                    self.value(function, kind)
+            if isinstance(item, _CALLABLE):
+                self.kept.append(item)
             self.help(item)
 
     def help(self, value: Any) -> None:
-        """Note the class of an object of the user's that code may call."""
-        kind = type(value)
-        known = kind in self.helpers or kind in self.places
+        """Note the class of an object of the user's that code may call, or a class that it has."""
+        kind = value if isinstance(value, type) else type(value)
+        known = self.helpers.get(kind, kind in self.places and kind is not value)
         if kind.__flags__ & _HEAP_TYPE and not known and not _left_out(kind.__module__):
-            self.helpers[kind] = None
+            self.helpers[kind] = kind is value
 
     def look(self, function: types.FunctionType, kind: type) -> None:
         """Look at the code of a function, and at the functions that are written in it."""
@@ -153,8 +159,8 @@ class VariableSearch:
                 if name in function.__globals__:
                     self.variable(function, name, names, kind)
                 # It may be a method that is called on self.
-                elif name != "forward":
-                    self.method(kind, name)
+                elif name != "forward" or "super" in code.co_names:
+                    self.method(kind, name, above="super" in code.co_names)
             for name in names:
                 self.of_classes(name)
                 if not _PAST.isdisjoint(code.co_names):

@@ -141,6 +141,89 @@ class Routed(nn.Module):
             last = number
         return y * self.up[last].sum()
 
+    def one(self, y, x, weights, masks, number):
+        """What a turn of an ordinary loop does."""
+        choice, token = torch.where(masks[number].squeeze(0))
+        y.index_add_(0, token, self.experts[number](x[token]) * weights[token, choice, None])
+
+    def tallied(self, x, weights, masks, used):
+        y, hits = torch.zeros_like(x), 0
+        for number in used.nonzero():
+            self.one(y, x, weights, masks, number)
+            hits += 1
+        return y / hits
+
+    def remembered(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in used.nonzero():
+            last = int(number)
+            self.one(y, x, weights, masks, number)
+        return y * last
+
+    def listed_in_python(self, x, weights, masks, used):
+        y, hits = torch.zeros_like(x), []
+        for number in used.nonzero():
+            self.one(y, x, weights, masks, number)
+            hits.append(None)
+        return y / len(hits)
+
+    def kept_for_a_moment(self, x, weights, masks, used):
+        y, self.hits = torch.zeros_like(x), 0
+        for number in used.nonzero():
+            self.one(y, x, weights, masks, number)
+            self.hits += 1
+        y = y / self.hits
+        del self.hits
+        return y
+
+    def shared_with_a_function(self, x, weights, masks, used):
+        y, hits = torch.zeros_like(x), 0
+
+        def count():
+            nonlocal hits
+            hits += 1
+
+        for number in used.nonzero():
+            self.one(y, x, weights, masks, number)
+            count()
+        return y / hits
+
+    def comprehended(self, x, weights, masks, used):
+        y = torch.zeros_like(x)
+        for number in [int(number) for number in used.nonzero()]:
+            y += self.experts[number](x)
+        return y
+
+    def generated(self, x, weights, masks, used):
+        def numbers():
+            for number in used.nonzero():  # noqa: UP028  # another way to take the tensor apart
+                yield number
+
+        y, hits = torch.zeros_like(x), 0
+        for number in numbers():
+            self.one(y, x, weights, masks, number)
+            hits += 1
+        return y / hits
+
+    def signed(self, x, weights, masks, used):
+        """Numbers below zero hide others in a sum."""
+        y, logits = torch.zeros_like(x), self.gate(x)
+        table = (logits - logits.mean()).T
+        for number in (table.sum(-1) > 0).nonzero():
+            (token,) = torch.where(table[number].squeeze(0))
+            y.index_add_(0, token, self.experts[number](x[token]))
+        return y
+
+    def compared(self, x, weights, masks, used):
+        """A condition on the place takes all rows, or none."""
+        y = torch.zeros_like(x)
+        for number in used.nonzero():
+            choice, token = torch.where(masks[number].squeeze(0))
+            scale = self.up[number.squeeze(0) > 1].sum()
+            made = self.experts[number](x[token]) * weights[token, choice, None]
+            y.index_add_(0, token, made * scale)
+        return y
+
 
 def inputs(seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -192,15 +275,40 @@ def test_a_loop_over_chosen_experts_is_one_op(form: str) -> None:
     ("form", "why"),
     [
         ("counted", "branches on the values|could not be traced"),
-        ("collected", "what a turn computes is used after it"),
+        ("collected", "what a turn computes is used after it|changes the variable norms"),
         ("dense", "it writes to more than the rows"),
         ("crowded", "it writes to more than the rows"),
         ("shifted", "it writes to more than the rows"),
         ("first", "it ends before all places"),
-        ("late", "is used outside of its turn"),
+        ("late", "is used outside of its turn|changes the variable last"),
+        ("tallied", "changes the variable hits"),
+        ("remembered", "changes the variable last"),
+        ("listed_in_python", "changes the variable hits"),
+        ("kept_for_a_moment", "changes the variable self"),
+        ("shared_with_a_function", "changes the variable hits"),
+        ("comprehended", "."),
+        ("generated", "."),
+        ("signed", "it writes to more than the rows"),
     ],
 )
 def test_other_loops_over_places_are_refused(form: str, why: str) -> None:
     """A turn that a call does not take would count, write, return or choose something."""
     with pytest.raises(CaptureError, match=why):
         trace(Routed(form).double(), (inputs(0),), {}, known=find_rule)
+
+
+def test_a_condition_on_a_place_is_no_place() -> None:
+    model = Routed("compared").double()
+    some, every = few()
+    plan = autoparallel.make_plan(model, 2, example_inputs=(some,))
+    assert not plan.breaks
+    for x in (some, every):
+        model.zero_grad()
+        expected = model(x)
+        expected.backward()
+        run = autoparallel.simulate(model, plan=plan, example_inputs=(x,))
+        assert relative_error(run.output.detach(), expected.detach()) < 1e-10
+        named = model.named_parameters(remove_duplicate=False)
+        gradients = {path: p.grad for path, p in named if p.grad is not None}
+        error, where = worst_gradient({path: run.gradients[path] for path in gradients}, gradients)
+        assert error < 1e-10, where

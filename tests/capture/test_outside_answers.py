@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import cProfile
 import datetime
 import gc
 import inspect
 import logging
 import os
+import os.path as osp
 import random
 import secrets
 import sys
 import time
+import timeit
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +64,28 @@ def read() -> float:
         return float(len(file.readline()))
 
 
+class Timer:
+    """Its constructor asks, and what is called without a name."""
+
+    def __init__(self) -> None:
+        self.start = time.process_time()
+
+    def __enter__(self) -> float:
+        return time.thread_time() % 7
+
+    def __exit__(self, *_: object) -> None:
+        """End nothing."""
+
+
+class Timers:
+    kind = Timer
+
+
+def entered() -> float:
+    with Timer.__new__(Timer) as now:
+        return now
+
+
 ASKING: dict[str, Callable[[], Any]] = {
     "time.time_ns()": lambda: time.time_ns() % 7,
     "time.perf_counter()": lambda: perf_counter() % 1,
@@ -82,6 +107,12 @@ ASKING: dict[str, Callable[[], Any]] = {
     "sys._getframe() ": stack,
     "gc.get_objects()": lambda: len(gc.get_objects()),
     "__subclasses__()": subclasses,
+    "time.process_time()": lambda: Timer().start % 7,
+    "time.process_time() ": lambda: Timers.kind().start % 7,
+    "time.thread_time()": entered,
+    "time.strftime()": lambda: int(time.strftime("%S")),
+    "time.perf_counter() ": lambda: timeit.default_timer() % 7,
+    "os.stat()  ": lambda: osp.getmtime(FILE) % 7,
 }
 
 
@@ -104,25 +135,82 @@ def test_an_answer_from_outside_is_no_constant(asked: str) -> None:
     assert FILE.name in error.value.where
 
 
+class AboveClock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.scale()
+
+    def scale(self) -> float:
+        return time.monotonic() % 7
+
+
+class ByForward(AboveClock):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class ByMethod(AboveClock):
+    def scale(self) -> float:
+        return super().scale() * 2
+
+
+def hooked() -> nn.Module:
+    layer = nn.Sequential(nn.Linear(3, 3))
+    layer[0].register_forward_hook(lambda _, __, result: result * (time.monotonic() % 7))
+    return layer
+
+
+def among_others() -> nn.Module:
+    layer = Scaled(None)
+    layer.number = lambda: layer.ways[0]()  # type: ignore[operator]
+    layer.ways = [lambda: time.monotonic() % 7]  # type: ignore[assignment]
+    return layer
+
+
+@pytest.mark.parametrize("make", [ByForward, ByMethod, hooked, among_others])
+def test_methods_above_hooks_and_listed_functions_are_looked_into(make: Any) -> None:
+    with pytest.raises(OutsideAnswerError, match=r"time.monotonic\(\)"):
+        capture(make(), (X,), {})
+
+
 def test_methods_of_objects_are_looked_into() -> None:
     with pytest.raises(OutsideAnswerError, match=r"os.urandom\(\)"):
         capture(Scaled(Drawn()), (X,), {})
 
 
-def test_a_profile_function_of_the_users_is_left_in_place() -> None:
-    """What is asked cannot be seen beside it, so that names of what may ask are enough."""
+def test_a_profile_function_of_the_users_is_called_as_ever() -> None:
+    seen = set()
 
-    def profile(*_: Any) -> None:
-        """See nothing."""
+    def profile(frame: Any, event: str, _: Any) -> None:
+        seen.add((frame.f_code.co_name, event))
 
     sys.setprofile(profile)
     try:
-        with pytest.raises(OutsideAnswerError, match="something else in each call"):
-            capture(Scaled(ASKING["time.time_ns()"]), (X,), {})
+        with pytest.raises(OutsideAnswerError, match=r"time.monotonic\(\)"):
+            capture(Scaled(imported), (X,), {})
         assert sys.getprofile() is profile
-        assert capture(Scaled(lambda: 2), (X,), {}).graph.calls
+        assert capture(Scaled(logged), (X,), {}).graph.calls
+        assert sys.getprofile() is profile
     finally:
         sys.setprofile(None)
+    assert {("imported", "call"), ("imported", "c_call"), ("logged", "return")} <= seen
+
+
+def test_a_model_is_traced_alike_under_the_profiler() -> None:
+    profiler = cProfile.Profile()
+    profiler.enable()
+    installed = sys.getprofile()
+    try:
+        with pytest.raises(OutsideAnswerError, match=r"time.monotonic\(\)"):
+            capture(Scaled(imported), (X,), {})
+        assert capture(Scaled(logged), (X,), {}).graph.calls
+        assert sys.getprofile() is installed
+    finally:
+        profiler.disable()
+    assert sys.getprofile() is None
 
 
 def waited() -> float:

@@ -108,6 +108,74 @@ def test_a_change_is_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert as_unsplit(Model(), 1, (x,), script) == [1, 2, 2]
 
 
+class Inherited(nn.Module):
+    """Its methods read a global variable, and are called by those that override them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.last = [lambda x: x]
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last[0](self.middle(self.up(x))).pow(2).sum()
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(x))
+
+
+class ByForward(Inherited):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * SCALE
+
+
+class AboveForward(ByForward):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class ByMethod(Inherited):
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return super().middle(x) * SCALE
+
+
+class AboveMethod(ByMethod):
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return super().middle(x) * 2
+
+
+def listed() -> nn.Module:
+    model = Inherited()
+    model.last = [scaled]
+    return model
+
+
+def hooked() -> nn.Module:
+    model = Inherited()
+    model.down.register_forward_hook(lambda _, __, result: result * SCALE)
+    return model
+
+
+@pytest.mark.parametrize("make", [AboveForward, AboveMethod, listed, hooked])
+def test_a_change_is_followed_wherever_it_is_read(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In methods that others override, in a list's functions and in hooks."""
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6)
+
+    def script(model: Any) -> Any:
+        for value in (1.0, 3.0):
+            with monkeypatch.context() as patch:
+                patch.setitem(globals(), "SCALE", value)
+                model.zero_grad()
+                loss = model(x)
+                loss.backward()
+                yield loss
+
+    torch.manual_seed(0)
+    as_unsplit(make(), 1, (x,), script)
+
+
 def test_only_what_the_code_names_counts() -> None:
     Model, _ = around(1.0)
     names = {str(read.route[-1][1]) + "." + read.name for read in global_reads(Model())}
