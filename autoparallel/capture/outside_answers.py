@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from autoparallel.errors import CaptureError
-from autoparallel.support.object_state import functions_in
+from autoparallel.support.object_state import functions_in, special_methods
 
 __all__ = ["OutsideAnswerError", "OutsideAnswers", "asking_code", "may_ask"]
 
@@ -72,9 +72,6 @@ _WAYS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("secrets", "uuid", "subprocess", "socket", "resource"), _ANY),
     **dict.fromkeys(("tempfile", "glob"), _ANY),
 }
-# Methods that are called where an object is made, taken apart or copied.
-_MAKING = _names("__init__ __new__ __post_init__ __init_subclass__ __set_name__ __getstate__")
-_MAKING |= _names("__setstate__ __reduce__ __reduce_ex__ __copy__ __deepcopy__ __del__")
 _FUNCTIONS = (types.FunctionType, types.MethodType)
 _STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch"}
 # Packages that ask for themselves, when a user's code calls them.
@@ -139,8 +136,7 @@ def asking_code(
         for owner in kind.__mro__:
             if _package(owner.__module__) in _STANDARD:
                 continue
-            own = {name for name in vars(owner) if name.startswith("__")}
-            special.setdefault(owner, set()).update(own if made else own - _MAKING)
+            special.setdefault(owner, set()).update(special_methods(owner, made))
     owners = tuple(special)
     todo = list(found.items())
     while todo:

@@ -11,6 +11,7 @@ import contextvars
 import functools
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,12 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.object_state import functions_in, moves_on, random_state
+from autoparallel.support.object_state import (
+    functions_in,
+    moves_on,
+    random_state,
+    special_methods,
+)
 
 __all__ = ["VariableSearch", "searched"]
 
@@ -75,7 +81,8 @@ class VariableSearch:
     that was looked at, with its global variables. variables: what may be set to other values, each
     as the mapping, or the cell, that has it, its name and its value. helpers: the user's own
     classes of objects that modules or variables refer to; True where they refer to the class, of
-    which code may make an object. kept: functions that modules refer to.
+    which code may make an object. kept: functions that modules refer to. names: those in all code
+    that was looked at.
     """
 
     def __init__(self) -> None:
@@ -92,6 +99,7 @@ class VariableSearch:
         self.variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         self.helpers: dict[type, bool] = {}
         self.kept: list[Any] = []
+        self.names: dict[str, None] = {}
 
     def reads(self) -> tuple[AttributeRead, ...]:
         """Look at all functions that are to be looked at, and return what they may read."""
@@ -137,7 +145,11 @@ class VariableSearch:
         kind = value if isinstance(value, type) else type(value)
         known = self.helpers.get(kind, kind in self.places and kind is not value)
         if kind.__flags__ & _HEAP_TYPE and not known and not _left_out(kind.__module__):
-            self.helpers[kind] = kind is value
+            self.helpers[kind] = made = kind is value
+            if _is_own(kind):
+                special = [special_methods(owner, made) for owner in kind.__mro__]
+                for name in dict.fromkeys((*self.names, *sorted(frozenset().union(*special)))):
+                    self.method(kind, name)
 
     def look(self, function: types.FunctionType, kind: type) -> None:
         """Look at the code of a function, and at the functions that are written in it."""
@@ -161,6 +173,7 @@ class VariableSearch:
                 # It may be a method that is called on self.
                 elif name != "forward" or "super" in code.co_names:
                     self.method(kind, name, above="super" in code.co_names)
+            self.of_helpers(code.co_names)
             for name in names:
                 self.of_classes(name)
                 if not _PAST.isdisjoint(code.co_names):
@@ -178,6 +191,14 @@ class VariableSearch:
                     if setting and name not in names and not name.startswith("__"):
                         self.settings.setdefault(name, []).append((kind, owner))
                     names.add(name)
+
+    def of_helpers(self, names: Iterable[str]) -> None:
+        """Take up the methods of the user's objects that have one of these names."""
+        new = [name for name in names if name not in self.names]
+        self.names.update(dict.fromkeys(new))
+        for kind in [kind for kind in self.helpers if _is_own(kind)]:
+            for name in new:
+                self.method(kind, name)
 
     def of_classes(self, name: str) -> None:
         """Note an attribute of classes, which may be read by type(self) or in a class method."""
@@ -368,6 +389,11 @@ def _home_left_out(value: Any) -> bool:
 def _is_name(text: str) -> bool:
     """Return whether a text may be the name of a variable, an attribute or a Python module."""
     return all(map(str.isidentifier, text.split(".")))
+
+
+def _is_own(kind: type) -> bool:
+    """Return whether a class is the user's own."""
+    return kind.__module__ == "__main__" or _is_users(kind.__module__)
 
 
 def _is_users(module: str) -> bool:

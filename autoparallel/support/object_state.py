@@ -18,8 +18,14 @@ __all__ = [
     "put_attribute",
     "random_state",
     "second_of",
+    "special_methods",
 ]
 
+# Methods that are called where an object is made, taken apart or copied.
+_MAKING = frozenset(
+    "__init__ __new__ __post_init__ __init_subclass__ __set_name__ __getstate__ __setstate__ "
+    "__reduce__ __reduce_ex__ __copy__ __deepcopy__ __del__".split()
+)
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
@@ -129,7 +135,7 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
     """Yield the Python functions in a value: a method, a property, or one under decorators.
 
     >>> [function.__name__ for function in functions_in(functools.partial(random.shuffle))]
-    []
+    ['shuffle']
     """
     depth = 0
     while value is not None and depth < 10:
@@ -147,6 +153,21 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
             value = getattr(value, "__wrapped__", None)
         else:
             return
+
+
+def special_methods(kind: type, made: bool) -> frozenset[str]:
+    """Return the methods that a class itself defines and that are called without their names.
+
+    made: objects of the class may be made, too.
+
+    >>> class Counted:
+    ...     def __init__(self): ...
+    ...     def __len__(self): ...
+    >>> sorted(special_methods(Counted, True) - special_methods(Counted, False))
+    ['__init__']
+    """
+    own = frozenset(name for name in vars(kind) if name.startswith("__"))
+    return own if made else own - _MAKING
 
 
 def moves_on(value: Any) -> bool:

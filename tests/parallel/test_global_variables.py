@@ -144,6 +144,45 @@ class AboveMethod(ByMethod):
         return super().middle(x) * 2
 
 
+class Scales:
+    """An object that modules keep, whose methods read a global variable."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x * SCALE
+
+    @property
+    def scale(self) -> float:
+        return SCALE
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x)
+
+    @classmethod
+    def of_class(cls, x: torch.Tensor) -> torch.Tensor:
+        return x * SCALE
+
+
+SCALES = Scales()
+
+
+def with_last(last: Any) -> Any:
+    def make() -> nn.Module:
+        model = Inherited()
+        model.last = [last]
+        return model
+
+    return make
+
+
+METHODS = [
+    with_last(Scales()),
+    with_last(lambda x: SCALES(x)),
+    with_last(lambda x: x * SCALES.scale),
+    with_last(lambda x: SCALES.scaled(x)),
+    with_last(lambda x: Scales.of_class(x)),
+]
+
+
 def listed() -> nn.Module:
     model = Inherited()
     model.last = [scaled]
@@ -156,11 +195,11 @@ def hooked() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [AboveForward, AboveMethod, listed, hooked])
+@pytest.mark.parametrize("make", [AboveForward, AboveMethod, listed, hooked, *METHODS])
 def test_a_change_is_followed_wherever_it_is_read(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In methods that others override, in a list's functions and in hooks."""
+    """In methods that others override or that objects have, in a list's functions, in hooks."""
     x = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6)
 
     def script(model: Any) -> Any:
