@@ -51,7 +51,7 @@ from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, auto
 from autoparallel.graph.graph import Graph
 from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
-from autoparallel.support.pytree import SYMBOLIC, flatten, with_constants
+from autoparallel.support.pytree import SYMBOLIC, emptied, flatten, with_constants
 from autoparallel.support.torch_private import (
     expression_of,
     keeping_frames,
@@ -207,7 +207,7 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
     aliases = first_paths(model)
     return Captured(
         _by_first_name(graph, aliases),
-        flatten(dict(wanted.bound.arguments))[1],
+        emptied(flatten(dict(wanted.bound.arguments))[1]),
         ran.outputs,
         aliases,
         importer.constants,

@@ -55,7 +55,8 @@ def checksum(tensor: torch.Tensor) -> int:
         return 0
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.numel():
         return 0
-    flat = tensor.detach()
+    # Numbers that are only said to be conjugated, or negated, cannot be read byte by byte.
+    flat = tensor.detach().resolve_conj().resolve_neg()
     # A slice along the first dim copies nothing of a tensor that is not contiguous.
     flat = flat.reshape(-1) if flat.is_contiguous() else flat[:64].reshape(-1)
     sampled = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous()
@@ -111,7 +112,8 @@ class CallHeaders:
         off = not self.on and self.hosts is None
         if off or torch.compiler.is_compiling() or in_function_transform():
             return
-        key = (modes, skeleton, *[(each.shape, each.dtype) for each in inputs])
+        # A skeleton holds the tensors of its call.
+        key = (modes, str(skeleton), *[(each.shape, each.dtype) for each in inputs])
         if key not in self.known:
             if len(self.known) > 64:
                 self.known.clear()

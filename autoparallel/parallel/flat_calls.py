@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from autoparallel.capture.example_inputs import bind_inputs, described_signature
-from autoparallel.support.pytree import Skeleton, flatten
+from autoparallel.support.pytree import Skeleton, emptied, flatten
 
 __all__ = ["FlatCalls"]
 
@@ -74,5 +74,5 @@ class FlatCalls:
             if len(self.known) >= _MOST:
                 self.known.clear()
             tensors = [place for place in order if type(given[place]) is torch.Tensor]
-            self.known[key] = (signature, names, tensors, skeleton)
+            self.known[key] = (signature, names, tensors, emptied(skeleton))
         return names, inputs, skeleton

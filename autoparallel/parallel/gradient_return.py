@@ -127,6 +127,7 @@ class GradientReturn(GradientLayouts):
             return self.differentiable(grad, parameter)
         if is_leaf and not parameter.requires_grad:
             # It was frozen after the forward pass, and gets none, as of autograd itself.
+            self.pass_over(parameter)
             return None
         if self.first != self.produced:
             (grad,) = reduced([grad], [self.produced], [self.first], [self.shape], bucket.ranks)
@@ -159,8 +160,7 @@ class GradientReturn(GradientLayouts):
             # the gradient run together, as torch.autograd.graph.register_multi_grad_hook needs.
             late = after and id(parameter) in bucket.late
             if self.waits or on_tensor or late or (bucket.held and id(parameter) in bucket.held):
-                if on_tensor or after:
-                    pass_over_waiting(on_tensor, after, bucket)
+                self.pass_over(parameter)
                 bucket.add(self, parameter, grad)
                 return None
             if not after:
@@ -169,6 +169,12 @@ class GradientReturn(GradientLayouts):
         elif self.waits:
             (grad,) = reduced([grad], [self.first], [self.state], [self.shape], bucket.ranks)
         return mark(like_parameter(grad, parameter))
+
+    def pass_over(self, parameter: Any) -> None:
+        """Have the hooks of a parameter that gets no gradient from this node not run for that."""
+        on_tensor, after = gradient_hooks_of(parameter)
+        if on_tensor or after:
+            pass_over_waiting(on_tensor, after, self.bucket)
 
     def differentiable(self, grad: torch.Tensor, parameter: Any) -> torch.Tensor:
         """Return the parameter's gradient, which depends on `grad` for autograd, too."""
@@ -216,9 +222,11 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
         """Return the parameter's gradient, or see to it that it comes."""
-        if grad is None:
-            return None, None, None
         with without_function_overrides():
+            if grad is None:
+                # The node that reads it belongs to other tensors as well.
+                ctx.way.pass_over(ctx.parameter)
+                return None, None, None
             return ctx.way.bring(ctx, None, ctx.parameter, grad, ctx.way.alone), None, None
 
 
@@ -250,11 +258,13 @@ class _LocalTogether(torch.autograd.Function):
         ways, parameters, nodes, alone = ctx.ways, ctx.parameters, ctx.next_functions, ctx.alone
         with without_function_overrides():
             for place, grad in enumerate(grads):
-                brought.append(
-                    None
-                    if grad is None
-                    else ways[place].bring(ctx, nodes[place][0], parameters[place], grad, alone)
-                )
+                way, parameter = ways[place], parameters[place]
+                if grad is None:
+                    # What is differentiated depends on others of them, and not on this one.
+                    way.pass_over(parameter)
+                    brought.append(None)
+                else:
+                    brought.append(way.bring(ctx, nodes[place][0], parameter, grad, alone))
         return tuple(brought)
 
 
@@ -325,6 +335,9 @@ class _Counted:
 
     def __init__(self) -> None:
         self.references = self.alone = (0, 0)
+
+    def pass_over(self, parameter: Any) -> None:
+        """Leave hooks as they are."""
 
     def bring(
         self, ctx: Any, node: Any, parameter: Any, grad: torch.Tensor, alone: tuple[int, int]

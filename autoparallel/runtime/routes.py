@@ -22,9 +22,9 @@ class Route:
     """A move between two placements on a group's mesh axis.
 
     group, source, target: as of `move`. step: the move. dim: the split dim that lies outermost in
-    memory where the route gathers or scatters along one, else 0; the first dim is none. unit: of
-    the ranks, what a size divides by where all of them have equal parts of that dim. sums: whether
-    it is the sum of whole tensors, whole on every rank.
+    memory where the route gathers or scatters along one, both values and gradients, else 0; the
+    first dim is none. unit: of the ranks, what a size divides by where all of them have equal parts
+    of that dim. sums: whether it is the sum of whole tensors, whole on every rank.
 
     >>> from autoparallel.placement import Invariant, Partial
     >>> from autoparallel.runtime.groups import SingleGroup
@@ -41,8 +41,10 @@ class Route:
         self._back: Route | None = None
         plain = isinstance(source, Partial) and not isinstance(target, Shard)
         self.sums = self.step is Movement.ALL_REDUCE and plain and group.world_size > 1
-        gathers, scatters = (self.step is Movement.ALL_GATHER, self.step is Movement.REDUCE_SCATTER)
-        shard = source if gathers else target if scatters else None
+        # The gradient goes back the same way. That of a gather to what all ranks use alike is cut.
+        rows = (Movement.ALL_GATHER, Movement.REDUCE_SCATTER)
+        both = self.step in rows and movement(gradient(target), gradient(source)) in rows
+        shard = (source if self.step is Movement.ALL_GATHER else target) if both else None
         self.dim, self.unit = 0, 1
         if isinstance(shard, Shard) and shard.outermost and group.world_size > 1:
             assert isinstance(shard.unit, int)

@@ -13,7 +13,15 @@ import torch
 
 from autoparallel.support.module_paths import join_path
 
-__all__ = ["SYMBOLIC", "Skeleton", "flatten", "leaf_paths", "rebuild", "with_constants"]
+__all__ = [
+    "SYMBOLIC",
+    "Skeleton",
+    "emptied",
+    "flatten",
+    "leaf_paths",
+    "rebuild",
+    "with_constants",
+]
 
 # Numbers that a tracer does not know, such as sizes of inputs. They look like plain objects.
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -143,6 +151,26 @@ def rebuild(skeleton: Skeleton, tensors: list[torch.Tensor]) -> Any:
     (1, 'replaced')
     """
     return _rebuild(skeleton, iter(tensors))
+
+
+# A rebuilt one is a new one, of which the sample tells no more than the class.
+_EMPTY: dict[Any, Any] = {dict: {}, list: [], tuple: ()}
+
+
+def emptied(skeleton: Skeleton) -> Skeleton:
+    """Return an equal skeleton whose samples of dicts, lists and tuples hold nothing.
+
+    That of a call holds the call's tensors, with all that autograd has recorded of them: who keeps
+    it for later calls keeps its structure alone. Other objects are left as they are.
+
+    >>> skeleton = flatten([torch.zeros(2), 1])[1]
+    >>> emptied(skeleton) == skeleton, len(skeleton.sample), len(emptied(skeleton).sample)
+    (True, 2, 0)
+    """
+    if not skeleton.children:
+        return skeleton
+    sample = _EMPTY.get(type(skeleton.sample), skeleton.sample)
+    return replace(skeleton, sample=sample, children=tuple(map(emptied, skeleton.children)))
 
 
 def with_constants(skeleton: Skeleton, change: Callable[[Any], Any]) -> Skeleton:

@@ -42,6 +42,10 @@ def test_samples_tell_of_the_end_of_a_large_input() -> None:
     assert checksum(x.to("meta")) == 0
     assert checksum(torch.tensor(True)) != checksum(torch.tensor(False))
     assert checksum(torch.ones(3, dtype=torch.bfloat16)) != 0
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    for lazy in (z.conj(), z.conj().imag):  # conjugated, and negated, when they are read
+        assert checksum(lazy) == checksum(lazy.resolve_conj().resolve_neg().clone())
+        assert checksum(lazy) not in (checksum(z), checksum(z.imag))
 
 
 def test_what_python_computes_must_be_the_same_on_all_ranks() -> None:

@@ -1,11 +1,14 @@
 """Calls that are like earlier ones are taken apart as these were, and others are not."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import autoparallel
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.errors import CaptureError
 from autoparallel.parallel.flat_calls import FlatCalls
@@ -72,3 +75,38 @@ def test_a_forward_that_takes_other_arguments_is_noticed(monkeypatch: Any) -> No
     assert calls.flattened(model, (ONE, TWO), {})[0] == ["a", "b"]
     with pytest.raises(CaptureError, match="do not fit"):
         calls.flattened(model, (ONE, TWO, TWO), {})
+
+
+class Around(nn.Module):
+    """A forward that stays Python, with two modules that are planned by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Any) -> Any:
+        inside = self.first(x).sin()
+        if float(inside.detach().sum()) > 1e3:
+            inside = inside * 2
+        return self.second(inside).sum()
+
+
+@pytest.mark.parametrize("kind", [Around, lambda: nn.Linear(4, 4)], ids=["parts", "whole"])
+def test_nothing_that_a_call_was_given_outlives_it(kind: Any, monkeypatch: Any) -> None:
+    """Not the batch, nor what modules inside were given, with all that autograd has recorded."""
+    given: list[Any] = []
+    take_apart = FlatCalls.flattened
+
+    def noted(calls: FlatCalls, model: Any, args: Any, kwargs: Any) -> Any:
+        given.extend(map(weakref.ref, args))
+        return take_apart(calls, model, args, kwargs)
+
+    module = autoparallel.autoparallelize(kind(), 1, example_inputs=(torch.ones(2, 4),))
+    monkeypatch.setattr(FlatCalls, "flattened", noted)
+    for rows in (2, 2, 3):
+        x = torch.ones(rows, 4, requires_grad=True)
+        module(x).sum().backward()
+        del x
+    gc.collect()  # what the planning of the first call has left
+    assert len(given) >= (6 if isinstance(module, Around) else 3)
+    assert [each() for each in given] == [None] * len(given)

@@ -141,6 +141,28 @@ def test_a_conversion_and_a_product_in_one_node_have_the_same_derivatives(
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_gradient_that_all_ranks_have_alike_is_cut_and_not_summed(world_size, outermost):
+    """A gather to what all ranks use alike, and a product with a whole weight."""
+
+    def work(group: Group, joined: bool) -> list[torch.Tensor]:
+        weight = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6).requires_grad_()
+        x = torch.linspace(group.rank, 3, 24, dtype=torch.float64).view(2, 2, 6).requires_grad_()
+        ends = (group, Shard(1, outermost=outermost), Invariant(), 2 * world_size)
+        if joined:
+            result, _ = overlap.convert_then_linear(x.sin(), *ends, [(weight, None)])
+        else:
+            result = functional.linear(convert(x.sin(), *ends), weight)
+        return [result.detach(), *torch.autograd.grad(result.pow(3).sum(), [x, weight])]
+
+    one = on_ranks(world_size, lambda group: work(group, True))
+    two = on_ranks(world_size, lambda group: work(group, False))
+    for ours, theirs in zip(one, two, strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_pass_that_failed_leaves_no_gradient_of_a_weight_behind():
     def refuse(grad: torch.Tensor) -> None:
         raise ValueError("stop")
