@@ -192,15 +192,16 @@ class _Anew:
         network, value, target = self.network, conversion.value, conversion.target
         if not self.costs:
             return Without()
-        layouts = network.values[value].produced.layouts
+        edge = network.values[value]
         maker = network.graph.producers[value].name
-        made = self.least(maker, [layout == target for layout in layouts])
-        groups = network.values[value].groups
-        known = [name for name in self.reading(value) if name in self.costs]
-        reads = next((name for name in known if len(self.costs[name]) == len(groups)), "")
-        if not reads:  # several readers decide, and no variable says it for all of them
+        made = self.least(maker, [layout == target for layout in edge.produced.layouts])
+        # The states of the only reader are those of the table, else of a variable between.
+        names = self.reading(value)
+        reads = names[:1] if edge.offers else names[1:]
+        known = next((name for name in reads if name in self.costs), "")
+        if not known:  # several readers decide, and no variable says it for all of them
             return Without(made)
-        unread = self.least(reads, [target not in group for group in groups])
+        unread = self.least(known, [target not in group for group in edge.groups])
         return Without(made, unread)
 
     def least(self, name: str, allowed: Sequence[bool]) -> float:

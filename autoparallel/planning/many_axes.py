@@ -28,9 +28,9 @@ from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.step_search import step_weights
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
-from autoparallel.strategy.equal_axes import equal_axes
+from autoparallel.strategy.equal_axes import AxisGroups, equal_axes
 from autoparallel.strategy.step_parts import StepParts
-from planners import OverLimitError, Problem, TooWideError, exact
+from planners import InfeasibleError, OverLimitError, Problem, TooWideError, exact
 from planners.table_memo import Memo
 
 __all__ = ["Narrowed", "narrowed"]
@@ -81,12 +81,31 @@ def narrowed(
     """Return the network of the states that the best plan on many axes may have, without its limit.
 
     Arguments as of `build_network`. None on few axes, and where no two of them are equal; there,
-    nothing is gained.
+    nothing is gained. None, too, where the best states go together in no order: others may.
     """
     sizes = tuple(size for _, size in mesh.axes)
     groups = equal_axes(sizes, hardware.links(sizes))
     if sum(size > 1 for size in sizes) <= _FEW_AXES or len(groups) == len(sizes):
         return None
+    try:
+        return _of_few_states(graph, mesh, hardware, options, stored, whole_outputs, groups)
+    except InfeasibleError:
+        return None
+
+
+def _of_few_states(
+    graph: Graph,
+    mesh: Mesh,
+    hardware: Hardware,
+    options: Options,
+    stored: Mapping[str, Layout] | None,
+    whole_outputs: bool,
+    groups: AxisGroups,
+) -> Narrowed:
+    """Return the network as `narrowed` does. groups: of equal axes.
+
+    Raises InfeasibleError where nothing is possible with these states.
+    """
     free = unlimited(options) if options.memory_limit is not None else options
     build = partial(build_network, graph, mesh, hardware, stored=stored)
     build = partial(build, whole_outputs=whole_outputs)
@@ -105,12 +124,10 @@ def narrowed(
         counted = build(options, groups=groups, known=relaxed)
         within, near = _within(counted)
         only = _both(only, counted.arranged_states(_states(near)))
-        return Narrowed(
-            build(free, known=relaxed, only=only), max(bound, within), least.lower_bound
-        )
+        bound = max(bound, within)
     network = build(free, known=relaxed, only=only)
     best = NetworkSolver(network)(network.problem())
-    if best.cost - bound > _ENOUGH * best.cost:
+    if options.memory_limit is None and best.cost - bound > _ENOUGH * best.cost:
         try:
             possible = _possible(problem, best.cost, solve.memo)
         except TooWideError:

@@ -81,11 +81,11 @@ class Forcing:
         self.chosen = solution_of_plan(self.network, plan)
         limit = plan.options.memory_limit
         # The tables of a pipeline count all stages, for one micro-batch of those in flight.
-        scale = shares.ranks / shares.in_flight
+        self.scale = shares.ranks / shares.in_flight
         self.problem = self.network.problem(
             plan.product_weight,
             {},
-            None if limit is None else (limit - self.network.fixed_nbytes) * scale,
+            None if limit is None else (limit - self.network.fixed_nbytes) * self.scale,
         )
         self.plan = plan if plan.pipeline is None else self._of_one_microbatch(plan)
         # The plan itself is no assignment to begin with: what is forced rules it out.
@@ -186,7 +186,8 @@ class Forcing:
             if not over:
                 break
             assert problem.limit is not None
-            problem = replace(forced, limit=min(problem.limit, solution.usage) - over)
+            lower = min(problem.limit, solution.usage) - over * self.scale
+            problem = replace(forced, limit=lower)
         return self._at_price(forced, self.solver) if nearest is None else nearest
 
     def _at_price(self, forced: Problem, solver: Callable[[Problem], Solution]) -> Solution:
@@ -228,10 +229,10 @@ class Forcing:
 
     def _of_one_microbatch(self, plan: Plan) -> Plan:
         """Return a plan with stages as that of one micro-batch on all of them."""
-        self.plan = plan
-        cost = self.problem.cost(self.chosen)
-        own = self.plan_of(Solution(self.chosen, cost, plan.lower_bound, plan.method))
-        return replace(plan, pipeline=None, seconds=own.seconds)
+        # Which copies are made again is a choice of the plan that its states do not tell.
+        rows = sum(op.seconds for op in plan.ops) + sum(row.seconds for row in plan.conversions)
+        updates = (table.cost[self.chosen[name]] for name, table in self.network.updates.items())
+        return replace(plan, pipeline=None, seconds=rows + float(sum(updates)))
 
     def plan_of(self, solution: Solution) -> Plan:
         """Return a solution as a plan."""

@@ -90,6 +90,36 @@ def test_doing_without_a_redistribution_costs_what_forbidding_it_does(data_paral
     assert compared > len(plan.conversions)
 
 
+class Gated(torch.nn.Module):
+    """Two products read an input, for nothing: no variable says how both of them do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.up(x) * self.gate(x)).square().mean()
+
+
+def test_of_what_two_ops_read_for_nothing_no_cost_is_claimed() -> None:
+    """Each of them has as many states as there are sets of layouts that both may read."""
+    x = torch.ones(8, 12)
+    plan = autoparallel.make_plan(
+        Gated(), 2, example_inputs=x, data_parallel=True, hardware="dgx-a100"
+    )
+    forcing = Forcing(plan)
+    (conversion,) = (one for one in plan.conversions if len(one.readers) == 2)
+    network = forcing.network
+    states = {len(network.strategies[name]) for name in conversion.readers}
+    assert states == {len(network.values[conversion.value].groups)}
+    without = find_alternatives(plan).redistributions[conversion.value, conversion.target]
+    assert math.isnan(without.unread)
+    # That costs something, but not what one of the two would add by itself.
+    allowed = forcing.never_read_as(conversion)
+    assert allowed is not None
+    assert forcing.solve(allowed) is not None
+
+
 def test_equal_blocks_have_equal_alternatives() -> None:
     """They are found for the first one."""
     plan = plan_of(2, False)

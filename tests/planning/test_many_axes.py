@@ -16,12 +16,13 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.graph.captured import Captured
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.planning import many_axes
+from autoparallel.planning import many_axes, memory_limit
 from autoparallel.planning.many_axes import narrowed
+from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.equal_axes import arranged_layout, equal_axes
 from autoparallel.strategy.step_parts import StepParts
-from planners import exact
+from planners import InfeasibleError, Problem, Solution, exact
 
 MESH = Mesh(a=2, b=2, c=2)
 SIZES = (2, 2, 2)
@@ -123,6 +124,29 @@ def test_the_best_of_few_states_is_that_of_all(
     assert few.bound <= real.cost * (1 + 1e-9)
     assert best.cost <= real.cost * 1.01
     assert real.cost <= best.cost * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("limit", [None, "1GiB"])
+def test_where_the_best_states_do_not_go_together_all_are_planned_for(
+    limit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That they do in no order says nothing of the others."""
+
+    class Solver(NetworkSolver):
+        def __call__(self, problem: Problem) -> Solution:
+            if self.network.only is not None:
+                raise InfeasibleError(problem.names[:2])
+            return super().__call__(problem)
+
+    monkeypatch.setattr(many_axes, "_FEW_AXES", 2)
+    monkeypatch.setattr(many_axes, "NetworkSolver", Solver)
+    monkeypatch.setattr(memory_limit, "NetworkSolver", Solver)
+    model, x = MODELS["gated"]
+    plan = autoparallel.make_plan(
+        model(), mesh=MESH, example_inputs=x, hardware="dgx-a100", memory_limit=limit
+    )
+    assert 0 < plan.lower_bound <= plan.cost
+    assert "whatever order" not in plan.method
 
 
 def test_states_in_any_order_cost_the_same() -> None:

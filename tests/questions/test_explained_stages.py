@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -56,6 +57,16 @@ def test_costs_are_those_of_planning_anew() -> None:
     assert "in stage 1 of 2" in text
     assert "a micro-batch" in text
     assert "its step would be" in text
+
+
+def test_copies_that_are_made_again_count() -> None:
+    """Which are, the states of a plan do not tell: its seconds are those of its own rows."""
+    plan, added = planned(), 1e-3
+    first, *rest = plan.conversions
+    again = replace(first, again=True, seconds=first.seconds + added)
+    other = replace(plan, conversions=(again, *rest))
+    seconds = [Explainer(each).plan.seconds for each in (plan, other)]
+    assert seconds[1] - seconds[0] == pytest.approx(added)
 
 
 def test_forms_are_what_stages_send_compute_and_hold() -> None:
