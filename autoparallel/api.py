@@ -71,8 +71,8 @@ def autoparallelize(
     seconds: float | None = None,
     overlap: bool = True,
     microbatches: int | None = None,
-    schedule: str = "1f1b",
-    stages_per_rank: int = 1,
+    schedule: str | None = None,
+    stages_per_rank: int | None = None,
     check_inputs: int = CHECKED_CALLS,
 ) -> nn.Module:
     """Return the model, split over `world_size` ranks, as an ordinary module for this rank.
@@ -174,8 +174,8 @@ def make_plan(
     seconds: float | None = None,
     overlap: bool = True,
     microbatches: int | None = None,
-    schedule: str = "1f1b",
-    stages_per_rank: int = 1,
+    schedule: str | None = None,
+    stages_per_rank: int | None = None,
     pins: Mapping[str, Layout | Placement] | None = None,
     product_weight: float | None = None,
     start: Plan | None = None,

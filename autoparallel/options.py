@@ -112,6 +112,8 @@ class Options:
     one rank: arXiv:2401.10241), and with two stages on each rank, the first and the last on the
     first one, "zbv" (of the same paper) and "dualpipev" (arXiv:2412.19437, folded).
     stages_per_rank: more than one lets ranks begin sooner, and send more often (interleaving).
+    Where these two are None, the planner chooses them together with the mesh, if it chooses that;
+    on a mesh that is given, they are "1f1b" and 1.
 
     constraints: sentences such as "blocks.*.weight on dp is whole"; strategy/constraints.py has the
     grammar.
@@ -137,8 +139,8 @@ class Options:
     seconds: float | None = None
     overlap: bool = True
     microbatches: int | None = None
-    schedule: str = "1f1b"
-    stages_per_rank: int = 1
+    schedule: str | None = None
+    stages_per_rank: int | None = None
 
     def __post_init__(self) -> None:
         # Lists become tuples: options are compared and hashed by content.
@@ -158,14 +160,17 @@ class Options:
                 why="a batch is cut into that many parts",
                 fix="give a positive whole number, or leave it out",
             )
-        if type(self.stages_per_rank) is not int or self.stages_per_rank < 1:
+        each = self.stages_per_rank
+        if each is not None and (type(each) is not int or each < 1):
             raise PlanError(
                 f"stages_per_rank={self.stages_per_rank!r}",
                 why="a rank computes that many stages of a pipeline",
-                fix="give a positive whole number",
+                fix="give a positive whole number, or leave it out",
             )
         folded = [name for name, each in SCHEDULES.items() if each.folded]
-        if self.schedule in folded and self.stages_per_rank != 2:
+        if self.schedule in folded and each is None:
+            object.__setattr__(self, "stages_per_rank", 2)  # there is no other choice
+        elif self.schedule in folded and each != 2:
             raise PlanError(
                 f"schedule={self.schedule!r} with stages_per_rank={self.stages_per_rank}",
                 why="it gives every rank two stages, the first rank the first and the last one",
@@ -179,12 +184,30 @@ class Options:
                 )
         for name, known in _KNOWN.items():
             value = getattr(self, name)
-            if value not in known:
+            if value not in known and (value is not None or name != "schedule"):
                 raise PlanError(
                     f"{name}={value!r}",
                     why="there is no such choice",
                     fix=f"choose one of {', '.join(known)}",
                 )
+
+    @property
+    def order(self) -> str:
+        """The schedule of a pipeline: what it is where none was chosen.
+
+        >>> Options().order, Options(schedule="zbv").order
+        ('1f1b', 'zbv')
+        """
+        return self.schedule or "1f1b"
+
+    @property
+    def each_rank(self) -> int:
+        """The stages of a pipeline on each rank: one where no number was chosen.
+
+        >>> Options().each_rank, Options(stages_per_rank=2).each_rank
+        (1, 2)
+        """
+        return self.stages_per_rank or 1
 
 
 def _seconds(seconds: Any) -> float | None:

@@ -1,37 +1,42 @@
 """Published steps with stages, predicted as the product plans and times them.
 
-    python benchmarks/published_pipelines.py [--only pipelined,interleaved,llama] [--row 9] [--own]
+    python benchmarks/published_pipelines.py [--only chosen] [--row 9] [--own]
 
 Each row is planned on its own mesh of stages, data and tensor parallelism, with parameters split as
 published, and cut into stages by the planner; its passes are walked in the order of torch's
 schedule, interleaved where the row is. Nothing is fitted to a row. As in published.py, what kernels
-of the time fused is taken off the seconds of Megatron's ops.
+of the time fused is taken off the seconds of Megatron's ops. `chosen` lets the planner choose all,
+mesh, schedule and what is recomputed, within the memory of a device, and says what planning took.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
 from autoparallel.analysis.timeline import passes_of_stage
 from autoparallel.cost.hardware import Hardware, find_hardware
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.part_sizes import layout_fraction
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import Mesh, arrangements
 from autoparallel.options import Options
 from autoparallel.placement import Invariant
 from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import pipeline_plan
+from autoparallel.planning.plan_model import fastest_plan
 from autoparallel.rewrite.stages import cut_plan, stages_of_calls
 from megatron_rules.papers import GRADIENT_PASSES, Transformer, build, not_written
 
-__all__ = ["Row", "interleaved", "llama", "pipelined"]
+__all__ = ["Row", "chosen", "interleaved", "llama", "pipelined"]
 
 ROWS: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text())
 
@@ -243,7 +248,42 @@ def flops_of_llama(sizes: Mapping[str, int]) -> float:
     return 6 * weights + 6 * layers * hidden * sizes["sequence"]
 
 
-TABLES = {each.__name__: each for each in (pipelined, interleaved, llama)}
+def chosen(only: int | None = None) -> Iterator[Row]:
+    """Yield the steps of the largest rows on the mesh that the planner chooses for 80 GB, beside
+    the published ones: row 0 is Llama 3 405B on 8192 devices, row 1 is 1 T on 3072.
+    """
+    from benchmarks.published_llama import captured_llama
+
+    for number, table in enumerate((ROWS["llama_405b"], ROWS["pipelined"])):
+        if only is not None and number != only:
+            continue
+        row = table["rows"][-number]
+        hardware = find_hardware(table["hardware"])
+        if number == 0:
+            sizes = table["model"]
+            captured = captured_llama(tuple(sizes.items()), row["batch"])
+            flops = flops_of_llama(sizes) * row["batch"] * sizes["sequence"]
+        else:
+            model = Transformer.of(row, table)
+            captured, flops = _captured(model, row["batch"])[0], model.flops(row["batch"], True)
+        options = Options(
+            data_parallel=True,
+            hardware=hardware.name,
+            tokens=1,
+            optimizer="mixed_adam",
+            recompute="auto",
+            memory_limit=80 * 10**9,
+        )
+        meshes = arrangements(row["devices"], hardware.devices_per_node)
+        began = time.process_time()
+        plan = fastest_plan(nn.Module(), captured, meshes, options)
+        took = time.process_time() - began
+        what = f"{row['devices']} devices, {plan.whole_mesh}, planned in {took:.0f} s"
+        printed = flops / row["devices"] / row["flops_per_second"]
+        yield Row(what, seconds_of(plan, hardware, fused=number > 0), printed, "s", plan)
+
+
+TABLES = {each.__name__: each for each in (pipelined, interleaved, llama, chosen)}
 
 
 def main() -> None:
@@ -257,7 +297,7 @@ def main() -> None:
     for name in options.only.split(","):
         rows = pipelined(options.row, True) if options.own else TABLES[name](options.row)
         for row in rows:
-            print(row, row.plan.pipeline, flush=True)
+            print(row, row.plan.pipeline, row.plan.method, flush=True)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,13 @@ def add_request(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-limit", metavar="SIZE", help="that a rank may use, as 76GiB")
     group = parser.add_argument_group("a pipeline, of --mesh pp=2,tp=4")
     group.add_argument("--microbatches", type=positive, metavar="N", help="default: what suits")
-    group.add_argument("--schedule", help=f"one of {', '.join(SCHEDULES)}; default: 1f1b")
-    group.add_argument("--stages-per-rank", type=positive, metavar="N", help="default: 1")
+    group.add_argument(
+        "--schedule",
+        help=f"one of {', '.join(SCHEDULES)}; default: 1f1b, or what suits a mesh that is chosen",
+    )
+    group.add_argument(
+        "--stages-per-rank", type=positive, metavar="N", help="default: as many as suit"
+    )
     group = parser.add_argument_group("what a plan may do")
     group.add_argument(
         "--optimizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -43,6 +44,8 @@ _SECONDS_PER_BYTE = 1e-3
 _MOST_RAISES, _MOST_LOOKS = 3, 4
 # Limits that differ by less than this share are one.
 _EQUAL_LIMITS = 1e-2
+# What keeps less than this share of what the quickest plan keeps is priced by its own bytes.
+_FAR_LESS = 1 / 3
 # What it takes to count a plan's memory, by the nodes of the graph.
 _SECONDS_PER_NODE = 1e-4
 
@@ -52,16 +55,26 @@ class Eased:
     """A way to keep less than the quickest plan does, found on a shorter model of the same blocks.
 
     recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
-    optimizer's state are charged, as a share of the seconds of the quickest plan.
+    optimizer's state are charged, as a share of the seconds of the quickest plan. blocks: the way
+    to recompute each repeated block, in order; empty where all are alike.
     """
 
     recompute: str
     price: float
+    blocks: tuple[str, ...] = ()
 
     @property
     def keeps_less(self) -> bool:
         """Whether it is another way than that of the quickest plan."""
         return self.recompute != "none" or self.price > 0
+
+    def __str__(self) -> str:
+        """How blocks are recomputed, in words."""
+        if not self.blocks:
+            return f"blocks recomputed alike: {self.recompute}"
+        counts = Counter(self.blocks)
+        each = (f"{counts[mode]} {mode}" for mode in sorted(counts))
+        return f"blocks recomputed: {', '.join(each)}"
 
     def solved(self, solve: Solver, problem: Problem, quickest: Solution) -> Solution:
         """Return the solution of a problem, with these bytes charged. quickest: without.
@@ -70,8 +83,14 @@ class Eased:
         """
         if not self.price or not quickest.usage:
             return quickest
-        price = self.price * quickest.cost / quickest.usage
-        priced = solve(problem.weighed(price))
+        usage = quickest.usage
+        for _ in range(2):
+            price = self.price * quickest.cost / usage
+            priced = solve(problem.weighed(price))
+            kept = Solution.of(problem, priced.assignment, "", -math.inf).usage
+            if kept > usage * _FAR_LESS:
+                break
+            usage = max(kept, 1.0)  # the price was a share of far too many bytes
         bound = min(quickest.lower_bound, problem.cost(priced.assignment))
         return Solution.of(problem, priced.assignment, priced.method, bound, price)
 
@@ -102,15 +121,15 @@ def plan_within(
     start: Plan | None = None,
     beat: float = math.inf,
     judge: Judge | None = None,
-    eased: Eased | None = None,
+    eased: Sequence[Eased] = (),
 ) -> Plan:
     """Return the plan of the shortest step that was found within the memory limit of the options.
 
     captured: the traced program. model: the name that the plan gives it. free: its cost network by
     `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
     judge: how the memory of a plan is counted; by default as that of the whole model on each rank.
-    eased: a way in which a plan is said to fit. On meshes of three axes, where searches within the
-    limit are by groups of states and take long, it is taken if it does.
+    eased: ways in which a plan is said to fit, the quickest first. On meshes of three axes, where
+    searches within the limit are by groups of states and take long, the first that does is taken.
 
     Nothing within a limit costs less than the best without one, where no copy is gathered again and
     no block recomputed. Where that fits, the limit is none. Else plans without a limit compete with
@@ -127,12 +146,14 @@ def plan_within(
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
     best = _solved(lambda: solve(problem))
-    if eased is not None and eased.keeps_less and solve.many and start is None:
-        plan = replace(_eased(captured, model, free, pins, eased), options=options)
+    for way in eased if solve.many and start is None else ():
+        if not way.keeps_less:
+            continue
+        plan = replace(_eased(captured, model, free, pins, way), options=options)
         account = judge(plan)
         if account.total <= allowed:
             bound = min(best.lower_bound, plan.cost)
-            rest = f"; blocks recomputed alike: {eased.recompute}"
+            rest = f"; {way}"
             rest += f"; bound without the limit by {best.method}"
             return replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
 
@@ -189,13 +210,14 @@ def plan_within(
 def _eased(
     captured: Captured, model: str, free: CostNetwork, pins: Mapping[str, Layout], eased: Eased
 ) -> Plan:
-    """Return the plan without a limit in which all blocks are recomputed alike, bytes charged.
+    """Return the plan without a limit in which blocks are recomputed in a given way, bytes charged.
 
     free: the network by `unlimited` options.
     """
     network = free
-    if eased.recompute != free.options.recompute:
-        network = rebuilt(free, replace(free.options, recompute=eased.recompute))
+    if eased.blocks or eased.recompute != free.options.recompute:
+        recompute = "auto" if eased.blocks else eased.recompute
+        network = rebuilt(free, replace(free.options, recompute=recompute), modes=eased.blocks)
         constrain(network, captured)
     solve, problem = NetworkSolver(network), network.problem(1.0, pins)
     solution = eased.solved(solve, problem, _solved(lambda: solve(problem)))

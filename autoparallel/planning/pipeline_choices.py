@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from autoparallel.analysis.pipeline_walk import held
@@ -26,6 +26,7 @@ from planners.effort import current
 __all__ = [
     "batch_of",
     "best_mesh",
+    "best_order",
     "chosen_of",
     "estimator_of",
     "in_parts",
@@ -47,14 +48,19 @@ _MOST_COUNTS = 12
 _MOST_WORSE = 2
 # Numbers of stages are looked at in steps of this factor first.
 _STEP = 1.6
+# More stages on each rank are taken where a step is shorter than by an error of estimates.
+_WORTH = 1.01
 # Meshes of which the estimate is within this factor of the shortest are planned in full, and so
 # many of them at most.
 _LIKELY, _MOST_LIKELY = 1.03, 2
 
 
-def best_mesh(captured: Captured, world_size: int, options: Options, beat: float) -> Mesh | None:
-    """Return the mesh with stages of which an estimate is shortest; None where none is shorter than
-    `beat` seconds, where no pipeline can be run, and for a model without chains of equal blocks.
+def best_mesh(
+    captured: Captured, world_size: int, options: Options, beat: float
+) -> tuple[Mesh, Estimator] | None:
+    """Return the mesh with stages of which an estimate is shortest, and what estimates it; None
+    where none is shorter than `beat` seconds, where no pipeline can be run, and for a model without
+    chains of equal blocks.
 
     Stages stay inside of nodes or across them; ranks of one stage are arranged as ranks without
     stages are. From few stages on, more are looked at as long as they are better.
@@ -63,9 +69,11 @@ def best_mesh(captured: Captured, world_size: int, options: Options, beat: float
     """
     estimator = estimator_of(captured, options)
     best = None if estimator is None else _with_stages(estimator, world_size, options)
-    if best is None or not _fits(best[0], options):
+    if best is None or not _fits(best[0], options) or best[0].seconds >= beat:
         return None
-    return best[1] if best[0].seconds < beat else None
+    assert estimator is not None
+    estimator.settle(best[1], best[0])
+    return best[1], estimator
 
 
 def likely_meshes(
@@ -97,6 +105,8 @@ def likely_meshes(
                 break
             nearest = estimate
     staged = _with_stages(estimator, meshes[0].world_size, options)
+    if staged is not None:
+        estimator.settle(staged[1], staged[0])
     found += [staged] if staged is not None else []
     found = [each for each in found if _fits(each[0], options)]
     if not found:
@@ -135,7 +145,7 @@ def _with_stages(
     for tensor in _widths(world_size, per_node):
         ladder = [
             pp
-            for pp in range(fewest, estimator.blocks // options.stages_per_rank + 1)
+            for pp in range(fewest, estimator.blocks // options.each_rank + 1)
             if world_size % (pp * tensor) == 0
         ]
         of_width = _best_of_width(estimator, ladder, tensor, world_size, options)
@@ -170,12 +180,8 @@ def _best_of_width(
             axes = {"dp": data} if data > 1 else {}
             axes |= {"tp": tensor} if tensor > 1 or not axes else {}
             inside = Mesh(**axes)
-            counts = [options.microbatches or 0]
-            if not options.microbatches:
-                graph = estimator.whole
-                counts = [middle_of(microbatch_counts(graph, pp, inside, options), pp)]
-            chosen = chosen_of(estimator, counts, pp, inside, options)
-            tried[pp] = None if chosen is None else (chosen[0], Mesh(**{PIPELINE: pp}, **axes))
+            found = best_order(estimator, pp, inside, options)
+            tried[pp] = None if found is None else (found, Mesh(**{PIPELINE: pp}, **axes))
         return tried[pp]
 
     best: tuple[Estimate, Mesh] | None = None
@@ -208,6 +214,47 @@ def _best_of_width(
     return best
 
 
+def best_order(estimator: Estimator, ranks: int, inside: Mesh, options: Options) -> Estimate | None:
+    """Return the best estimate of so many ranks that share out stages, of all ways to order them.
+
+    What was asked for is not chosen. More stages on each rank are looked at, twice as many at a
+    time, as long as they are better; they send more often, and hold more micro-batches.
+
+    Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
+    """
+    best: Estimate | None = None
+    for asked in _orders(options, ranks, inside, estimator.blocks):
+        counts = [asked.microbatches or 0]
+        if not asked.microbatches:
+            counts = [middle_of(microbatch_counts(estimator.whole, ranks, inside, asked), ranks)]
+        elif not is_even(counts[0], ranks, asked):
+            continue
+        chosen = chosen_of(estimator, counts, ranks, inside, asked)
+        if chosen is None:
+            continue
+        found = chosen[0]
+        longer = replace(found, seconds=found.seconds * _WORTH)
+        if best is None or is_better(longer, best, options.memory_limit):
+            best = found
+        elif asked.order == best.schedule:
+            break
+    return best
+
+
+def _orders(options: Options, ranks: int, inside: Mesh, blocks: int) -> Iterator[Options]:
+    """Yield the options with each schedule and number of stages on each rank worth a look."""
+    if options.schedule is None and inside.world_size == 1:
+        # Ranks alone in their stage may put off gradients of weights.
+        yield replace(options, schedule="zero_bubble", stages_per_rank=options.each_rank)
+    if options.stages_per_rank is not None:
+        yield options
+        return
+    each = 1
+    while each == 1 or each * ranks <= blocks:
+        yield replace(options, schedule=options.order, stages_per_rank=each)
+        each *= 2
+
+
 def _widths(world_size: int, per_node: int) -> list[int]:
     """Return the sizes of the axis tp that are looked at: a node, and parts of it."""
     return [
@@ -238,7 +285,7 @@ def chosen_of(
         for count in way:
             over = None if pins is None else over_time(estimator.graph, pins, count)
             shares = shares_of(ranks, count, options)
-            found = estimator.estimate(inside, shares, count, over)
+            found = estimator.estimate(inside, shares, count, over, options)
             if found is None:
                 break
             if best is not None and not is_better(found, best[0], options.memory_limit):
@@ -263,8 +310,8 @@ def shares_of(ranks: int, count: int, options: Options) -> StageShares:
     >>> shares_of(4, 8, Options(schedule="1f1b"))
     StageShares(ranks=4, passes=11.0, in_flight=4.0)
     """
-    each = options.stages_per_rank
-    order = schedule_order(options.schedule, ranks, each, count)
+    each = options.each_rank
+    order = schedule_order(options.order, ranks, each, count)
     most = max(moment.nbytes for moment in held(order, [1.0] * (ranks * each)))
     return StageShares(ranks, count + (ranks - 1) / each, most / each)
 
@@ -296,10 +343,10 @@ def is_even(count: int, ranks: int, options: Options) -> bool:
     >>> is_even(6, 4, Options(stages_per_rank=2)), is_even(10, 4, Options(stages_per_rank=2))
     (True, True)
     """
-    schedule = SCHEDULES[options.schedule]
+    schedule = SCHEDULES[options.order]
     if schedule.folded:
-        return not schedule.per_stage or count >= options.stages_per_rank * ranks
-    in_rounds = options.stages_per_rank > 1 or schedule.alone == schedule.several
+        return not schedule.per_stage or count >= options.each_rank * ranks
+    in_rounds = options.each_rank > 1 or schedule.alone == schedule.several
     return not in_rounds or count % max(1, count // ranks) == 0
 
 

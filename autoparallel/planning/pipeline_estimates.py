@@ -12,19 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoparallel.analysis.abstract_execution import Seen
-from autoparallel.analysis.pipeline import send_seconds
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
 from autoparallel.analysis.pipeline_walk import held
 from autoparallel.analysis.timeline import passes_of_stage
 from autoparallel.cost.hardware import find_hardware
-from autoparallel.cost.links import Link
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
+from autoparallel.graph.repeated_blocks import find_repeats
 from autoparallel.graph.shortened import Shortened, shortened
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH, Mesh
@@ -34,16 +36,14 @@ from autoparallel.plan import Pipeline
 from autoparallel.planning.memory_limit import Eased
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
-from autoparallel.planning.stage_work import NEAR, StageBytes, StageWork, fewer_places
-from autoparallel.runtime.schedule_orders import (
-    ranks_of_stages,
-    schedule_order,
-)
+from autoparallel.planning.stage_chain import StageChain, chain_of, mixed, most_saved
+from autoparallel.planning.stage_work import StageBytes, StageWork
+from autoparallel.runtime.schedule_orders import Pass, ranks_of_stages, schedule_order
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import StageShares
-from planners import InfeasibleError, partition
+from planners import InfeasibleError
 
 __all__ = ["Estimate", "Estimator", "is_better"]
 
@@ -55,6 +55,9 @@ _MODES = ("none", "selective", "full")
 _NEARLY = 1.1
 # What all bytes that stay are charged, one after the other, as shares of a plan's seconds.
 _PRICES = (0.0, 0.1)
+# Shares of the limit that estimates with some blocks recomputed are made to fill, one after the
+# other: what the plan itself takes differs by a few percent.
+_FILLED = (0.98, 0.95, 0.91, 0.85)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ class Estimate:
 
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
     not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
-    of one stage. price: as of `Eased`.
+    of one stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, as of
+    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. schedule,
+    stages_per_rank: as of Options.
     """
 
     seconds: float
@@ -71,11 +76,42 @@ class Estimate:
     recompute: str
     activations: float = 0.0
     price: float = 0.0
+    mixes: tuple[tuple[str, ...], ...] = ()
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
 
     @property
-    def eased(self) -> Eased:
-        """How a plan of the whole model keeps as little as this one."""
-        return Eased(self.recompute, self.price)
+    def eased(self) -> tuple[Eased, ...]:
+        """The ways in which a plan of the whole model keeps as little as this one."""
+        alike = Eased(self.recompute, self.price)
+        return (*(replace(alike, blocks=blocks) for blocks in self.mixes), alike)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is estimated: see `Estimator.estimate`."""
+
+    inside: Mesh
+    shares: StageShares
+    count: int
+    pins: Mapping[str, Layout]
+    options: Options
+
+    @property
+    def order(self) -> tuple[tuple[Pass, ...], ...]:
+        """The passes of each rank."""
+        options = self.options
+        return schedule_order(options.order, self.shares.ranks, options.each_rank, self.count)
+
+    @cached_property
+    def most(self) -> tuple[int, ...]:
+        """The micro-batches of which each stage keeps activations."""
+        stages = self.shares.ranks * self.options.each_rank
+        most = [1] * stages
+        for moment in held(self.order, [1.0] * stages):
+            for stage, batches in moment.stages:
+                most[stage] = batches
+        return tuple(most)
 
 
 class Estimator:
@@ -95,11 +131,37 @@ class Estimator:
         self._first = 0
         # How much more the way to recompute at a place saves than the next one.
         self._more: dict[int, float] = {}
-        self._estimates: dict[tuple[Mesh, StageShares, int], Estimate | None] = {}
+        self._estimates: dict[Any, Estimate | None] = {}
+        # Chains of the whole model, by mesh, numbers and the way to recompute: stages on each rank
+        # and schedules differ in cuts and passes alone.
+        self._chains: dict[Any, StageChain] = {}
+        # The shortest step so far, which ways of recomputing some blocks have to beat.
+        self._shortest = math.inf
+        # The schedules and stages on each rank of the meshes that were chosen.
+        self._chosen: dict[Mesh, tuple[str, int]] = {}
         if self.short is not None:
             self.blocks = sum(times + 2 for _, _, times in self.short.times)
             self.captured = replace(captured, graph=self.short.graph)
             self.graph = with_larger_hints(self.captured, options.tokens)
+            repeats = find_repeats(self.graph).blocks
+            # Blocks of the whole model are told by number, where the short one's are the same.
+            every = len(find_repeats(captured.graph).blocks)
+            left = sum(times - 1 for _, _, times in self.short.times)
+            self._numbered = len(repeats) + left == every
+            self._blocks = {
+                node.name: number
+                for number, block in enumerate(repeats)
+                for node in self.graph.nodes[block.start : block.stop]
+            }
+
+    def settle(self, mesh: Mesh, estimate: Estimate) -> None:
+        """Remember with which schedule a mesh with stages was estimated to be quickest."""
+        self._chosen[mesh] = estimate.schedule, estimate.stages_per_rank
+
+    def settled(self, mesh: Mesh, options: Options) -> Options:
+        """Return the options with the schedule that was chosen for a mesh."""
+        schedule, each = self._chosen.get(mesh, (options.order, options.each_rank))
+        return replace(options, schedule=schedule, stages_per_rank=each)
 
     def estimate(
         self,
@@ -107,32 +169,36 @@ class Estimator:
         shares: StageShares,
         count: int,
         pins: Mapping[str, Layout] | None = None,
+        options: Options | None = None,
     ) -> Estimate | None:
         """Return the estimate of the best way to recompute, among those that fit; of the one that
         needs least where none does. None where there is no such pipeline, or no way to tell.
 
         inside: the mesh of the ranks of a stage. shares: of a pipeline of so many micro-batches,
-        count. pins: layouts of parameters, by path, over micro-batches.
+        count. pins: layouts of parameters, by path, over micro-batches. options: with another
+        schedule or number of stages on each rank than the estimator's.
         """
-        key = inside, shares, count
-        if pins:
-            return self._estimated(inside, shares, count, pins)
+        options = options or self.options
+        key = inside, shares, count, options.order, options.each_rank, tuple((pins or {}).items())
         if key not in self._estimates:
-            self._estimates[key] = self._estimated(inside, shares, count, {})
+            asked = _Asked(inside, shares, count, pins or {}, options)
+            found = self._estimated(asked)
+            limit = options.memory_limit
+            if found is not None and (limit is None or found.nbytes <= limit):
+                self._shortest = min(self._shortest, found.seconds)
+            self._estimates[key] = found
         return self._estimates[key]
 
-    def _estimated(
-        self, inside: Mesh, shares: StageShares, count: int, pins: Mapping[str, Layout]
-    ) -> Estimate | None:
+    def _estimated(self, of: _Asked) -> Estimate | None:
         """Return the estimate, which is not known yet."""
         limit, asked = self.options.memory_limit, self.options.recompute
         if asked != "auto":
-            return self._fitting(inside, shares, count, asked, pins)
+            return self._fitting(of, asked)
         tried: dict[int, Estimate | None] = {}
 
         def fits(place: int) -> bool:
             """Try a way to recompute; say whether it fits."""
-            found = self._fitting(inside, shares, count, _MODES[place], pins)
+            found = self._fitting(of, _MODES[place])
             tried[place] = found
             return found is not None and (limit is None or found.nbytes <= limit)
 
@@ -154,6 +220,58 @@ class Estimator:
         for _, each in found:
             if best is None or is_better(each, best, limit):
                 best = each
+        return self._partly(of, best) if best is not None else None
+
+    def _partly(self, of: _Asked, alike: Estimate) -> Estimate:
+        """Return the best estimate with as many blocks recomputed less as fit.
+
+        alike: the estimate with all blocks recomputed alike.
+        """
+        limit = self.options.memory_limit
+        place = _MODES.index(alike.recompute)
+        if limit is None or alike.nbytes > limit or not (place and self._numbered):
+            return alike
+        if of.shares.ranks == 1:
+            return alike  # without stages, the search within the limit chooses block by block
+        # What shares most of what stays leaves most room for activations.
+        fewer, price = _MODES[place - 1], _PRICES[-1]
+        try:
+            one = self._chain(of, fewer, price)
+            # No cut is shorter than one into equal stages.
+            if one.seconds.sum() / of.shares.ranks * of.count >= self._shortest:
+                return alike
+            other = self._chain(of, alike.recompute, price)
+            found = self._mixed(of, one, other, fewer, alike.recompute)
+        except (PlanError, InfeasibleError):
+            return alike
+        if found is None or not is_better(found, alike, limit):
+            return alike
+        return replace(found, price=price)
+
+    def _mixed(
+        self, of: _Asked, one: StageChain, other: StageChain, fewer: str, more: str
+    ) -> Estimate | None:
+        """Return the estimate with some blocks as in a chain that recomputes fewer ops; None where
+        none fits.
+        """
+        limit = self.options.memory_limit
+        assert limit is not None
+        starts = self._cut(of, other)
+        ranks = ranks_of_stages(of.order)
+        best: Estimate | None = None
+        for in_turn in (False, True):
+            found: Estimate | None = None
+            mixes: list[tuple[str, ...]] = []
+            for filled in _FILLED:
+                room = limit * filled
+                marked = most_saved(one, other, starts, of.most, ranks, room, in_turn)
+                if not any(marked):
+                    break
+                mixes.append(tuple(fewer if each else more for each in marked))
+                if found is None:
+                    found = self._told(of, mixed(one, other, marked), starts, more)
+            if found is not None and (best is None or is_better(found, best, limit)):
+                best = replace(found, mixes=tuple(dict.fromkeys(mixes)))
         return best
 
     def _may_fit(self, found: Estimate | None, place: int) -> bool:
@@ -167,14 +285,7 @@ class Estimator:
         more = found.activations * (self._more.get(place, 1.0) - 1.0)
         return found.nbytes + more <= limit * _NEARLY
 
-    def _fitting(
-        self,
-        inside: Mesh,
-        shares: StageShares,
-        count: int,
-        recompute: str,
-        pins: Mapping[str, Layout],
-    ) -> Estimate | None:
+    def _fitting(self, of: _Asked, recompute: str) -> Estimate | None:
         """Return the estimate with one way to recompute; None where there is none.
 
         Where the quickest plan does not fit in the limit, bytes that stay are charged, so that
@@ -184,7 +295,9 @@ class Estimator:
         best: Estimate | None = None
         for price in _PRICES:
             try:
-                found = self._of(inside, shares, count, recompute, pins, price)
+                chain = self._chain(of, recompute, price)
+                found = self._told(of, chain, self._cut(of, chain), recompute)
+                found = replace(found, price=price)
             except (PlanError, InfeasibleError):
                 break
             if best is None or is_better(found, best, limit):
@@ -207,81 +320,94 @@ class Estimator:
         self._known = known, seen
         return known, seen
 
-    def _of(
-        self,
-        inside: Mesh,
-        shares: StageShares,
-        count: int,
-        recompute: str,
-        pins: Mapping[str, Layout],
-        price: float,
-    ) -> Estimate:
-        """Return the estimate with one way to recompute. price: of all bytes that stay, as a share
-        of the seconds of the quickest plan.
+    def _chain(self, of: _Asked, recompute: str, price: float) -> StageChain:
+        """Return the ops of the whole model with one way to recompute. price: of all bytes that
+        stay, as a share of the seconds of the quickest plan.
         """
         assert self.short is not None
+        key = of.inside, of.shares.ranks, of.count, tuple(of.pins.items()), recompute, price
+        if key in self._chains:
+            return self._chains[key]
+        shares = of.shares
         options = replace(self.options, memory_limit=None, recompute=recompute)
         hardware = find_hardware(options.hardware)
-        mesh = Mesh(**{MICROBATCH: count}, **dict(inside.axes))
+        mesh = Mesh(**{MICROBATCH: of.count}, **dict(of.inside.axes))
         network, seen = self._network(mesh, options, shares)
         nodes = {node.target: node.name for node in self.graph.nodes if node.kind == "parameter"}
-        pinned = {nodes[path]: pin for path, pin in pins.items() if path in nodes}
+        pinned = {nodes[path]: pin for path, pin in of.pins.items() if path in nodes}
         solve, problem = NetworkSolver(network), network.problem(1.0, pinned)
         solution = solve(problem)
         if price:
             solution = Eased(recompute, price).solved(solve, problem, solution)
         plan = plan_of_solution(self.captured, "", mesh, network, solution, 1.0)
-        limit = self.options.memory_limit
-        chain = _Chain(StageWork(self.graph, plan), self.short, count, limit is not None, seen)
+        work = StageWork(self.graph, plan)
         passes = passes_of_stage(plan, hardware)
-        stages = shares.ranks * options.stages_per_rank
-        link = link_of_stages(plan, shares.ranks, hardware)
-        order = schedule_order(options.schedule, shares.ranks, options.stages_per_rank, count)
-        most = [1] * stages
-        for moment in held(order, [1.0] * stages):
-            for stage, batches in moment.stages:
-                most[stage] = batches
-        each = math.inf if limit is None else limit / options.stages_per_rank
-        places = chain.cut(stages, link, chain.bytes, most, each)
-        ends = np.array([*places[1:], len(chain.seconds)])
-        starts = np.array(places)
-        # Part of what is sent overlaps, in the short model as in the whole one.
-        both = passes.forward + passes.backward
-        overlapped = both / max(chain.short_seconds, 1e-300)
-        sums = np.concatenate([[0.0], np.cumsum(chain.seconds)])
-        seconds = (sums[ends] - sums[starts]) * overlapped
-        stays = np.concatenate([[0.0], np.cumsum(chain.bytes.stays)])
-        part = (stays[ends] - stays[starts]) / max(chain.short_stays, 1.0)
         rows = sum(op.seconds for op in plan.ops) + sum(row.seconds for row in plan.conversions)
         updates = max(plan.seconds - rows, 0.0) / shares.once + passes.reduction
+        sizes = work.bytes_of(of.count, self.options.memory_limit is not None, seen)
+        link = link_of_stages(plan, shares.ranks, hardware)
+        chain = chain_of(work, self.short, self._blocks, passes, updates, sizes, link)
+        self._chains[key] = chain
+        return chain
+
+    def _cut(self, of: _Asked, chain: StageChain) -> NDArray[np.intp]:
+        """Return where the stages of a chain start."""
+        limit, each = self.options.memory_limit, of.options.each_rank
+        room = math.inf
+        if limit is not None:
+            room = (limit + (each - 1) * chain.bytes.besides) / each
+        return np.array(chain.cut(len(of.most), of.most, room))
+
+    def _told(
+        self, of: _Asked, chain: StageChain, starts: NDArray[np.intp], recompute: str
+    ) -> Estimate:
+        """Return the estimate of a chain whose stages start at these places."""
+        ranks, stages = of.shares.ranks, len(of.most)
+        ends = np.array([*starts[1:], len(chain.seconds)])
+
+        def summed(each: NDArray[np.float64]) -> tuple[float, ...]:
+            """Return the sum of each stage."""
+            return tuple(map(float, np.add.reduceat(each, starts)))
+
         sent = [int(chain.nbytes[end]) for end in ends[:-1]]
+        # Stages of several ranks go back in whole passes.
+        alone = of.inside.world_size == 1
         pipeline = Pipeline(
             stages,
-            shares.ranks,
-            count,
-            options.schedule,
+            ranks,
+            of.count,
+            of.options.order,
             (),
-            tuple(map(float, seconds)),
+            summed(chain.seconds),
             (*sent, 0),
             0.0,
-            tuple(map(float, seconds * (passes.forward / max(both, 1e-300)))),
-            tuple(map(float, seconds * (passes.weights / max(both, 1e-300)))),
-            tuple(map(float, part * updates)),
+            summed(chain.forward),
+            summed(chain.weights) if alone else (0.0,) * stages,
+            summed(chain.once),
             (0, *sent),
         )
-        sizes = chain.bytes.sizes(most)
-        of_rank = [0.0] * shares.ranks
-        for stage, rank in enumerate(ranks_of_stages(order)):
-            of_rank[rank] += float(sizes(stage, starts[stage], ends[stage]))
-        if sum(map(len, order)) <= _MOST_PASSES:
-            step = step_of(pipeline, passes_of(pipeline, link))[0]
+        sizes = chain.bytes.sizes(of.most)
+        of_rank = [chain.bytes.besides] * ranks
+        places = ranks_of_stages(of.order)
+        for stage, rank in enumerate(places):
+            size = float(sizes(stage, starts[stage], ends[stage]))
+            of_rank[rank] += size - chain.bytes.besides
+        if sum(map(len, of.order)) <= _MOST_PASSES:
+            step = step_of(pipeline, passes_of(pipeline, chain.link))[0]
         else:
-            step = _long_step(pipeline, ranks_of_stages(order))
+            step = _long_step(pipeline, places)
         kept = StageBytes(
             np.zeros_like(chain.bytes.stays), chain.bytes.kept, chain.bytes.buffers, (), 0.0
-        ).sizes(most)
-        alone = max(float(kept(n, starts[n], ends[n])) for n in range(stages))
-        return Estimate(step, max(of_rank), recompute, alone, price)
+        ).sizes(of.most)
+        saved = max(float(kept(n, starts[n], ends[n])) for n in range(stages))
+        return Estimate(
+            step,
+            max(of_rank),
+            recompute,
+            saved,
+            schedule=of.options.order,
+            stages_per_rank=of.options.each_rank,
+        )
 
 
 def is_better(one: Estimate, other: Estimate, limit: int | None) -> bool:
@@ -311,62 +437,3 @@ def _long_step(pipeline: Pipeline, ranks: tuple[int, ...]) -> float:
     each = pipeline.stages // pipeline.ranks
     way = (sum(work) - max(work)) / each
     return pipeline.microbatches * max(work) + way + max(once)
-
-
-class _Chain:
-    """The ops of the whole model, from those of the short one: its repeated run stands repeatedly.
-
-    seconds, nbytes, joined: by op, see StageWork. bytes: see StageBytes. short_seconds,
-    short_stays: the sums over the short model.
-    """
-
-    def __init__(
-        self, work: StageWork, short: Shortened, count: int, activations: bool, seen: Seen
-    ) -> None:
-        runs = {first: (last, times) for first, last, times in short.times}
-        index: list[int] = []
-        place = 0
-        copies: dict[int, int] = {}
-        while place < len(work.names):
-            last, times = runs.get(work.names[place], (work.names[place], 1))
-            end = work.place.get(last, place) + 1
-            for at in range(place, end):
-                copies[at] = len(index) + (end - place) * (times - 1) + at - place
-            index += list(range(place, end)) * times
-            place = end
-        self.index = np.array(index)
-        self.seconds = np.array(work.seconds)[self.index]
-        self.nbytes = np.array([*work.nbytes, 0.0])[np.append(self.index, len(work.nbytes))]
-        self.joined = np.array(work.joined)[self.index]
-        own = work.bytes_of(count, activations, seen)
-        self.bytes = StageBytes(
-            own.stays[self.index],
-            own.kept[self.index],
-            own.buffers[np.append(self.index, len(own.buffers) - 1)],
-            tuple((copies[one], copies[other], size) for one, other, size in own.twice),
-            own.besides,
-        )
-        self.short_seconds = float(sum(work.seconds))
-        self.short_stays = float(own.stays.sum())
-
-    def cut(
-        self, stages: int, link: Link, sizes: StageBytes, most: list[int], limit: float
-    ) -> tuple[int, ...]:
-        """Return where stages start. most: micro-batches of which each keeps activations. limit:
-        bytes of a stage, within which they stay if they can.
-        """
-        sends = {size: send_seconds(size, link) for size in set(self.nbytes.tolist())}
-        allowed = [
-            math.inf if place and (not size or joined) else sends[size]
-            for place, (size, joined) in enumerate(
-                zip(self.nbytes[:-1].tolist(), self.joined.tolist(), strict=True)
-            )
-        ]
-        allowed = fewer_places(allowed, stages)
-        seconds = self.seconds.tolist()
-        if math.isfinite(limit):
-            try:
-                return partition(seconds, allowed, stages, None, sizes.fits(most, limit), NEAR)
-            except InfeasibleError:
-                pass
-        return partition(seconds, allowed, stages, near=NEAR)

@@ -9,7 +9,7 @@ parts of its batch, and whether that can be. Then the ops, in their order, are c
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.stage_memory import memory_of_pipeline
@@ -103,6 +103,8 @@ def pipeline_plan(
     `search`.
     """
     refuse_pipeline(captured, options)
+    if estimator is not None:
+        options = estimator.settled(mesh, options)
     unknown = [
         node.target
         for node in captured.graph.nodes
@@ -122,10 +124,10 @@ def pipeline_plan(
         rounds = "micro-batches go in rounds of equal size, of at least as many as there are ranks"
         many = "it takes no fewer micro-batches than there are stages"
         raise PlanError(
-            f"microbatches={asked} for {options.stages_per_rank} stages on each of {ranks} ranks, "
-            f"with schedule={options.schedule!r}",
-            why=many if SCHEDULES[options.schedule].per_stage else rounds,
-            fix=f"pass a multiple of {ranks * options.stages_per_rank}",
+            f"microbatches={asked} for {options.each_rank} stages on each of {ranks} ranks, "
+            f"with schedule={options.order!r}",
+            why=many if SCHEDULES[options.order].per_stage else rounds,
+            fix=f"pass a multiple of {ranks * options.each_rank}",
         )
     if stored is not None and asked is not None and batch_of(captured.graph) == 1:
         asked = 1  # a call of a planned model with one row, which no number of others can share
@@ -134,7 +136,7 @@ def pipeline_plan(
         found = None
         if options.memory_limit is not None and stored is None:
             found = request.estimated([asked])
-        return request.planned(asked, None if found is None else found[1])
+        return request.planned(asked, () if found is None else found[1])
     return request.best()
 
 
@@ -225,9 +227,9 @@ class _Request:
             raise failed
         return best
 
-    def estimated(self, counts: list[int]) -> tuple[int, Eased] | None:
+    def estimated(self, counts: list[int]) -> tuple[int, tuple[Eased, ...]] | None:
         """Return which of these numbers of micro-batches has the shortest step, by an estimate, and
-        how its plan fits; None where there is none.
+        the ways in which its plan fits; None where there is none.
         """
         estimator = self.estimator or Estimator(self.captured, self.options)
         if estimator.short is None:
@@ -235,7 +237,7 @@ class _Request:
         best = chosen_of(estimator, counts, self.ranks, self.inside, self.options, self.pins)
         return None if best is None else (best[1], best[0].eased)
 
-    def planned(self, count: int, eased: Eased | None = None) -> Plan:
+    def planned(self, count: int, eased: Sequence[Eased] = ()) -> Plan:
         """Return the plan for so many micro-batches. eased: as of `search`.
 
         Raises CoupledBatchError where the batch cannot be computed in so many parts.

@@ -183,11 +183,12 @@ def _or_with_stages(
     errors: of other meshes; one of stages is added.
     """
     beat = math.inf if best is None else best.step
-    mesh = best_mesh(traced, world_size, options, beat)
-    if mesh is None:
+    staged = best_mesh(traced, world_size, options, beat)
+    if staged is None:
         return best
+    mesh, estimator = staged
     try:
-        plan = _search(model, traced, mesh, options)
+        plan = _search(model, traced, mesh, options, estimator=estimator)
     except PlanError as error:
         errors.append(error)
         return best

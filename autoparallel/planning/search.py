@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from autoparallel.analysis.memory_account import Account
@@ -58,7 +58,7 @@ def search(
     beat: float = math.inf,
     shares: StageShares = WHOLE_MODEL,
     judge: Callable[[Plan], Account] | None = None,
-    eased: Eased | None = None,
+    eased: Sequence[Eased] = (),
 ) -> Plan:
     """Return the plan of the shortest predicted step of one traced program on one mesh.
 

@@ -52,7 +52,7 @@ def require_sound_stages(plan: Plan, captured: Captured) -> None:
     places = {name: number for number, name in enumerate(names)}
     starts = [places.get(name, -1) for name in pipeline.starts]
     rising = all(one < other for one, other in pairwise(starts))
-    shared = pipeline.ranks > 1 and pipeline.stages == pipeline.ranks * plan.options.stages_per_rank
+    shared = pipeline.ranks > 1 and pipeline.stages == pipeline.ranks * plan.options.each_rank
     if not shared or len(starts) != pipeline.stages or starts[:1] != [0] or not rising:
         raise _wrong("its stages do not start one behind the other")
     stages = stages_of_calls(captured.graph, pipeline.starts)

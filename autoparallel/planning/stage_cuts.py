@@ -46,7 +46,7 @@ def cut_into_stages(
     Raises PlanError where there is no such cut.
     """
     work = StageWork(graph, plan)
-    ranks, per_rank = shares.ranks, plan.options.stages_per_rank
+    ranks, per_rank = shares.ranks, plan.options.each_rank
     stages = ranks * per_rank
     hardware = find_hardware(plan.options.hardware)
     link = link_of_stages(plan, ranks, hardware)
@@ -57,7 +57,7 @@ def cut_into_stages(
         for place, (size, seconds) in enumerate(zip(work.nbytes, sends, strict=True))
     ]
     allowed = fewer_places(allowed, stages)
-    order = schedule_order(plan.options.schedule, ranks, per_rank, microbatches)
+    order = schedule_order(plan.options.order, ranks, per_rank, microbatches)
     owners = None if holders is None else work.owners(holders, ranks_of_stages(order))
     held = most_held(order)
     limit = plan.options.memory_limit
@@ -80,7 +80,7 @@ def cut_into_stages(
             stages,
             ranks,
             microbatches,
-            plan.options.schedule,
+            plan.options.order,
             starts,
             (0.0,) * stages,
             (*(int(work.nbytes[end]) for end in ends[:-1]), 0),

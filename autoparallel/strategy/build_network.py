@@ -71,6 +71,7 @@ def build_network(
     known: CostNetwork | None = None,
     groups: AxisGroups = (),
     only: Mapping[str, frozenset[Any]] | None = None,
+    modes: Sequence[str] = (),
 ) -> CostNetwork:
     """Return the cost network of a graph: all strategies, and what they cost with neighbours.
 
@@ -81,24 +82,29 @@ def build_network(
     network of the same graph, of which what rules and splits say is taken. groups: of equal axes,
     whose order is to be left open: one state then stands for all of its orders, and the network
     bounds the one with them (see equal_axes.py). only: per variable, the states that there are to
-    be, in whatever order, as `arranged_states` tells them; all by default.
+    be, in whatever order, as `arranged_states` tells them; all by default. modes: how each repeated
+    block is recomputed, in their order, where that is decided.
     Costs are seconds of one training step (forward, backward, update), usage is bytes per rank.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
 
     Example: `build_network(captured.graph, Mesh(tp=4), find_hardware("dgx-a100"), Options())`
     """
     builder = _Builder(
-        graph, mesh, hardware, options, stored or {}, whole_outputs, shares, known, groups, only
-    )
+        graph, mesh, hardware, options, stored or {}, whole_outputs, shares, known, groups, only,
+        modes,
+    )  # fmt: skip
     return builder.build()
 
 
 def rebuilt(
-    network: CostNetwork, options: Options | None = None, mesh: Mesh | None = None
+    network: CostNetwork,
+    options: Options | None = None,
+    mesh: Mesh | None = None,
+    modes: Sequence[str] = (),
 ) -> CostNetwork:
     """Return the network of the same graph under other options, or on another mesh.
 
-    options, mesh: None for those of `network`. Errors as of `build_network`.
+    options, mesh: None for those of `network`. modes, errors: as of `build_network`.
     """
     return build_network(
         network.graph,
@@ -111,6 +117,7 @@ def rebuilt(
         network,
         # The states of one mesh say nothing of another's.
         only=network.only if mesh is None else None,
+        modes=modes,
     )
 
 
@@ -133,6 +140,7 @@ class _Builder:
         known: CostNetwork | None,
         groups: AxisGroups,
         only: Mapping[str, frozenset[Any]] | None,
+        modes: Sequence[str],
     ) -> None:
         self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
         self.options, self.stored, self.known = options, stored, known
@@ -143,7 +151,7 @@ class _Builder:
         self.pace = hardware.at_pace_of(math.prod(devices) * shares.ranks)
         self.links = hardware.links(devices)
         self.shares = shares
-        self.groups, self.only = groups, only
+        self.groups, self.only, self.modes = groups, only, modes
         # By these, states are the same but for the order of axes.
         self.equal = groups or equal_axes(self.sizes, self.links, self.in_time)
         memory = options.memory_limit is not None
@@ -210,6 +218,7 @@ class _Builder:
             self.network.weights,
             self.options.recompute,
             None if self.saved is None else self.saved.saved,
+            self.modes,
         )
         if self.saved is not None:
             peak_call, freed = self.saved.peak_call(self.mesh.world_size, self.recomputation.place)

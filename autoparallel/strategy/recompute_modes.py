@@ -12,7 +12,7 @@ rotations, and the copies of these that are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.cost.saved_tensors import SavedTensors
@@ -33,7 +33,8 @@ class Recomputation:
     where it is known already. requested: "model" for the
     regions that the model checkpoints; or, whatever it checkpoints, one of MODES for all blocks (a
     block without products of activations has nothing to select, and saves all), or "auto" for a
-    choice between all modes that a block has.
+    choice between all modes that a block has. decided: the mode of each block in order, where it is
+    decided already.
     blocks: the repeated blocks, or the regions. modes: per block, the modes to choose between.
     groups: per block and mode, the names of the ops run again together. made: per block, the ops
     that its mode "selective" makes again one by one, views of what they make among them; remade:
@@ -47,6 +48,7 @@ class Recomputation:
         weights: frozenset[str],
         requested: str,
         saved: SavedTensors | None = None,
+        decided: Sequence[str] = (),
     ) -> None:
         self.saved = saved
         self.graph, self.rules, self.weights = graph, rules, weights
@@ -84,6 +86,8 @@ class Recomputation:
             elif requested != "auto":
                 # A block without a core has no selective mode: it saves all, as if not asked.
                 modes = [requested if requested in groups else "none"]
+            if len(decided) == len(self.blocks):
+                modes = [decided[index] if decided[index] in groups else "none"]
             self.modes.append(tuple(modes))
             self.groups.append(groups)
         self._members = [

@@ -100,8 +100,8 @@ def plan_of_run(
             constraints=options.constraints,
             layout=options.layout or None,
             microbatches=options.microbatches or None,
-            schedule=options.schedule,
-            stages_per_rank=options.stages_per_rank,
+            schedule=options.schedule or None,
+            stages_per_rank=options.stages_per_rank or None,
         )
 
 

@@ -240,8 +240,14 @@ class ParallelConfig(_Section):
     microbatches: int = key(
         0, "of the stages of pp, in a pass; by default as many as suit it", least=0
     )
-    schedule: str = key("1f1b", "of the stages of pp", among=tuple(SCHEDULES))
-    stages_per_rank: int = key(1, "of pp", least=1)
+    schedule: str = key(
+        "",
+        'of the stages of pp; by default 1f1b, or what suits mesh "auto"',
+        among=("", *SCHEDULES),
+    )
+    stages_per_rank: int = key(
+        0, 'of pp; by default one, or with mesh "auto" as many as suit it', least=0
+    )
     hardware: str = key("auto", "a preset, or a file of `autoparallel calibrate`")
     memory_limit: str = key("", 'memory of a rank, such as "40GiB"; by default not limited')
     recompute: str = key(

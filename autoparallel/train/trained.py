@@ -190,7 +190,7 @@ def _on_mesh(config: RunConfig, mesh: str) -> RunConfig:
     """Return the configuration for another mesh, without what is of training alone."""
     parallel = replace(
         config.parallel, mesh=mesh, plan="", memory_limit="", constraints=(),
-        layout="", microbatches=0, schedule="1f1b", stages_per_rank=1,
+        layout="", microbatches=0, schedule="", stages_per_rank=0,
     )  # fmt: skip
     return replace(config, parallel=parallel)
 

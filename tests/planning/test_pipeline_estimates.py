@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from pipeline_models import MODELS, batch_of
 from torch import nn
 
 import autoparallel
+from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.shortened import shortened
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.planning.pipeline_choices import best_mesh, in_parts, shares_of
-from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.pipeline_choices import best_mesh, best_order, in_parts, shares_of
+from autoparallel.planning.pipeline_estimates import Estimate, Estimator
+from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import trace_model
 from autoparallel.train.models import GPT, GPTConfig
 
@@ -79,10 +82,66 @@ def test_stages_among_all_meshes() -> None:
     inputs = model.example_inputs(batch=32, sequence=128)
     options = Options(data_parallel=True, hardware="dgx-a100")
     captured = traced(model, inputs, options)
-    mesh = best_mesh(captured, 16, options, float("inf"))
-    assert mesh is not None
+    found = best_mesh(captured, 16, options, float("inf"))
+    assert found is not None
+    mesh, _ = found
     assert mesh.world_size == 16
     assert dict(mesh.axes)["pp"] > 1
     assert best_mesh(captured, 16, options, 0.0) is None
     fast = Options(data_parallel=True, hardware="dgx-a100", rng="fast")
     assert best_mesh(captured, 16, fast, float("inf")) is None  # it is refused
+
+
+def test_stages_on_each_rank_are_chosen() -> None:
+    """Several stages on each rank leave a smaller bubble; what was asked for is not chosen."""
+    model = gpt(16)
+    inputs = model.example_inputs(batch=64, sequence=128)
+    options = Options(data_parallel=True, hardware="dgx-a100", microbatches=8)
+    captured = traced(model, inputs, options)
+    found: dict[int | None, tuple[int, float]] = {}
+    for each in (None, 1):
+        asked = replace(options, stages_per_rank=each)
+        estimator = Estimator(in_parts(captured), asked)
+        best = best_order(estimator, 4, Mesh(tp=2), asked)
+        assert best is not None
+        mesh = Mesh(pp=4, tp=2)
+        estimator.settle(mesh, best)
+        found[each] = estimator.settled(mesh, asked).each_rank, best.seconds
+    assert found[None][0] > 1
+    assert found[1][0] == 1
+    assert found[None][1] < found[1][1]
+
+
+def test_some_blocks_are_recomputed() -> None:
+    """Within a limit that some blocks exceed, only as many are recomputed as must be."""
+    model = gpt(8)
+    inputs = model.example_inputs(batch=64, sequence=128)
+
+    def estimated(recompute: str, limit: int) -> tuple[Estimate, Captured]:
+        """Return the estimate of two stages of four ranks each, and the traced model."""
+        options = Options(
+            data_parallel=True, hardware="dgx-a100", recompute=recompute, memory_limit=limit
+        )
+        captured = in_parts(traced(model, inputs, options))
+        found = Estimator(captured, options).estimate(Mesh(dp=2, tp=2), shares_of(2, 4, options), 4)
+        assert found is not None
+        return found, captured
+
+    alike, _ = estimated("full", 2**40)
+    limit = int(1.05 * alike.nbytes)
+    some, captured = estimated("auto", limit)
+    assert some.nbytes <= limit
+    assert some.seconds < alike.seconds
+    assert 0 < some.mixes[0].count("full") < 8
+    options = Options(
+        data_parallel=True,
+        hardware="dgx-a100",
+        recompute="auto",
+        memory_limit=limit,
+        microbatches=4,
+    )
+    plan = pipeline_plan(captured, "GPT", Mesh(pp=2, dp=2, tp=2), options)
+    modes = dict(plan.recompute)
+    assert 0 < list(modes.values()).count("full") < 8
+    memory = memory_of_pipeline(plan)
+    assert max(account.total for account in memory) <= limit
