@@ -32,10 +32,10 @@ def bare_programs() -> Iterator[None]:
     """Have traces of this thread leave `node.meta["tensor_meta"]` empty, and write no Python.
 
     Torch notes there in which order each tensor lies in memory, and asks its symbolic sizes for
-    it: `node.meta["val"]` tells the same. And it writes and compiles the Python code of a graph a
-    dozen times, after each of its own passes; here that is done when a graph is run or its code is
-    asked for, which nobody does who reads the nodes. It takes a sixteenth of the time of a plan
-    (torch 2.13).
+    it: `node.meta["val"]` tells the same. And it writes and compiles the Python code of a graph
+    after each of its own passes, which takes up to a sixteenth of the time of a plan (torch 2.13);
+    here that is done when a graph is run or its code is asked for, which nobody does who reads the
+    nodes.
     """
     global _count, _noting, _compiling
     tracer: Any = import_module("torch.fx.experimental.proxy_tensor")

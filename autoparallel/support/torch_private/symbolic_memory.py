@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -65,16 +66,25 @@ def remembering_arithmetic() -> Iterator[None]:
                 _originals.clear()
 
 
+@cache
+def _environment() -> tuple[str, bool]:
+    """Return the name under which assumptions count their changes, and whether torch remembers."""
+    kind: Any = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv
+    example = kind()
+    # By these numbers torch knows how old what it remembers is; the second is of torch 2.11.
+    counters = ("_replacements_version_counter", "_version_counter")
+    counter = next(name for name in counters if hasattr(example, name))
+    return counter, hasattr(example, "_symop_cache")
+
+
 def _install() -> None:
     """Put methods that remember in the place of torch's."""
     module: Any = import_module("torch.fx.experimental.sym_node")
     kind = module.SymNode
-    environment: Any = import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv()
-    # By these numbers torch knows how old what it remembers itself is; the second is of torch 2.11.
-    counters = ("_replacements_version_counter", "_version_counter")
-    version = attrgetter(next(name for name in counters if hasattr(environment, name)))
+    counter, remembers = _environment()
+    version = attrgetter(counter)
     replaced = {"maybe_as_int": _remembering_int(kind.maybe_as_int, version)}
-    if not hasattr(environment, "_symop_cache"):
+    if not remembers:
         proxy_mode = import_module("torch.fx.experimental.proxy_tensor").get_proxy_mode
         for name in _OPERATORS:
             original = getattr(kind, f"_{name}")
