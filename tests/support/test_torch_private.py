@@ -143,9 +143,11 @@ ATTRIBUTES = {
     "_c10d_functional",
     "_can_decompose",
     "_cdata",
+    "_codegen",
     "_execution_engine",
     "_local_tensor",
     "_make_wrapper_subclass",
+    "_optimized_summation",
     "_schema",
     "_spec",
 }
