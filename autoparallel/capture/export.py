@@ -53,10 +53,11 @@ from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, emptied, flatten, with_constants
 from autoparallel.support.torch_private import (
+    bare_programs,
     expression_of,
     keeping_frames,
+    remembering_arithmetic,
     remembering_fake_results,
-    without_tensor_metadata,
 )
 
 __all__ = ["Captured", "capture"]
@@ -295,7 +296,8 @@ def _exported(
             outer.restored(),
             folding.installed(),
             remembers,
-            without_tensor_metadata(),
+            bare_programs(),
+            remembering_arithmetic(),
             keeping_frames(files.__contains__, inside=traced_forward.__file__),
         ):
             flat = FlatForward(wanted, inputs, folding, held, twice, ran)

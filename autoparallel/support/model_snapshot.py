@@ -120,7 +120,7 @@ class _Snapshot(Watch):
         elif (drawn := random_state(value)) is not None:
             self.drawn.append(drawn[1])
         elif moves_on(value):
-            self.iterators[id(value)] = second_of(value) or _Lent(type(value).__name__)
+            self.iterators[id(value)] = second_of(value) or _lent(value)
         elif not isinstance(value, _OPAQUE):
             if isinstance(getattr(value, "__dict__", None), dict):
                 self.box(vars(value), depth)
@@ -216,6 +216,13 @@ class _Snapshot(Watch):
             if storage.nbytes() != before.nbytes():
                 storage.resize_(before.nbytes())
             storage.copy_(before)
+
+
+def _lent(iterator: Any) -> _Lent:
+    """Return a stand-in for an iterator, which goes by the name of its type in messages."""
+    name = type(iterator).__name__
+    kind: type[_Lent] = type(name, (_Lent,), {})
+    return kind(name)
 
 
 class _Lent:

@@ -143,9 +143,11 @@ ATTRIBUTES = {
     "_c10d_functional",
     "_can_decompose",
     "_cdata",
+    "_codegen",
     "_execution_engine",
     "_local_tensor",
     "_make_wrapper_subclass",
+    "_optimized_summation",
     "_schema",
     "_spec",
 }
@@ -740,21 +742,119 @@ def test_kernels_for_tensors_without_device() -> None:
     assert not any(map(torch_private.has_meta_kernel, others))
 
 
-def test_traces_without_metadata_of_tensors() -> None:
+def test_bare_programs_have_no_metadata_of_tensors() -> None:
     """Within, no node has them; afterwards, in other threads too, torch notes them as ever."""
 
     def metadata() -> list[Any]:
         program = exported(lambda x: x.sin().cos(), torch.ones(3, 4))
         return [node.meta.get("tensor_meta") for node in program.graph.nodes if node.op != "output"]
 
-    with torch_private.without_tensor_metadata():
-        with torch_private.without_tensor_metadata():
+    with torch_private.bare_programs():
+        with torch_private.bare_programs():
             assert metadata() == [None] * 3
         assert metadata() == [None] * 3
         with ThreadPoolExecutor(1) as pool:
             elsewhere = pool.submit(metadata).result()
     for noted in (elsewhere, metadata()):
         assert [tuple(item.shape)[1] for item in noted] == [4, 4, 4]
+
+
+def two_ways(x: torch.Tensor) -> torch.Tensor:
+    """Return a result of which a part is computed without gradients, by a graph of its own."""
+    with torch.no_grad():
+        y = x.sin().reshape(-1)
+    return (x * 2).reshape(-1) + y
+
+
+def test_bare_programs_write_their_code_when_it_is_asked_for(monkeypatch) -> None:
+    """Within, no Python is compiled; whoever runs a graph, or asks for its code, has it all."""
+    written: list[str] = []
+    original = torch.fx.Graph.python_code
+
+    def noted(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        written.append(str(graph))
+        return original(graph, *args, **kwargs)
+
+    monkeypatch.setattr(torch.fx.Graph, "python_code", noted)
+    plain = exported(two_ways, torch.ones(3, 4))
+    assert written
+    written.clear()
+    with torch_private.bare_programs():
+        bare = exported(two_ways, torch.ones(3, 4))
+        assert not written
+        assert bare.graph_module.code == plain.graph_module.code
+        assert len(written) == 2  # one of them is of the graph inside
+    assert str(bare) == str(plain)
+    x = torch.rand(5, 4)
+    torch.testing.assert_close(bare.module()(x), two_ways(x))
+    assert [type(module.code) for module in bare.graph_module.children()] == [str]
+    # A graph that is edited and written again runs as it is now.
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+    with torch_private.bare_programs():
+        (call,) = (node for node in graph.graph.nodes if node.op == "call_module")
+        call.op, call.target = "call_function", torch.neg
+        graph.recompile()
+    assert graph(torch.ones(1)).item() == -1
+
+
+def test_arithmetic_with_sizes_is_remembered(monkeypatch) -> None:
+    """Within, each result is computed once; the program, with all that is known, is the same."""
+    from torch.fx.experimental.sym_node import SymNode
+
+    computed: list[tuple[Any, Any]] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = (x.reshape(-1, x.shape[-1]) * 2).view(x.shape)
+        return x.reshape(x.shape[0] * 2, -1) if x.shape[1] % 2 == 0 else x
+
+    plain = exported(forward, torch.ones(3, 4, 5))
+    original = SymNode.maybe_as_int
+
+    def noted(number: Any) -> Any:
+        computed.append((number.shape_env, number._expr))
+        return original(number)
+
+    monkeypatch.setattr(SymNode, "maybe_as_int", noted)
+    monkeypatch.setattr(SymNode, "_mul", SymNode._mul)
+    method = SymNode._mul
+    with torch_private.remembering_arithmetic():
+        with torch_private.remembering_arithmetic():
+            memory = exported(forward, torch.ones(3, 4, 5))
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(exported, forward, torch.ones(3, 4, 5)).result()
+        here = [key for key in computed if key[0] is not size_of(elsewhere).node.shape_env]
+    assert len(computed) - len(here) > 4 * len(here) > 0
+    assert SymNode._mul is method
+    assert SymNode.maybe_as_int is noted
+    for program in (memory, elsewhere):
+        assert str(program) == str(plain)
+        guards = map(torch_private.guards_of, map(size_of, (program, plain)))
+        assert len({str(each) for each in guards}) == 1
+
+
+def test_remembered_sizes_follow_what_becomes_known() -> None:
+    """A size that was symbolic is a number as soon as a tracer knows it, and in no other trace."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        before = x.reshape(-1, 2)
+        assert x.shape[0] == 6  # it is fixed here
+        return before * x.reshape(-1, 2)[: x.shape[0]].shape[0]
+
+    with torch_private.remembering_arithmetic():
+        fixed = exported(forward, torch.ones(6, 4))
+        free = exported(lambda x: x.reshape(-1, 2) * 2, torch.ones(6, 4))
+    assert size_of(fixed, 0) == 6
+    assert torch_private.expression_of(size_of(free)).is_Symbol
+
+
+def size_of(program: Any, dim: int | None = None) -> Any:
+    """Return a size of a program's input: the one of a dim, or the first symbolic one."""
+    (node,) = (node for node in program.graph.nodes if node.op == "placeholder")
+    sizes = node.meta["val"].shape
+    if dim is not None:
+        return sizes[dim]
+    return next(size for size in sizes if isinstance(size, torch.SymInt))
 
 
 def test_nodes_of_an_exported_program_say_where_they_come_from() -> None:

@@ -34,6 +34,7 @@ from autoparallel.support.torch_private.backward_passes import (
     saved_tensors_hooks_are_set,
     will_accumulate,
 )
+from autoparallel.support.torch_private.bare_programs import bare_programs
 from autoparallel.support.torch_private.compiled_frames import (
     break_graph,
     frame_compiler,
@@ -61,6 +62,7 @@ from autoparallel.support.torch_private.process_groups import (
     pipeline_order,
 )
 from autoparallel.support.torch_private.stack_traces import keeping_frames
+from autoparallel.support.torch_private.symbolic_memory import remembering_arithmetic
 from autoparallel.support.torch_private.symbolic_numbers import (
     EXPORT_LOGGERS,
     FAKE_TENSOR_LOGGER,
@@ -69,7 +71,6 @@ from autoparallel.support.torch_private.symbolic_numbers import (
     hint_of,
     is_fixed,
     remembering_fake_results,
-    without_tensor_metadata,
 )
 from autoparallel.support.torch_private.tensor_records import (
     assert_on_device,
@@ -162,6 +163,7 @@ __all__ = [
     "assert_on_device",
     "at_end_of_backward",
     "backward_pass",
+    "bare_programs",
     "break_graph",
     "call_hooks_of",
     "carries_backward_hooks",
@@ -210,6 +212,7 @@ __all__ = [
     "place_in_backward",
     "placed_alike",
     "references_to",
+    "remembering_arithmetic",
     "remembering_fake_results",
     "run_as_python",
     "run_in_place",
@@ -232,7 +235,6 @@ __all__ = [
     "without_function_modes",
     "without_function_overrides",
     "without_modes",
-    "without_tensor_metadata",
     "wrapper_tensor",
 ]
 

@@ -25,6 +25,7 @@ FILES = (
     "inputs",
     "distributed",
     "libraries",
+    "unseen",
 )
 
 # Libraries of the tests' environment: the project's own, and its extra `test`.
