@@ -44,11 +44,7 @@ _KEYS = {
     *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
     *"collectives inputs returned request breaks parts pipeline remade".split(),
 }
-_OPTIONS = {
-    field.name: str(field.type)
-    for field in fields(Options)
-    if field.name not in ("memory_limit", "microbatches")
-}
+_OPTIONS = {field.name: str(field.type) for field in fields(Options)}
 
 # Ranks in all that a plan may be for: those that run are compared with it, and counted by it.
 _MOST_RANKS = 2**24
@@ -195,14 +191,14 @@ def _mesh(rows: Any) -> Mesh:
 def _options(rows: Any) -> Options:
     """Return the options of these entries; those that are missing have their defaults."""
     rows = dict(_table(rows, "options"))
-    limit, count = rows.pop("memory_limit", None), rows.pop("microbatches", None)
-    seconds = rows.pop("seconds", None)
     unknown = [name for name in rows if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"there is no option {unknown[0]!r:.60}")
     return Options(
-        **{name: typed(_OPTIONS[name], content, name) for name, content in rows.items()},
-        memory_limit=None if limit is None else typed("int", limit, "memory_limit"),
-        microbatches=None if count is None else typed("int", count, "microbatches"),
-        seconds=None if seconds is None else typed("float", seconds, "seconds"),
+        **{
+            name: None
+            if content is None and _OPTIONS[name].endswith(" | None")
+            else typed(_OPTIONS[name].removesuffix(" | None"), content, name)
+            for name, content in rows.items()
+        }
     )
