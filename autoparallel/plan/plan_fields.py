@@ -194,11 +194,9 @@ def _options(rows: Any) -> Options:
     unknown = [name for name in rows if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"there is no option {unknown[0]!r:.60}")
-    return Options(
-        **{
-            name: None
-            if content is None and _OPTIONS[name].endswith(" | None")
-            else typed(_OPTIONS[name].removesuffix(" | None"), content, name)
-            for name, content in rows.items()
-        }
-    )
+    given: dict[str, Any] = {}
+    for name, content in rows.items():
+        kind = _OPTIONS[name].removesuffix(" | None")
+        empty = content is None and kind != _OPTIONS[name]
+        given[name] = None if empty else typed(kind, content, name)
+    return Options(**given)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from autoparallel.analysis.communication import Transfer, transfers
 from autoparallel.placement import (
@@ -21,8 +22,10 @@ from autoparallel.placement import (
     Shard,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
-from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.view.size_names import shape_text, size_names
+
+if TYPE_CHECKING:  # at run time, a plan is shown without torch
+    from autoparallel.strategy.parameter_storage import ParameterStorage
 
 __all__ = [
     "Words",
