@@ -12,7 +12,8 @@ from autoparallel.support.module_paths import join_path
 __all__ = ["MODULE_ATTRIBUTES", "first_paths", "named_tensors"]
 
 # The attributes by which torch itself keeps a module: what the user's class adds is not among them.
-MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+# `Module.compile()` sets the last one.
+MODULE_ATTRIBUTES = frozenset([*vars(nn.Module()), "_compiled_call_impl"])
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:

@@ -243,7 +243,7 @@ def test_gradients_are_multiplied_by_an_exact_number() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "zbv"}, "gives every rank two stages"),
+        ({"schedule": "zbv", "stages_per_rank": 1}, "gives every rank two stages"),
         ({"schedule": "dualpipev", "stages_per_rank": 2, "microbatches": 3}, "no fewer micro-ba"),
         ({"schedule": "zero_bubble", "microbatches": 5}, "rounds of equal size"),
         ({"schedule": "zero bubble"}, "choose one of gpipe, 1f1b, zero_bubble, zbv, dualpipev"),
