@@ -64,8 +64,9 @@ def searched(model: nn.Module) -> VariableSearch:
             walk.method(kind, name)
     for module in model.modules():
         for name, value in vars(module).items():
-            # Hooks are called with the module.
-            if name == "forward" or name not in MODULE_ATTRIBUTES or name.endswith("_hooks"):
+            # Hooks are called with the module. The model's own run where the program is called.
+            hooks = name.endswith("_hooks") and module is not model
+            if name == "forward" or name not in MODULE_ATTRIBUTES or hooks:
                 walk.attribute(value, type(module))
     return walk
 
