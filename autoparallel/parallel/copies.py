@@ -20,7 +20,7 @@ from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.parallel.whole_values import whole_value
 from autoparallel.runtime.rng import Generator
-from autoparallel.support.module_copy import shallow_copy
+from autoparallel.support.module_copy import inherit_copies, shallow_copy
 
 __all__ = ["deep_copy", "refuse_pickling", "saved_whole", "usual_copy", "whole_module"]
 
@@ -61,6 +61,7 @@ def deep_copy(module: nn.Module, memo: dict[int, Any]) -> Any:
         for number, path in paths.items()
         if number in memo
     }
+    inherit_copies(tree.skeleton, memo)
     overlap = tree.whole.overlap
     whole = WholeParameters(twin, parameters, tree.ranks, originals, gathered, overlap)
     other = replace(

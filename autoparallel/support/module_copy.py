@@ -21,6 +21,7 @@ from autoparallel.support.torch_private import ShapeEnv
 
 __all__ = [
     "DEEPEST",
+    "inherit_copies",
     "inherit_originals",
     "keep_attributes",
     "on_meta",
@@ -296,6 +297,18 @@ def inherit_originals(model: nn.Module, before: nn.Module) -> None:
         twin = copies.get(path)
         if twin is not None and (name in twin._parameters or name in twin._buffers):
             rows.append((reference, twin, path, name))
+
+
+def inherit_copies(model: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Let a copy stand for the deep copies of the tensors, too, that it stands for.
+
+    model: as `on_meta` returns it. memo: that of copy.deepcopy, by the tensors' numbers.
+    """
+    rows = vars(model)[_ORIGINALS].rows
+    for tensor, twin, path, name in list(originals(model)):
+        copied = memo.get(id(tensor))
+        if isinstance(copied, torch.Tensor):
+            rows.append((weakref.ref(copied), twin, path, name))
 
 
 def originals(model: nn.Module) -> Iterator[tuple[torch.Tensor, nn.Module, str, str]]:

@@ -155,3 +155,28 @@ def test_files_are_those_of_the_unsplit_model(tmp_path: Path) -> None:
     loaded: Any = type(model).from_pretrained(tmp_path / "gpt2")  # type: ignore[attr-defined]
     for path, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[path], value), path
+
+
+class Listed(nn.Module):
+    """A model with a list that refers to a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.linear.bias.requires_grad_(False)
+        self.scales = [self.linear.bias]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scales[0]
+
+
+def test_what_a_copy_traces_refers_to_its_own_parameters() -> None:
+    """A frozen one, too, which might as well be taken for a constant."""
+    model, x = Listed(), torch.randn(3, 4)
+    module: Any = autoparallel.autoparallelize(copy.deepcopy(model), 1, example_inputs=(x,))
+    twin = copy.deepcopy(module)
+    for each in (model, twin):
+        with torch.no_grad():
+            each.linear.bias.mul_(3)
+        each.eval()  # which is traced anew
+    torch.testing.assert_close(twin(x), model(x))
