@@ -141,7 +141,7 @@ def find_alternatives(plan: Plan) -> Alternatives:
 
 
 class _Anew:
-    """What each state of a variable costs more than the chosen one, with all else chosen anew.
+    """An _Anew tells what each state of a variable costs more than the chosen one, all else anew.
 
     One pass over the network tells of all. Nothing is known where that would take long, and of a
     plan in which products count more than their seconds.

@@ -65,11 +65,11 @@ class Eased:
 
     @property
     def keeps_less(self) -> bool:
-        """Whether it is another way than that of the quickest plan."""
+        """True where it is another way than that of the quickest plan."""
         return self.recompute != "none" or self.price > 0
 
     def __str__(self) -> str:
-        """How blocks are recomputed, in words."""
+        """Return how blocks are recomputed, in words."""
         if not self.blocks:
             return f"blocks recomputed alike: {self.recompute}"
         counts = Counter(self.blocks)
