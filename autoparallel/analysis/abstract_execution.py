@@ -406,7 +406,7 @@ class AbstractExecution:
         """Return the kernel that splits a loop on an axis, and the loop's size without that
         split.
         """
-        name = choice.kernels[axis]
+        name = choice.kernel(axis)
         for value, dims, layout in zip(call.operands, rule.operands, choice.operands, strict=True):
             shard = layout[axis]
             for loop in dims[shard.dim] if isinstance(shard, Shard) else ():

@@ -92,7 +92,7 @@ class LocalCalls:
         it, and its size without that split. "" for other kernels.
         """
         cut = choice.results[0][axis]
-        name = choice.kernels[axis]
+        name = choice.kernel(axis)
         if exchange is None or exchange.kernel.name != name or not isinstance(cut, Shard):
             return ""
         extent = self.dim(node.results[0], cut.dim, choice.results[0], without=axis)

@@ -259,7 +259,7 @@ class Words:
         """
         for position, value in enumerate(op.reads):
             split = isinstance(op.operands[position][axis], Shard)
-            known = op.whole_flops or op.kernels[axis]
+            known = op.whole_flops or op.kernel(axis)
             if split and known and self.origin(value) in self.parameters:
                 name = self._split(op, position, axis)
                 return f"{name}-parallel" if name in _PHRASES else name
@@ -272,8 +272,8 @@ class Words:
         """Return "row" or "column" where the split of an operand is one of these, else a phrase."""
         placement = op.operands[position][axis]
         assert isinstance(placement, Shard)
-        if op.kernels[axis]:
-            return _KERNELS.get(op.kernels[axis], f"dim {placement.dim}")
+        if kernel := op.kernel(axis):
+            return _KERNELS.get(kernel, f"dim {placement.dim}")
         if all(isinstance(result[axis], Partial) for result in op.results):
             return "row"
         # A bias is split as the product that it is added to; an expert's weight, as its tokens.

@@ -23,6 +23,7 @@ from autoparallel.parallel.simulate import Simulation
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.view.report import plan_text
 
 __all__ = ["Edited", "Mixed", "edit_one"]
 
@@ -108,14 +109,16 @@ class Edited:
             plan = Plan.from_json(text)
             if plan == self.plan:
                 return "equal"
+            # It is shown without its model, too.
+            repr(plan)
+            plan_text(plan)
             if plan.world_size > 8:
                 return "right"  # as many threads would say nothing more
             plan = with_graphs(plan, self.traced)
             require_sound(plan, self.model)
         except PlanError:
             return "refused"
-        str(plan)
-        repr(plan)
+        plan_text(plan)
         autoparallel.timeline(plan)
         try:
             made = self.run(plan)

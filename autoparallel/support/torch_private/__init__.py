@@ -59,7 +59,9 @@ from autoparallel.support.torch_private.process_groups import (
     fake_process_group,
     flattened_group,
     functional_collectives,
+    gloo_ranks,
     pipeline_order,
+    set_patience,
 )
 from autoparallel.support.torch_private.stack_traces import keeping_frames
 from autoparallel.support.torch_private.symbolic_memory import remembering_arithmetic
@@ -185,6 +187,7 @@ __all__ = [
     "functional_collectives",
     "get_proxy_mode",
     "global_call_hooks",
+    "gloo_ranks",
     "gradient_hooks_of",
     "guards_of",
     "handle_distributed",
@@ -220,6 +223,7 @@ __all__ = [
     "saved_tensors_hooks_are_set",
     "schema_of",
     "set_frame_compiler",
+    "set_patience",
     "share_local_part",
     "storage_key",
     "strided_shard",
