@@ -36,9 +36,7 @@ def plan_of(layers: int, data_parallel: bool, weight: float = 1.0) -> Plan:
     )
 
 
-@pytest.mark.parametrize(
-    ("data_parallel", "weight"), [(False, 1.0), (True, 1.0), (False, 1024.0)]
-)
+@pytest.mark.parametrize(("data_parallel", "weight"), [(False, 1.0), (True, 1.0), (False, 1024.0)])
 def test_they_cost_no_less_than_planning_anew(data_parallel: bool, weight: float) -> None:
     """Everything else chosen anew can only be cheaper, and never cheaper than the optimum.
 
