@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
 import pytest
 from garbage import collect_rarely
+
+# What is tested is planning, and not a plan that another test or another run has left.
+os.environ["AUTOPARALLEL_KEEP_PLANS"] = "0"
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
