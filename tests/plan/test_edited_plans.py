@@ -121,7 +121,8 @@ def test_a_layout_that_no_rule_allows_is_refused_by_name(
         ("ops 5 name", "other", "its ops are not those of the model"),
         ("parameters 1 path", "other", "its parameters are not those of the model"),
         ("parameters 1 shape", [7], "it is "),
-        ("conversions 0 value", "other", "there is no such one"),
+        ("conversions 0 value", "other", "nothing reads it so"),
+        ("outputs 1", "R | I", "there is none, and return reads it so"),
         ("outputs", [], "it returns 2 tensors"),
     ],
 )

@@ -153,7 +153,7 @@ class Edited:
         """Write the conversions that an edited plan needs."""
         assert self.plan.captured is not None
         graph = self.plan.captured.graph
-        whole = " | ".join("I" for _ in self.mesh.axes)
+        whole = " | ".join("I" for _ in self.plan.mesh.axes)
         made = {node.result.name: whole for node in graph.nodes if node.kind != "call"}
         made.update((choice["name"], choice["storage"]) for choice in rows["parameters"])
         wanted: dict[tuple[str, str], dict[str, None]] = {}
