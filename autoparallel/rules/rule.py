@@ -95,6 +95,13 @@ class Kernel:
     routed: tuple[int, int] = (0, 0)
     moved: int = 0
 
+    @property
+    def passed(self) -> tuple[int, ...]:
+        """The bytes of the tensors whose parts are passed round while the op's products of other
+        parts are computed: forward, then backward.
+        """
+        return tuple(size for kind, size in self.collectives if kind is Collective.RING_PASS)
+
     def copies(self, ranks: int) -> float:
         """Return how often the collectives send what they send, for equally likely choices."""
         choices, targets = self.routed

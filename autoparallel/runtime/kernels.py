@@ -38,6 +38,7 @@ from autoparallel.runtime.expert_kernels import (
 )
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.memory_order import in_memory_order
+from autoparallel.runtime.split_attention import attention_queries, attention_ring
 from autoparallel.runtime.split_indices import places_here
 from autoparallel.runtime.stand_ins import stand_ins_for, without_stand_ins
 from autoparallel.runtime.statistics import (
@@ -65,6 +66,8 @@ __all__ = [
     "amin_split",
     "argmax_split",
     "argmin_split",
+    "attention_queries",
+    "attention_ring",
     "batch_norm_split",
     "branch_taken",
     "combined_parts",
