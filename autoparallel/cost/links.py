@@ -84,9 +84,11 @@ class Regime:
     def makes(self, kind: Collective) -> bool:
         """Return whether the regime can make the collective, and is for it."""
         able = self.algorithm.steps(kind, 2) is not None
-        # Whatever sends to all others can send to one.
-        known = Collective.ALL_TO_ALL if kind in _TO_NEIGHBOURS else kind
-        return able and (not self.collectives or known.value in self.collectives)
+        # What sends to all others can send to one.
+        kinds = (kind, Collective.ALL_TO_ALL) if kind in _TO_NEIGHBOURS else (kind,)
+        return able and (
+            not self.collectives or any(each.value in self.collectives for each in kinds)
+        )
 
     def rate(self, kind: Collective) -> float:
         """Return the bytes per second at which a rank sends in a collective."""

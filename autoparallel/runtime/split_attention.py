@@ -167,7 +167,11 @@ def _deal(length: int, world_size: int, causal: bool) -> Deal:
         return Deal(_SEQUENCE, length, parts)
     count = 2 * world_size
     pieces = [part_bounds(length, count, piece) for piece in range(count)]
-    pairs = tuple((pieces[rank], pieces[count - 1 - rank]) for rank in range(world_size))
+    # Rank 0, which holds the longest part of whatever is split, begins in the middle: the last
+    # pieces may be shorter.
+    pairs = tuple(
+        (pieces[world_size - 1 - rank], pieces[world_size + rank]) for rank in range(world_size)
+    )
     return Deal(_SEQUENCE, length, pairs)
 
 

@@ -1,0 +1,125 @@
+"""Attention whose sequence is split: keys are gathered, or passed round; and which of these is
+planned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import relative_error, worst_gradient
+from forced_kernels import only_by
+from processes import run_processes
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional
+
+import autoparallel
+from autoparallel.mesh import Mesh
+from autoparallel.plan import Plan
+
+TOLERANCE = 1e-10
+RING, QUERIES = "attention_ring", "attention_queries"
+ATTENTION = "aten.scaled_dot_product_attention.default"
+
+
+class Attends(nn.Module):
+    """Two products around attention with half as many heads of keys as of queries."""
+
+    def __init__(self, kind: str, heads: int = 4, width: int = 4) -> None:
+        super().__init__()
+        self.kind, self.heads, self.width = kind, heads, width
+        self.up = nn.Linear(8, 2 * heads * width)
+        self.down = nn.Linear(heads * width, 8)
+        self.bias = nn.Parameter(torch.randn(heads, 1, 1)) if kind == "bias" else None
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        half = self.heads // 2 * self.width
+        q, k, v = self.up(x).split((2 * half, half, half), -1)
+        q, k, v = (t.view(batch, length, -1, self.width).transpose(1, 2) for t in (q, k, v))
+        mask = None
+        if self.kind == "padding":
+            mask = seen[:, None, None]
+        elif self.kind == "bias":
+            place = torch.arange(length)
+            mask = self.bias * (place - place[:, None])
+        y = functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=self.kind == "causal", enable_gqa=True
+        )
+        return self.down(y.transpose(1, 2).flatten(2)).square().sum()
+
+
+def case(kind: str, length: int = 11) -> tuple[Attends, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Attends(kind).double()
+    x = torch.randn(2, length, 8, dtype=torch.float64)
+    seen = torch.arange(length) < torch.tensor([[length], [length - 3]])
+    return model, {"x": x, "seen": seen}
+
+
+def planned(kind: str, mesh: Mesh, kernel: str) -> Plan:
+    model, inputs = case(kind)
+    with only_by(kernel, ranks=dict(mesh.axes)["cp"]):
+        plan = autoparallel.make_plan(
+            model, mesh=mesh, example_inputs=inputs, data_parallel=True
+        )
+    assert [kernel in op.kernels for op in plan.ops if op.target == ATTENTION] == [True]
+    return plan
+
+
+def unsplit(kind: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model, inputs = case(kind)
+    loss = model(**inputs)
+    loss.backward()
+    gradients = {path: p.grad for path, p in model.named_parameters()}
+    return loss.detach(), gradients
+
+
+CASES = [
+    ("causal", RING, Mesh(cp=2)),
+    ("causal", RING, Mesh(cp=3)),
+    ("causal", QUERIES, Mesh(cp=4)),
+    ("plain", RING, Mesh(cp=4)),
+    ("padding", RING, Mesh(cp=3)),
+    ("bias", RING, Mesh(cp=2)),
+    ("causal", RING, Mesh(cp=3, tp=2)),
+]
+
+
+@pytest.mark.parametrize(("kind", "kernel", "mesh"), CASES, ids=str)
+def test_split_attention_is_the_users(kind: str, kernel: str, mesh: Mesh) -> None:
+    """A sequence of 11 divides by no number of ranks."""
+    plan = planned(kind, mesh, kernel)
+    model, inputs = case(kind)
+    made = autoparallel.simulate(model, plan=plan, example_inputs=inputs)
+    loss, gradients = unsplit(kind)
+    assert relative_error(made.output.detach(), loss) < TOLERANCE
+    error, where = worst_gradient(dict(made.gradients), gradients)
+    assert error < TOLERANCE, where
+
+
+def run_on_gloo(rank: int) -> list[Any]:
+    """Errors of a process' step, eager and compiled, and graph breaks of the compiled one."""
+    plan = planned("causal", Mesh(cp=2), RING)
+    loss, gradients = unsplit("causal")
+    model, inputs = case("causal")
+    module = autoparallel.apply_plan(model, plan)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    rows: list[Any] = []
+    for call in (module, compiled):
+        counters.clear()
+        module.zero_grad()
+        result = call(**inputs)
+        result.backward()
+        whole = {path: p.grad.full_tensor() for path, p in module.named_parameters()}
+        rows += [relative_error(result.detach(), loss), worst_gradient(whole, gradients)[0]]
+    return [*rows, len(counters["graph_break"])]
+
+
+def test_keys_are_passed_between_processes() -> None:
+    """By gloo; and when compiled."""
+    for *errors, breaks in run_processes(run_on_gloo, 2):
+        assert max(errors) < TOLERANCE
+        assert breaks == 0
