@@ -59,6 +59,7 @@ from autoparallel.runtime.variance import (
     instance_norm_split,
     variance_split,
 )
+from autoparallel.runtime.window_kernels import convolution_edges, nearest_edges, pool_edges
 
 __all__ = [
     "alike_elsewhere",
@@ -71,6 +72,7 @@ __all__ = [
     "batch_norm_split",
     "branch_taken",
     "combined_parts",
+    "convolution_edges",
     "convolution_inputs",
     "convolution_outputs",
     "cross_entropy_classes",
@@ -92,6 +94,8 @@ __all__ = [
     "masked_lookup",
     "max_split",
     "min_split",
+    "nearest_edges",
+    "pool_edges",
     "rms_norm",
     "softmax_split",
     "stand_ins_for",

@@ -62,9 +62,7 @@ def case(kind: str, length: int = 11) -> tuple[Attends, dict[str, torch.Tensor]]
 def planned(kind: str, mesh: Mesh, kernel: str) -> Plan:
     model, inputs = case(kind)
     with only_by(kernel, ranks=dict(mesh.axes)["cp"]):
-        plan = autoparallel.make_plan(
-            model, mesh=mesh, example_inputs=inputs, data_parallel=True
-        )
+        plan = autoparallel.make_plan(model, mesh=mesh, example_inputs=inputs, data_parallel=True)
     assert [kernel in op.kernels for op in plan.ops if op.target == ATTENTION] == [True]
     return plan
 
