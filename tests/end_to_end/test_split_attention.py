@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 
 import autoparallel
+from autoparallel.analysis.timeline import timeline
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
 
@@ -121,3 +122,39 @@ def test_keys_are_passed_between_processes() -> None:
     for *errors, breaks in run_processes(run_on_gloo, 2):
         assert max(errors) < TOLERANCE
         assert breaks == 0
+
+
+class Long(nn.Module):
+    """Attention of Llama-3's 8B: 32 heads, 8 of keys, behind and before its products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4096, 6144, bias=False), nn.Linear(4096, 4096, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.up(x).split((4096, 1024, 1024), -1)
+        q, k, v = (t.unflatten(-1, (-1, 128)).transpose(1, 2) for t in (q, k, v))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.down(y.transpose(1, 2).flatten(2)).float().square().mean()
+
+
+@pytest.mark.parametrize(("length", "kernel"), [(131072, RING), (2048, QUERIES)])
+def test_the_cheaper_way_is_planned(length: int, kernel: str) -> None:
+    """On 16 nodes, keys that are passed round hide behind long attention; short ones are gathered.
+
+    Heads are on another axis already, so that they cannot be split once more.
+    """
+    with torch.device("meta"):
+        model = Long().to(torch.bfloat16)
+        x = torch.zeros(1, length, 4096, dtype=torch.bfloat16)
+    plan = autoparallel.make_plan(
+        model,
+        mesh=Mesh(cp=16, tp=8),
+        example_inputs=x,
+        hardware="dgx-h100",
+        layout="sequence:cp, heads:tp",
+    )
+    (op,) = [op for op in plan.ops if op.target == ATTENTION]
+    assert op.kernels == (kernel, "")
+    (event,) = [e for e in timeline(plan).events if e.name == op.name and e.phase == "forward"]
+    assert event.seconds == pytest.approx(op.forward_seconds)

@@ -14,7 +14,6 @@ from autoparallel.placement import Collective, Partial
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
-
 Kernels = Mapping[int, Kernel]
 
 
@@ -187,6 +186,7 @@ def _edge_kernel(
         arguments,
         wraps=True,
         moved=2 * whole,
+        alone=True,
     )
 
 
@@ -239,13 +239,17 @@ def _nearest_kernels(call: OpCall) -> Kernels:
     a whole number of times.
     """
     x, spatial = call.operands[0], _spatial(call.node.target)
-    factors = []
-    for dim in range(-spatial, 0):
-        before, after = x.shape[dim], call.results[0].shape[dim]
-        known = isinstance(before, int) and isinstance(after, int)
-        if not known or not hint(before) or hint(after) % hint(before):
+    factors: list[int] = []
+    # The scales say it where the inputs decide the sizes.
+    scales = call.argument(2, "scale_factors")
+    for at in range(spatial):
+        before, after = (value.shape[at - spatial] for value in (x, call.results[0]))
+        if isinstance(scales, tuple) and all(scale == int(scale) for scale in scales):
+            factors.append(int(scales[at]))
+        elif isinstance(before, int) and isinstance(after, int) and before and not after % before:
+            factors.append(after // before)
+        else:
             return {}
-        factors.append(hint(after) // hint(before))
     mode = "nearest-exact" if "exact" in call.node.target else "nearest"
     kernels = {}
     for at in range(spatial):
