@@ -367,12 +367,22 @@ class _Attention(torch.autograd.Function):
         mask: torch.Tensor | None,
         work: _Work,
     ) -> Any:
-        """Return the type of the result for the checker of `spmd_types`: rows of queries."""
+        """Return the type of the result for the checker of `spmd_types`: that of a product of rows
+        of queries with keys, which are whole, or parts that all ranks get.
+        """
         import spmd_types
         from spmd_types import rules
 
+        if mask is not None:
+            rules.ignore(mask)
+        if not work.passes:
+            return rules.einsum("bnsd,bgtd,bgte->bnse", query, key, value)
         axis = work.group.process_group  # type: ignore[attr-defined]
-        return rules.all_to_all(query, axis, src=spmd_types.V, dst=spmd_types.V)
+        passed = (
+            rules.all_to_all(each, axis, src=spmd_types.V, dst=spmd_types.V)
+            for each in (key, value)
+        )
+        return rules.einsum("bnsd,bgtd,bgte->bnse", query, *passed)
 
 
 def _add_mask(

@@ -108,11 +108,12 @@ def convolution(call: OpCall) -> ShardingRule:
     batch = ("b",) if len(x.shape) == spatial + 2 else ()
     first, second = ("g i", "o") if transposed else ("g o", "i")
     bias = len(call.operands) > 2
+    by_edges, free = _convolution_edges(call, places)
     # Of a split dim, parts of the input go with parts of the result, whatever the sizes.
-    operands = [dims(*batch, "g i", *places), dims(first, second, *kernel)]
+    split = [place if place in by_edges or place in free else "" for place in places]
+    operands = [dims(*batch, "g i", *split), dims(first, second, *kernel)]
     if bias:
         operands.append(dims("g o"))
-    by_edges, free = _convolution_edges(call, places)
     kernels = {place: each for place, each in by_edges.items() if place in sizes}
     whole = {*kernel, *places} - {*kernels, *free}
     whole |= {"o"} if groups != 1 and transposed else set()
