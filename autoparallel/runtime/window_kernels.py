@@ -179,7 +179,8 @@ def _spread(count: int, ranks: int, span: int, stride: int, before: int) -> list
     """Return what each rank needs for its part of `count` results of a transposed convolution.
 
     span: from the first to the last result that an input adds to. before: the results cut off in
-    front. Inputs are taken so far that their results cover the part.
+    front. Inputs are taken so far that their results cover the part, by all ranks as many, so that
+    none holds more than the first.
     """
     reaches = []
     for rank in range(ranks):
@@ -192,7 +193,8 @@ def _spread(count: int, ranks: int, span: int, stride: int, before: int) -> list
                 max(stop // stride, -((span - stop) // stride)) + 1,
             )
         )
-    return reaches
+    most = max(reach.stop - reach.start for reach in reaches)
+    return [_Reach(reach.result, reach.start, reach.start + most) for reach in reaches]
 
 
 def pool_edges(

@@ -37,8 +37,7 @@ __all__ = [
 
 # How a split parameter is called where a kernel of ours runs the op that reads it.
 _KERNELS = {"embedding_rows": "rows of the table"}
-# What ranks send each other where a kernel of ours runs an op of which both operands and results are
-# split.
+# What ranks send each other in kernels of ours that run an op on parts.
 _EXCHANGED = {
     "attention_ring": "keys passed round",
     "convolution_edges": "edges exchanged",

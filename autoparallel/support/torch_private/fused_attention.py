@@ -45,18 +45,19 @@ def attention_and_sums(
     >>> attention_and_sums((x, x, x), None, False, 0.25)[1].exp() / 2  # e ** (4 * 0.25)
     tensor([[[2.7183, 2.7183]]])
     """
-    aten = torch.ops.aten
     query, key, _ = tensors
     if not query.is_cuda:
-        result, sums = aten._scaled_dot_product_flash_attention_for_cpu(
+        result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *tensors, 0.0, causal, attn_mask=_wide(mask, query, key), scale=scale
         )
         return result, sums
     if mask is None:
-        some = aten._scaled_dot_product_flash_attention(*tensors, 0.0, causal, False, scale=scale)
+        some = torch.ops.aten._scaled_dot_product_flash_attention(
+            *tensors, 0.0, causal, False, scale=scale
+        )
     else:
         added = _aligned(mask, query, key)
-        some = aten._scaled_dot_product_efficient_attention(
+        some = torch.ops.aten._scaled_dot_product_efficient_attention(
             *tensors, added, True, 0.0, causal, scale=scale
         )
     return some[0], some[1][..., : query.size(-2)]
@@ -81,10 +82,9 @@ def attention_gradients(
     >>> attention_gradients((x, x, x), None, False, 0.25, result, result, sums)[2].sum()
     tensor(8.)
     """
-    aten = torch.ops.aten
     query, key, _ = tensors
     if not query.is_cuda:
-        some = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        some = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(grad, *tensors, result, sums, 0.0, causal),
             attn_mask=_wide(mask, query, key),
             scale=scale,
@@ -94,7 +94,7 @@ def attention_gradients(
     if mask is None:
         state = query.new_zeros((2,), dtype=torch.uint64)
         longest = query.size(-2), key.size(-2)
-        some = aten._scaled_dot_product_flash_attention_backward(
+        some = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             *(grad, *tensors, result, sums.contiguous(), None, None, *longest, 0.0, causal),
             *(state, state[:0]),
             scale=scale,
@@ -102,7 +102,7 @@ def attention_gradients(
         return some[0], some[1], some[2]
     number = torch.zeros((), dtype=torch.int64)
     rest = -query.size(-2) % _SUMS
-    some = aten._scaled_dot_product_efficient_attention_backward(
+    some = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
         *(grad, *tensors, _aligned(mask, query, key), result, functional.pad(sums, (0, rest))),
         *(number, number, 0.0, [True, True, True, False], causal),
         scale=scale,
