@@ -54,6 +54,11 @@ from autoparallel.support.torch_private.distributed_tensors import (
     strided_shard,
     strided_split_factor,
 )
+from autoparallel.support.torch_private.fused_attention import (
+    attention_and_sums,
+    attention_gradients,
+    has_attention_sums,
+)
 from autoparallel.support.torch_private.process_groups import (
     default_store,
     fake_process_group,
@@ -164,6 +169,8 @@ __all__ = [
     "apply_directly",
     "assert_on_device",
     "at_end_of_backward",
+    "attention_and_sums",
+    "attention_gradients",
     "backward_pass",
     "bare_programs",
     "break_graph",
@@ -191,6 +198,7 @@ __all__ = [
     "gradient_hooks_of",
     "guards_of",
     "handle_distributed",
+    "has_attention_sums",
     "has_backward",
     "has_meta_kernel",
     "has_torch_binding",
