@@ -17,7 +17,7 @@ import autoparallel
 from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError, PlanError
 from autoparallel.mesh import Mesh
-from autoparallel.parallel.uncaptured_python import common_numbers
+from autoparallel.parallel.common_numbers import common_numbers
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
 from autoparallel.runtime.groups import thread_groups

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import autoparallel
+from autoparallel.parallel.common_numbers import common_numbers
 from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
-from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.planning.replan import Replanner
 from autoparallel.runtime.groups import thread_groups
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
