@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from broad_cases import broad
 
 from autoparallel import make_plan
 from autoparallel.analysis.timeline import timeline
@@ -217,7 +218,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(
     assert "measuring" not in told
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [*broad(1), 2])
 def test_the_command_writes_what_plans_take(processes: int, tmp_path: Path) -> None:
     """End to end; of two processes also the collectives."""
     file = tmp_path / "my-machine.json"
