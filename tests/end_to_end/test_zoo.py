@@ -26,8 +26,8 @@ WORLD_SIZES = (3, 8, 2, 4)
 DROPOUT = 0.1
 # From three equal layers on, some are not traced but copied.
 LAYERS = 3
-# A recurrence that is unrolled over time makes a wide network, which takes long to plan.
-FEWER_LAYERS = {"rwkv": 2}
+# Recurrences and scans that are unrolled over time make wide networks, which take long to plan.
+FEWER_LAYERS = {"rwkv": 2, "mamba": 1}
 NAMES = list(zoo.FAMILIES)
 DROPPING = [name for name in NAMES if zoo.FAMILIES[name].drops]
 

@@ -29,6 +29,8 @@ from autoparallel.graph.interop import dataflow, graph_module
 from autoparallel.rules.lookup import find_rule
 from autoparallel.support.pytree import flatten, rebuild
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 def flat(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
     return flatten(dict(bind_inputs(model, (), inputs).arguments))[0]

@@ -19,6 +19,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.parallel.accumulation import no_sync
 from autoparallel.runtime.collective_counter import CollectiveCounter
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 CUT = (0, 3, 4, 8)  # rows of the passes, not equally many
 
 

@@ -29,6 +29,8 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
 from autoparallel.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 class Tied(nn.Module):
     """A look-up whose table is also the last product, and a parameter that nothing reads.

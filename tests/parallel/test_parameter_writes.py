@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from broad_cases import broad
+from broad_cases import broad, share_of
 from planned_models import WAYS, WIDTH, Base, Momentum
 from processes import run_processes
 from torch import nn
@@ -89,7 +89,7 @@ def require_equal(results: list[Result], expected: Result) -> None:
 
 
 @pytest.mark.parametrize("world_size", [*broad(1, 2), 3])
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", share_of(WAYS, 2))
 def test_writes_reach_the_split_parameters(how: str, world_size: int) -> None:
     """Of split, unevenly split and whole ones; the optimizer goes on with what was written."""
     plan = autoparallel.make_plan(build(how), world_size, example_inputs=batches()[0])

@@ -13,6 +13,8 @@ from torch import nn
 
 import autoparallel
 
+pytestmark = pytest.mark.usefixtures("one_first_trace")
+
 
 class Block(nn.Module):
     def __init__(self) -> None:

@@ -47,7 +47,7 @@ def unsplit(kind: str) -> Simulation:
         ("Language", {"pp": 3, "dp": 2, "tp": 2}, 2, {"recompute": "full"}),
         *broad(("Masked", {"pp": 4}, 2, {})),
         ("Masked", {"pp": 2, "tp": 2}, 2, WEIGHTS),
-        ("Skips", {"pp": 4}, 3, {}),
+        *broad(("Skips", {"pp": 4}, 3, {})),
         ("Normalized", {"pp": 2, "tp": 2}, None, {}),
         ("Contrastive", {"pp": 2}, 2, {}),
         ("Frozen", {"pp": 3}, 3, {}),

@@ -44,7 +44,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *broad(((), 2, ("--parallel.mesh=tp",))),
         *broad(((), 2, ("--parallel.mesh=dp", "--training.accumulate=2"))),
         (BERT, 4, ("--parallel.mesh=dp=2,tp", "--training.accumulate=4")),
-        (EXPERTS, 2, ("--parallel.mesh=ep", '--parallel.constraints=["*experts.* is split 0"]')),
+        *broad(
+            (EXPERTS, 2, ("--parallel.mesh=ep", '--parallel.constraints=["*experts.* is split 0"]'))
+        ),
     ],
     ids=["tp", "dp", "bert-dp-tp", "experts"],
 )

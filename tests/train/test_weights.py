@@ -20,6 +20,8 @@ from autoparallel.train.config import TrainingError
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.train.weights import export_weights, import_weights
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 def gpt(seed: int) -> GPT:
     torch.manual_seed(seed)

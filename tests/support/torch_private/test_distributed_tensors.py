@@ -115,9 +115,9 @@ def test_torch_asks_for_the_pieces_of_a_dtensor(tmp_path: Path) -> None:
         assert all(found), found
 
 
-def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh) -> None:
+def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh_of_this_process) -> None:
     x = torch.arange(6.0)
-    made = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    made = DTensor.from_local(x, mesh_of_this_process, [Replicate()], run_check=False)
     local = torch_private.local_part(made)
     assert list(torch_private.local_parts([made, made])) == [local, local]
     local.mul_(2)
@@ -125,11 +125,13 @@ def test_the_local_part_of_a_dtensor_is_what_it_holds(mesh) -> None:
     assert local.data_ptr() == x.data_ptr()
 
 
-def test_a_dtensor_keeps_its_identity_with_other_memory(mesh) -> None:
+def test_a_dtensor_keeps_its_identity_with_other_memory(mesh_of_this_process) -> None:
     """An optimizer goes on with the parameter that it knows."""
-    parameter = nn.Parameter(DTensor.from_local(torch.zeros(6), mesh, [Replicate()]))
+    parameter = nn.Parameter(
+        DTensor.from_local(torch.zeros(6), mesh_of_this_process, [Replicate()])
+    )
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    source = nn.Parameter(DTensor.from_local(torch.ones(6), mesh, [Shard(0)]))
+    source = nn.Parameter(DTensor.from_local(torch.ones(6), mesh_of_this_process, [Shard(0)]))
     torch_private.share_local_part(parameter, source)
     assert parameter.placements == (Shard(0),)
     parameter.grad = torch_private.distributed_tensor_like(torch.ones(6) * 3, parameter)
@@ -139,20 +141,22 @@ def test_a_dtensor_keeps_its_identity_with_other_memory(mesh) -> None:
     assert torch.equal(torch_private.local_part(source), torch.full((6,), -2.0))
 
 
-def test_dtensors_that_are_placed_alike_are_known(mesh) -> None:
+def test_dtensors_that_are_placed_alike_are_known(mesh_of_this_process) -> None:
     """By the description that they share, or by what it says."""
-    one, other = (DTensor.from_local(torch.zeros(6), mesh, [Shard(0)]) for _ in range(2))
+    one, other = (
+        DTensor.from_local(torch.zeros(6), mesh_of_this_process, [Shard(0)]) for _ in range(2)
+    )
     like = torch_private.distributed_tensor_like(torch.ones(6), one, True)
     assert like.requires_grad
     assert torch_private.placed_alike(like, one)
     assert torch_private.placed_alike(one, other)
-    whole = DTensor.from_local(torch.zeros(6), mesh, [Replicate()])
+    whole = DTensor.from_local(torch.zeros(6), mesh_of_this_process, [Replicate()])
     assert not torch_private.placed_alike(one, whole)
 
 
-def test_an_op_of_dtensor_can_be_handled(mesh) -> None:
+def test_an_op_of_dtensor_can_be_handled(mesh_of_this_process) -> None:
     """The op's overload, its arguments and keyword arguments are given."""
-    split = DTensor.from_local(torch.zeros(6), mesh, [Replicate()])
+    split = DTensor.from_local(torch.zeros(6), mesh_of_this_process, [Replicate()])
     handlers = DTensor._op_dispatcher._custom_op_handlers
     op = torch.ops.aten.hardswish.default
     try:

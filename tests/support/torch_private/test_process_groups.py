@@ -29,18 +29,18 @@ def test_a_fake_process_group_has_ranks_that_do_not_run() -> None:
     assert done.stdout.split() == ["1", "4"]
 
 
-def test_functional_collectives_are_past_autograd(mesh) -> None:
+def test_functional_collectives_are_past_autograd(mesh_of_this_process) -> None:
     """What calls them has a backward pass of its own."""
-    ops, group = torch_private.functional_collectives(), mesh.get_group()
+    ops, group = torch_private.functional_collectives(), mesh_of_this_process.get_group()
     x = torch.ones(2, requires_grad=True)
     result = ops.wait_tensor(ops.all_reduce(x, "sum", group.group_name))
     assert result.grad_fn is None
     assert not result.requires_grad
 
 
-def test_functional_collectives_return_what_they_make(mesh) -> None:
+def test_functional_collectives_return_what_they_make(mesh_of_this_process) -> None:
     """One rank: every collective is the identity, and leaves its operand alone."""
-    ops, group = torch_private.functional_collectives(), mesh.get_group()
+    ops, group = torch_private.functional_collectives(), mesh_of_this_process.get_group()
     x = torch.arange(6.0).view(1, 6)
     for made in (
         ops.all_reduce(x, "sum", group.group_name),
