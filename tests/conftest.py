@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from garbage import collect_rarely
 
 # Folders of tests of what becomes of graphs: in each file, equal models are traced once.
 _AFTER_TRACING = ("analysis", "plan", "planning", "questions", "view")
+
+# What is tested is planning, and not a plan that another test or another run has left.
+os.environ["AUTOPARALLEL_KEEP_PLANS"] = "0"
+
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ FAMILIES = [
 ]
 
 
-@cache
 def plan_of(name: str) -> Plan:
     return autoparallel.make_plan(zoo.build(name, 2), 2, example_inputs=zoo.inputs_for(name))
 

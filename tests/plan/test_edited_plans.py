@@ -17,7 +17,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.placement import parse_layout
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.planning.plan_model import with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
 
 MESHES: dict[str, tuple[Mesh, dict[str, Any]]] = {
     "one": (Mesh(tp=2), {}),

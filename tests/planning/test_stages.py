@@ -19,7 +19,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.parallel.simulate import Simulation
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.plan_model import trace_model
 from autoparallel.rewrite.stages import cut_plan
 from autoparallel.support.pytree import flatten
 

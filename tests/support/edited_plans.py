@@ -22,7 +22,8 @@ from autoparallel.options import Options
 from autoparallel.parallel.simulate import Simulation
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.plan_model import trace_model
 
 __all__ = ["Edited", "Mixed", "edit_one"]
 

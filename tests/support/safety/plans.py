@@ -17,7 +17,8 @@ from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan
-from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.plan_model import trace_model
 
 from .registry import note, row
 
