@@ -12,6 +12,7 @@ import pytest
 import spmd_types
 import torch
 import torch.distributed as dist
+from broad_cases import share_of
 from families import TRANSFORMERS, build, inputs_for
 from forced_kernels import only_by
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,7 +33,7 @@ def fake_processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", share_of(TRANSFORMERS, 2))
 @pytest.mark.usefixtures("fake_processes", "one_trace")
 def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bool) -> None:
     """Each conversion in turn is replaced by its operand, each product that is summed over ranks by

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 
 import autoparallel
 from autoparallel import Mesh, Plan
@@ -47,7 +48,11 @@ def traced(name: str) -> Captured:
 
 @pytest.mark.parametrize(
     ("name", "optimizer", "recompute"),
-    [("gpt", "adam", "none"), ("gpt", "sgd", "full"), ("bert", "mixed_adam", "none")],
+    [
+        *broad(("gpt", "adam", "none")),
+        ("gpt", "sgd", "full"),
+        *broad(("bert", "mixed_adam", "none")),
+    ],
 )
 def test_no_plan_takes_less(name: str, optimizer: str, recompute: str) -> None:
     """Of any family: of its plan, and of all in it."""

@@ -2,13 +2,13 @@
 
 A new release of torch may move any of them without notice; then a file of this package changes, and
 no other. Everything is imported from the package itself; its files are by subject.
-tests/support/test_torch_private.py says of each name how it must behave, and reads the sources for
-others.
+tests/support/torch_private/ has a file for each, which says of each name how it must behave;
+test_adapter.py there reads the sources for others.
 
 Three kinds of names are read where they are used, because they are attributes of objects and torch
 documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, `_buffers`,
 `_modules`, `_non_persistent_buffers_set`); the keys of `Node.meta` of an exported program (`val`,
-`nn_module_stack`, `stack_trace`). The same file of tests says how these behave.
+`nn_module_stack`, `stack_trace`). test_documented_attributes.py says how these behave.
 """
 
 from __future__ import annotations
