@@ -84,8 +84,9 @@ class Kernel:
     may be the kernel of another mesh axis (of all kernels of one call, all but one must).
     routed: choices and targets, where the collectives send what a token has to every rank that has
     one of so many chosen targets; (0, 0) where they send a tensor once. moved: bytes that are read
-    and written in either pass to pack what is sent, and to add up what comes. alone: its loop is
-    split on one mesh axis alone, as who is whose neighbour is known of one axis.
+    and written in either pass to pack what is sent, and to add up what comes. merged: bytes
+    that are read and written in either pass for each further part that is passed round. alone: its
+    loop is split on one mesh axis alone, as who is whose neighbour is known of one axis.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Kernel:
     wraps: bool = False
     routed: tuple[int, int] = (0, 0)
     moved: int = 0
+    merged: int = 0
     alone: bool = False
 
     @property

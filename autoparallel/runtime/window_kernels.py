@@ -132,7 +132,7 @@ def convolution_edges(
     """
     count = weight.dim() - 2
     kernel = list(weight.shape[2:])
-    names = ("stride", "padding", "dilation", "groups")
+    names: tuple[str, ...] = ("stride", "padding", "dilation", "groups")
     if transposed:
         names = ("stride", "padding", "output_padding", "groups", "dilation")
     given = {**dict(zip(names, options, strict=False)), **more}
@@ -237,7 +237,8 @@ def pool_edges(
     dim = x.dim() - spatial + at
     x = _with_edges(x, group, dim, size, reaches, fill)
     borders = [0 if index == at else border for index, border in enumerate(borders)]
-    y = (run or _POOLS[kind][spatial - 1])(x, kernel, steps, borders, *options)
+    pool: Run = run or _POOLS[kind][spatial - 1]
+    y = pool(x, kernel, steps, borders, *options)
     first, last = reaches[group.rank].result
     return y.narrow(dim, 0, last - first)
 
