@@ -147,7 +147,8 @@ class ShardingRule:
     words, if nobody wrote it. pieces: of loops that are parts of another one, laid end to end in
     it: that loop, and where they start and stop in it. Splitting it splits all of them, each by
     itself; they are not split alone. dealt: of the whole loops, those that the ranks of a group may
-    split which shares one element of the loop around them.
+    split which shares one element of the loop around them. windows: loops along which windows of a
+    product move, as a convolution's do.
     """
 
     operands: tuple[Dims, ...]
@@ -173,6 +174,7 @@ class ShardingRule:
     discovered: str = ""
     pieces: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     dealt: frozenset[str] = frozenset()
+    windows: frozenset[str] = frozenset()
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     inner: InnerWork | None = None
 
