@@ -13,7 +13,8 @@ import numpy as np
 
 from planners.dominance import Asked, without_dominated
 from planners.effort import current
-from planners.ordering import SCORES, Schedule, TooWideError, schedule
+from planners.greedy_orders import SCORES, TooWideError
+from planners.ordering import Schedule, schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, Network, closure, reduce
 from planners.solution import InfeasibleError, Solution

@@ -25,7 +25,7 @@ from planners.exact_or_conditioned import ExactOrConditioned
 from planners.fixing import forbid, possible_states
 from planners.integer_refinement import refine_by_integer_program
 from planners.local_improvement import improve_within_limit, repair_to_limit
-from planners.ordering import TooWideError
+from planners.greedy_orders import TooWideError
 from planners.problem import Multiplier, Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 
