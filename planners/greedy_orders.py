@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from planners.reduction import Network
 
-__all__ = ["SCORES", "TooWideError", "greedy_order", "hubs_of", "variable_classes"]
+__all__ = ["SCORES", "TooWideError", "greedy_order", "hubs_of", "inserted", "variable_classes"]
 
 # By what the next variable may be chosen, see `_Graph`; the quickest first.
 SCORES = ("weight", "balance", "fill")
@@ -91,7 +91,7 @@ def greedy_order(
         for touched in changed:
             if members[touched]:
                 heapq.heappush(heap, (score_of(touched), touched))
-    return _with_hubs(network, order, hubs, max_table_entries) if hubs else order
+    return inserted(network, order, hubs, max_table_entries) if hubs else order
 
 
 def hubs_of(network: Network) -> list[int]:
@@ -106,15 +106,18 @@ def hubs_of(network: Network) -> list[int]:
     ]
 
 
-def _with_hubs(
-    network: Network, order: Sequence[int], hubs: Sequence[int], max_table_entries: int
+def inserted(
+    network: Network, order: Sequence[int], others: Sequence[int], max_table_entries: int
 ) -> list[int]:
-    """Return an order of the other variables with each hub in its place.
+    """Return an order with other variables in their places: each goes as soon as its own table is no
+    larger than that of the next one.
 
     Raises TooWideError as soon as a table gets over the limit.
+
+    Example: `inserted(network, order, hubs_of(network), 2**26)`
     """
     sizes, neighbors = network.sizes, network.neighbors()
-    waiting = dict.fromkeys(hubs)
+    waiting = dict.fromkeys(others)
     result: list[int] = []
 
     def joint(variable: int) -> int:
@@ -130,16 +133,16 @@ def _with_hubs(
         result.append(variable)
         for one in around:
             del neighbors[one][variable]
-            neighbors[one].update((other, None) for other in around if other != one)
+            neighbors[one].update((near, None) for near in around if near != one)
 
     for variable in order:
-        for hub in [other for other in neighbors[variable] if other in waiting]:
-            if joint(hub) <= joint(variable):
-                del waiting[hub]
-                eliminate(hub)
+        for near in [other for other in neighbors[variable] if other in waiting]:
+            if joint(near) <= joint(variable):
+                del waiting[near]
+                eliminate(near)
         eliminate(variable)
-    for hub in sorted(waiting, key=joint):
-        eliminate(hub)
+    for left in sorted(waiting, key=joint):
+        eliminate(left)
     return result
 
 

@@ -13,6 +13,7 @@ from planners.greedy_orders import (
     TooWideError,
     greedy_order,
     hubs_of,
+    inserted,
     variable_classes,
 )
 from planners.interaction_graph import components, network_graph
@@ -31,6 +32,8 @@ _MUCH_WORK = 2**35
 _WORTHWHILE = {"weight": 1, "balance": 4, "fill": 100}
 # An order that was found for a similar network is taken if its work has grown by no more than this.
 _AS_GOOD = 1.5
+# One in so many variables may be new to it: states that were dominated there, and are not here.
+_MOST_NEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,13 @@ def schedule(
         if earlier is None:
             continue
         order = [variable for variable in earlier[0] if variable in kept]
-        if len(order) == len(free):
+        had = dict.fromkeys(order)
+        new = [variable for variable in free if variable not in had]
+        if len(new) * _MOST_NEW <= len(free):
+            try:
+                order = inserted(network, order, new, max_table_entries) if new else order
+            except TooWideError:
+                continue
             known = _schedule(network, order)
             largest = max([recipe.entries for recipe in known.recipes], default=0)
             most_work = math.inf if form in orders else _AS_GOOD * earlier[1]
@@ -137,8 +146,10 @@ def schedule(
         if aside and not hubs:
             continue
         # Another order is looked for only while the work it may save exceeds the time of finding
-        # it, which is far longer where neighbours are compared, or hubs are among them.
-        worthwhile = _WORTHWHILE[score] if aside or not hubs else max(_WORTHWHILE.values())
+        # it, which is far longer where neighbours are compared, and hubs are among them.
+        worthwhile = _WORTHWHILE[score]
+        if hubs and not aside and score != SCORES[0]:
+            worthwhile = max(_WORTHWHILE.values())
         if best_work <= search_work * worthwhile:
             continue
         if by_class and not alike:
