@@ -211,7 +211,13 @@ class _Builder:
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
         ]
         if self.options.memory_limit is not None:
-            self.saved = SavedActivations(self.graph, rules)
+            known_network, self.saved = self.known, None
+            if known_network is not None and known_network.graph is self.graph:
+                # What calls save does not depend on the mesh.
+                if known_network.matched is self.matched:
+                    self.saved = known_network.activations
+            self.saved = self.saved or SavedActivations(self.graph, rules)
+            self.network.activations = self.saved
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph,
             rules,
