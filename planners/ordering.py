@@ -115,11 +115,11 @@ def schedule(
     form = network.form, scores
     free = [variable for variable, size in enumerate(network.sizes) if size > 1]
     kept = dict.fromkeys(free)
-    # The last order is of the most similar network; the first one mostly knows most variables.
-    tries = (orders.get(form), next(reversed(orders.values()), None), *[*orders.values()][:1])
-    for earlier in tries:
-        if earlier is None:
-            continue
+    # The last order is of the most similar network; the first one mostly knows most variables. What
+    # was found by fewer scores is no measure of what all of them find.
+    sought_alike = [order for (_, sought), order in orders.items() if sought == scores]
+    same = [orders[form]] if form in orders else []
+    for earlier in (*same, *sought_alike[-1:], *sought_alike[:1]):
         order = [variable for variable in earlier[0] if variable in kept]
         had = dict.fromkeys(order)
         new = [variable for variable in free if variable not in had]
