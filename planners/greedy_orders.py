@@ -109,8 +109,8 @@ def hubs_of(network: Network) -> list[int]:
 def inserted(
     network: Network, order: Sequence[int], others: Sequence[int], max_table_entries: int
 ) -> list[int]:
-    """Return an order with other variables in their places: each goes as soon as its own table is no
-    larger than that of the next one.
+    """Return an order with other variables in their places: each goes as soon as its own table is
+    no larger than that of the next one.
 
     Raises TooWideError as soon as a table gets over the limit.
 

@@ -194,9 +194,9 @@ class _Builder:
         # On several axes states are pairs and triples: splits that no product asks for are left
         # out, or their number would multiply.
         several = sum(size > 1 for size in self.sizes) > 1
-        known = self.known.splits if self.known is not None else {}
+        splits = self.known.splits if self.known is not None else {}
         splits_by_size = {
-            size: known.get((size, several))
+            size: splits.get((size, several))
             or CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
             if not in_time
@@ -211,11 +211,10 @@ class _Builder:
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
         ]
         if self.options.memory_limit is not None:
-            known_network, self.saved = self.known, None
-            if known_network is not None and known_network.graph is self.graph:
-                # What calls save does not depend on the mesh.
-                if known_network.matched is self.matched:
-                    self.saved = known_network.activations
+            # What calls save does not depend on the mesh.
+            known = self.known
+            same = known is not None and known.graph is self.graph and known.matched is self.matched
+            self.saved = known.activations if known is not None and same else None
             self.saved = self.saved or SavedActivations(self.graph, rules)
             self.network.activations = self.saved
         self.recomputation = self.network.recomputation = Recomputation(
