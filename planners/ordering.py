@@ -21,13 +21,13 @@ from planners.reduction import Network
 from planners.table_memo import Operand, Orders
 
 # Predicted cost of a step, in table entries read: this fixed part and the entries of its tables.
-_ENTRIES_PER_STEP = 20_000
+_ENTRIES_PER_STEP = 10_000
 # The time of finding and scheduling another order, per variable and in the same unit.
-_ENTRIES_PER_VARIABLE = 10_000
+_ENTRIES_PER_VARIABLE = 5_000
 # The most entries of all resulting tables together: 2 GiB of float64.
 _MOST_ENTRIES = 2**28
 # Schedules of more work than this, in the same unit, take longer than some ten seconds.
-_MUCH_WORK = 2**35
+_MUCH_WORK = 2**34
 # How many times the time of finding an order the work must be for another to be looked for.
 _WORTHWHILE = {"weight": 1, "balance": 4, "fill": 100}
 # An order that was found for a similar network is taken if its work has grown by no more than this.
@@ -52,6 +52,23 @@ class Recipe:
     def entries(self) -> int:
         """The number of entries of the resulting table."""
         return math.prod(self.shape[1:])
+
+    @property
+    def work(self) -> int:
+        """The table entries that are read: tables are added up from the smallest on, so that the
+        sum grows as late as possible, and its least is taken.
+        """
+        shape = self.shape
+        total = [1] * len(shape)
+        read = math.prod(shape)
+        for axes in sorted(
+            (axes for _, axes in self.operands),
+            key=lambda axes: math.prod([shape[axis] for axis in axes]),
+        ):
+            for axis in axes:
+                total[axis] = shape[axis]
+            read += math.prod(total)
+        return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +98,7 @@ class Schedule:
     @property
     def work(self) -> int:
         """The predicted cost of all distinct recipes, in table entries read."""
-        return sum(
-            _ENTRIES_PER_STEP + math.prod(recipe.shape) * len(recipe.operands)
-            for recipe in self.recipes
-        )
+        return sum(_ENTRIES_PER_STEP + recipe.work for recipe in self.recipes)
 
 
 def schedule(

@@ -251,6 +251,38 @@ def test_hubs_are_set_aside_and_come_back_where_they_cost_least() -> None:
         greedy_order(network, alone, "weight", 8, hubs)
 
 
+def test_an_order_by_one_score_is_not_taken_for_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for by all scores where these are asked for; then it is known."""
+    from planners import ordering
+
+    monkeypatch.setattr(ordering, "_ENTRIES_PER_VARIABLE", 0)
+    sought: list[str] = []
+
+    def told(
+        network: Network, classes: dict[int, int], score: str, limit: int, hubs: Sequence[int]
+    ) -> list[int]:
+        sought.append(score)
+        return greedy_order(network, classes, score, limit, hubs)
+
+    monkeypatch.setattr(ordering, "greedy_order", told)
+    network, orders = reduce(grid(4, 4, 3), Memo()), Memo().orders
+    schedule(network, 2**20, orders, ordering.SCORES[:1])
+    assert set(sought) == {"weight"}
+    sought.clear()
+    best = schedule(network, 2**20, orders)
+    assert set(sought) == set(ordering.SCORES)
+    sought.clear()
+    # A network with a few more variables takes the order, and puts these in their places.
+    more = reduce(grid(4, 4, 3, seed=1), Memo())
+    assert schedule(more, 2**20, orders).work == best.work
+    fewer = [step.variable for step in best.steps if step.variable != 5]
+    orders[next(reversed(orders))] = (fewer, best.work)
+    known = schedule(more, 2**20, orders)
+    assert sorted(step.variable for step in known.steps) == list(range(16))
+    assert known.work <= 1.5 * best.work
+    assert not sought
+
+
 def test_components_are_networkx_own() -> None:
     """In an order that does not depend on that of sets."""
     graph = networkx.Graph([(9, 4), (1, 7), (7, 3)])
