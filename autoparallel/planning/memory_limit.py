@@ -46,6 +46,8 @@ _MOST_RAISES, _MOST_LOOKS = 3, 4
 _EQUAL_LIMITS = 1e-2
 # What keeps less than this share of what the quickest plan keeps is priced by its own bytes.
 _FAR_LESS = 1 / 3
+# A plan that takes no longer than so many times its estimate is as it was meant to be.
+_AS_ESTIMATED = 1.05
 # What it takes to count a plan's memory, by the nodes of the graph.
 _SECONDS_PER_NODE = 1e-4
 
@@ -56,12 +58,14 @@ class Eased:
 
     recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
     optimizer's state are charged, as a share of the seconds of the quickest plan. blocks: the way
-    to recompute each repeated block, in order; empty where all are alike.
+    to recompute each repeated block, in order; empty where all are alike. seconds: of the step, as
+    it was estimated.
     """
 
     recompute: str
     price: float
     blocks: tuple[str, ...] = ()
+    seconds: float = math.inf
 
     @property
     def keeps_less(self) -> bool:
@@ -122,6 +126,7 @@ def plan_within(
     beat: float = math.inf,
     judge: Judge | None = None,
     eased: Sequence[Eased] = (),
+    step: Callable[[Plan], float] | None = None,
 ) -> Plan:
     """Return the plan of the shortest step that was found within the memory limit of the options.
 
@@ -129,7 +134,9 @@ def plan_within(
     `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
     judge: how the memory of a plan is counted; by default as that of the whole model on each rank.
     eased: ways in which a plan is said to fit, the quickest first. On meshes of three axes, where
-    searches within the limit are by groups of states and take long, the first that does is taken.
+    searches within the limit are by groups of states and take long, the first that does in about
+    the time that it is said to take is taken; where none does, the quickest of them.
+    step: what tells the seconds of a step; by default they are the plan's.
 
     Nothing within a limit costs less than the best without one, where no copy is gathered again and
     no block recomputed. Where that fits, the limit is none. Else plans without a limit compete with
@@ -146,16 +153,26 @@ def plan_within(
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
     best = _solved(lambda: solve(problem))
+    eased_plans = _EasedPlans(captured, model, free, pins)
+    quickest: tuple[float, Plan] | None = None
     for way in eased if solve.many and start is None else ():
         if not way.keeps_less:
             continue
-        plan = replace(_eased(captured, model, free, pins, way), options=options)
+        plan = replace(eased_plans.plan(way), options=options)
         account = judge(plan)
-        if account.total <= allowed:
-            bound = min(best.lower_bound, plan.cost)
-            rest = f"; {way}"
-            rest += f"; bound without the limit by {best.method}"
-            return replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
+        if account.total > allowed:
+            continue
+        bound = min(best.lower_bound, plan.cost)
+        rest = f"; {way}"
+        rest += f"; bound without the limit by {best.method}"
+        plan = replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
+        seconds = plan.step if step is None else step(plan)
+        if quickest is None or seconds < quickest[0]:
+            quickest = seconds, plan
+        if seconds <= way.seconds * _AS_ESTIMATED:
+            break
+    if quickest is not None:
+        return quickest[1]
 
     def fits(plan: Plan) -> bool:
         """Say whether a plan without a limit is within it."""
@@ -207,23 +224,52 @@ def plan_within(
     return found if found.memory else replace(told(found), memory_price=plan.memory_price)
 
 
-def _eased(
-    captured: Captured, model: str, free: CostNetwork, pins: Mapping[str, Layout], eased: Eased
-) -> Plan:
-    """Return the plan without a limit in which blocks are recomputed in a given way, bytes charged.
+@dataclass(frozen=True)
+class _EasedPlans:
+    """Plans without a limit in which blocks are recomputed in a given way, with bytes charged.
 
-    free: the network by `unlimited` options.
+    free: the network by `unlimited` options. alike: solutions with all blocks recomputed alike, by
+    that way and the price.
     """
-    network = free
-    if eased.blocks or eased.recompute != free.options.recompute:
-        recompute = "auto" if eased.blocks else eased.recompute
-        network = rebuilt(free, replace(free.options, recompute=recompute), modes=eased.blocks)
-        constrain(network, captured)
-    solve, problem = NetworkSolver(network), network.problem(1.0, pins)
-    solution = eased.solved(solve, problem, _solved(lambda: solve(problem)))
-    plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
-    step, _ = step_and_waits(plan, network.hardware, network.shares.once)
-    return replace(plan, step_seconds=step, memory_price=solution.multiplier)
+
+    captured: Captured
+    model: str
+    free: CostNetwork
+    pins: Mapping[str, Layout]
+    alike: dict[tuple[str, float], Solution] = field(default_factory=dict)
+
+    def plan(self, eased: Eased) -> Plan:
+        """Return the plan of one way.
+
+        Where blocks are recomputed in several ways, layouts are those of the plan with all blocks
+        as most of them are. Planned by themselves, blocks that meet others might pass on larger
+        tensors than equal blocks do, which no stage has room for.
+        """
+        mode = Counter(eased.blocks).most_common(1)[0][0] if eased.blocks else eased.recompute
+        network = self._network(mode)
+        if (mode, eased.price) not in self.alike:
+            solve, problem = NetworkSolver(network), network.problem(1.0, self.pins)
+            quickest = _solved(lambda: solve(problem))
+            self.alike[mode, eased.price] = eased.solved(solve, problem, quickest)
+        solution = self.alike[mode, eased.price]
+        if set(eased.blocks) - {mode}:
+            network = self._network("auto", eased.blocks)
+            problem = network.problem(1.0, self.pins)
+            solution = Solution.of(
+                problem, solution.assignment, solution.method, -math.inf, solution.multiplier
+            )
+        plan = plan_of_solution(self.captured, self.model, network.mesh, network, solution, 1.0)
+        step, _ = step_and_waits(plan, network.hardware, network.shares.once)
+        return replace(plan, step_seconds=step, memory_price=solution.multiplier)
+
+    def _network(self, recompute: str, blocks: Sequence[str] = ()) -> CostNetwork:
+        """Return the network with blocks recomputed alike, or each in its way."""
+        free = self.free
+        if not blocks and recompute == free.options.recompute:
+            return free
+        network = rebuilt(free, replace(free.options, recompute=recompute), modes=blocks)
+        constrain(network, self.captured)
+        return network
 
 
 def unlimited(options: Options) -> Options:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.stage_memory import memory_of_pipeline
@@ -248,9 +249,14 @@ class _Request:
         pins = None if self.pins is None else over_time(graph, self.pins, count)
         shares = shares_of(self.ranks, count, options)
 
+        last: list[tuple[Plan, Plan]] = []
+
         def cut(plan: Plan) -> Plan:
-            """Return the plan in stages."""
-            return cut_into_stages(self.graph, plan, shares, count, self.holders)
+            """Return the plan in stages; that of the last one is remembered."""
+            key = replace(plan, memory=(), lower_bound=0.0, method="")
+            if not last or last[0][0] != key:
+                last[:] = [(key, cut_into_stages(self.graph, plan, shares, count, self.holders))]
+            return replace(last[0][1], method=plan.method, lower_bound=plan.lower_bound)
 
         def judge(plan: Plan) -> Account:
             """Return the memory of the rank that needs most."""
@@ -268,6 +274,7 @@ class _Request:
                 shares=shares,
                 judge=judge,
                 eased=eased,
+                step=lambda plan: cut(plan).step,
             )
         except (CoupledBatchError, MemoryLimitError):
             raise

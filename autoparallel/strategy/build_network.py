@@ -211,7 +211,7 @@ class _Builder:
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
         ]
         if self.options.memory_limit is not None:
-            self.saved = SavedActivations(self.graph, rules)
+            self.saved = SavedActivations(self.graph, rules, self.pace.device)
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph,
             rules,
@@ -219,6 +219,7 @@ class _Builder:
             self.options.recompute,
             None if self.saved is None else self.saved.saved,
             self.modes,
+            self.pace.device,
         )
         if self.saved is not None:
             peak_call, freed = self.saved.peak_call(self.mesh.world_size, self.recomputation.place)
