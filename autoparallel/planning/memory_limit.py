@@ -30,7 +30,7 @@ from planners.effort import current
 
 __all__ = ["MOST_ATTEMPTS", "Eased", "plan_within", "unlimited"]
 
-Judge = Callable[[Plan], Account]
+Judge = Callable[..., Account]
 Solver = Callable[[Problem], Solution]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
@@ -59,13 +59,15 @@ class Eased:
     recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
     optimizer's state are charged, as a share of the seconds of the quickest plan. blocks: the way
     to recompute each repeated block, in order; empty where all are alike. seconds: of the step, as
-    it was estimated.
+    it was estimated. starts: of the stages for which it was, as numbers of ops; empty where stages
+    are cut as those of any plan.
     """
 
     recompute: str
     price: float
     blocks: tuple[str, ...] = ()
     seconds: float = math.inf
+    starts: tuple[int, ...] = ()
 
     @property
     def keeps_less(self) -> bool:
@@ -159,7 +161,7 @@ def plan_within(
         if not way.keeps_less:
             continue
         plan = replace(eased_plans.plan(way), options=options)
-        account = judge(plan)
+        account = judge(plan, way.starts) if way.starts else judge(plan)
         if account.total > allowed:
             continue
         bound = min(best.lower_bound, plan.cost)

@@ -67,8 +67,8 @@ class Estimate:
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
     not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
     of one stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, as of
-    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. schedule,
-    stages_per_rank: as of Options.
+    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. starts:
+    as of `Eased`, of their stages. schedule, stages_per_rank: as of Options.
     """
 
     seconds: float
@@ -77,6 +77,7 @@ class Estimate:
     activations: float = 0.0
     price: float = 0.0
     mixes: tuple[tuple[str, ...], ...] = ()
+    starts: tuple[int, ...] = ()
     schedule: str = "1f1b"
     stages_per_rank: int = 1
 
@@ -84,7 +85,10 @@ class Estimate:
     def eased(self) -> tuple[Eased, ...]:
         """The ways in which a plan of the whole model keeps as little as this one."""
         alike = Eased(self.recompute, self.price, seconds=self.seconds)
-        return (*(replace(alike, blocks=blocks) for blocks in self.mixes), alike)
+        return (
+            *(replace(alike, blocks=blocks, starts=self.starts) for blocks in self.mixes),
+            alike,
+        )
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,11 @@ class Estimator:
                 if found is None:
                     found = self._told(of, mixed(one, other, marked), starts, more)
             if found is not None and (best is None or is_better(found, best, limit)):
-                best = replace(found, mixes=tuple(dict.fromkeys(mixes)))
+                best = replace(
+                    found,
+                    mixes=tuple(dict.fromkeys(mixes)),
+                    starts=tuple(map(int, starts)),
+                )
         return best
 
     def _may_fit(self, found: Estimate | None, place: int) -> bool:

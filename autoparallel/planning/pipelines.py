@@ -249,18 +249,23 @@ class _Request:
         pins = None if self.pins is None else over_time(graph, self.pins, count)
         shares = shares_of(self.ranks, count, options)
 
-        last: list[tuple[Plan, Plan]] = []
+        # Plans that were said to fit, and their cuts.
+        known: list[tuple[Plan, Plan]] = []
 
-        def cut(plan: Plan) -> Plan:
-            """Return the plan in stages; that of the last one is remembered."""
+        def cut(plan: Plan, starts: Sequence[int] = ()) -> Plan:
+            """Return the plan in stages, once and for all. starts: as of `Eased`."""
             key = replace(plan, memory=(), lower_bound=0.0, method="")
-            if not last or last[0][0] != key:
-                last[:] = [(key, cut_into_stages(self.graph, plan, shares, count, self.holders))]
-            return replace(last[0][1], method=plan.method, lower_bound=plan.lower_bound)
+            for other, stages in known:
+                if other == key:
+                    return replace(stages, method=plan.method, lower_bound=plan.lower_bound)
+            stages = cut_into_stages(self.graph, plan, shares, count, self.holders, starts)
+            if eased:
+                known.append((key, stages))
+            return stages
 
-        def judge(plan: Plan) -> Account:
-            """Return the memory of the rank that needs most."""
-            accounts = memory_of_pipeline(cut(plan), self.graph)
+        def judge(plan: Plan, starts: Sequence[int] = ()) -> Account:
+            """Return the memory of the rank that needs most. starts: as of `Eased`."""
+            accounts = memory_of_pipeline(cut(plan, starts), self.graph)
             return max(accounts, key=lambda account: account.total)
 
         try:

@@ -36,11 +36,13 @@ def cut_into_stages(
     shares: StageShares,
     microbatches: int,
     holders: Mapping[str, Collection[int]] | None = None,
+    known: Sequence[int] = (),
 ) -> Plan:
     """Return a plan over micro-batches with the stages that its ops are cut into.
 
     graph: with the sizes planned for. shares: that the plan's rows were priced with. holders: the
-    places on the axis of stages that have each parameter already, by path.
+    places on the axis of stages that have each parameter already, by path. known: where stages are
+    said to start so that they fit, by the number of the op; taken if stages may start there.
     The predicted step is that of the schedule with what each stage takes. Under a memory limit,
     stages fit in it where they can.
     Raises PlanError where there is no such cut.
@@ -56,18 +58,22 @@ def cut_into_stages(
         math.inf if place and (not size or work.joined[place]) else seconds
         for place, (size, seconds) in enumerate(zip(work.nbytes, sends, strict=True))
     ]
-    allowed = fewer_places(allowed, stages, work.seconds)
     order = schedule_order(plan.options.order, ranks, per_rank, microbatches)
     rank_of = ranks_of_stages(order)
-    owners = None if holders is None else work.owners(holders, rank_of)
-    limit = plan.options.memory_limit
-    sizes = None if limit is None else work.bytes_of(microbatches)
-    most = math.inf if limit is None else limit
-    together = held_together(order)
-    try:
-        places = cut_within(work.seconds, allowed, together, rank_of, sizes, most, owners)
-    except InfeasibleError as error:
-        raise _no_cut(plan, stages, work) from error
+    able = all(place < len(allowed) and math.isfinite(allowed[place]) for place in known)
+    if known and able:
+        places = tuple(known)
+    else:
+        allowed = fewer_places(allowed, stages, work.seconds)
+        owners = None if holders is None else work.owners(holders, rank_of)
+        limit = plan.options.memory_limit
+        sizes = None if limit is None else work.bytes_of(microbatches)
+        most = math.inf if limit is None else limit
+        together = held_together(order)
+        try:
+            places = cut_within(work.seconds, allowed, together, rank_of, sizes, most, owners)
+        except InfeasibleError as error:
+            raise _no_cut(plan, stages, work) from error
     starts = tuple(work.names[place] for place in places)
     ends = (*places[1:], len(work.names))
     plan = replace(
