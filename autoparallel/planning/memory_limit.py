@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,11 +11,12 @@ from autoparallel.analysis.abstract_execution import Seen
 from autoparallel.analysis.memory import memory_of
 from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.timeline import step_and_waits
-from autoparallel.errors import MemoryLimitError, PlanError
+from autoparallel.errors import MemoryLimitError
 from autoparallel.graph.captured import Captured
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
+from autoparallel.planning.eased_plans import Eased, EasedPlans, solved_or_refused
 from autoparallel.planning.least_bytes import LeastBytes
 from autoparallel.planning.memory_advice import does_not_fit
 from autoparallel.planning.network_solver import NetworkSolver
@@ -25,13 +25,12 @@ from autoparallel.planning.step_search import StepSearch, Timed
 from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
-from planners import InfeasibleError, OverLimitError, Problem, Solution
+from planners import OverLimitError, Problem, Solution
 from planners.effort import current
 
-__all__ = ["MOST_ATTEMPTS", "Eased", "plan_within", "unlimited"]
+__all__ = ["MOST_ATTEMPTS", "plan_within", "unlimited"]
 
 Judge = Callable[..., Account]
-Solver = Callable[[Problem], Solution]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
@@ -44,61 +43,10 @@ _SECONDS_PER_BYTE = 1e-3
 _MOST_RAISES, _MOST_LOOKS = 3, 4
 # Limits that differ by less than this share are one.
 _EQUAL_LIMITS = 1e-2
-# What keeps less than this share of what the quickest plan keeps is priced by its own bytes.
-_FAR_LESS = 1 / 3
 # A plan that takes no longer than so many times its estimate is as it was meant to be.
 _AS_ESTIMATED = 1.05
 # What it takes to count a plan's memory, by the nodes of the graph.
 _SECONDS_PER_NODE = 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Eased:
-    """A way to keep less than the quickest plan does, found on a shorter model of the same blocks.
-
-    recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
-    optimizer's state are charged, as a share of the seconds of the quickest plan. blocks: the way
-    to recompute each repeated block, in order; empty where all are alike. seconds: of the step, as
-    it was estimated. starts: of the stages for which it was, as numbers of ops; empty where stages
-    are cut as those of any plan.
-    """
-
-    recompute: str
-    price: float
-    blocks: tuple[str, ...] = ()
-    seconds: float = math.inf
-    starts: tuple[int, ...] = ()
-
-    @property
-    def keeps_less(self) -> bool:
-        """True where it is another way than that of the quickest plan."""
-        return self.recompute != "none" or self.price > 0
-
-    def __str__(self) -> str:
-        """Return how blocks are recomputed, in words."""
-        if not self.blocks:
-            return f"blocks recomputed alike: {self.recompute}"
-        counts = Counter(self.blocks)
-        each = (f"{counts[mode]} {mode}" for mode in sorted(counts))
-        return f"blocks recomputed: {', '.join(each)}"
-
-    def solved(self, solve: Solver, problem: Problem, quickest: Solution) -> Solution:
-        """Return the solution of a problem, with these bytes charged. quickest: without.
-
-        Example: `Eased("full", 0.1).solved(solver, problem, solver(problem))`
-        """
-        if not self.price or not quickest.usage:
-            return quickest
-        usage = quickest.usage
-        for _ in range(2):
-            price = self.price * quickest.cost / usage
-            priced = solve(problem.weighed(price))
-            kept = Solution.of(problem, priced.assignment, "", -math.inf).usage
-            if kept > usage * _FAR_LESS:
-                break
-            usage = max(kept, 1.0)  # the price was a share of far too many bytes
-        bound = min(quickest.lower_bound, problem.cost(priced.assignment))
-        return Solution.of(problem, priced.assignment, priced.method, bound, price)
 
 
 @dataclass(frozen=True)
@@ -154,8 +102,8 @@ def plan_within(
     assert allowed is not None
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
-    best = _solved(lambda: solve(problem))
-    eased_plans = _EasedPlans(captured, model, free, pins)
+    best = solved_or_refused(lambda: solve(problem))
+    eased_plans = EasedPlans(captured, model, free, pins)
     quickest: tuple[float, Plan] | None = None
     for way in eased if solve.many and start is None else ():
         if not way.keeps_less:
@@ -226,54 +174,6 @@ def plan_within(
     return found if found.memory else replace(told(found), memory_price=plan.memory_price)
 
 
-@dataclass(frozen=True)
-class _EasedPlans:
-    """Plans without a limit in which blocks are recomputed in a given way, with bytes charged.
-
-    free: the network by `unlimited` options. alike: solutions with all blocks recomputed alike, by
-    that way and the price.
-    """
-
-    captured: Captured
-    model: str
-    free: CostNetwork
-    pins: Mapping[str, Layout]
-    alike: dict[tuple[str, float], Solution] = field(default_factory=dict)
-
-    def plan(self, eased: Eased) -> Plan:
-        """Return the plan of one way.
-
-        Where blocks are recomputed in several ways, layouts are those of the plan with all blocks
-        as most of them are. Planned by themselves, blocks that meet others might pass on larger
-        tensors than equal blocks do, which no stage has room for.
-        """
-        mode = Counter(eased.blocks).most_common(1)[0][0] if eased.blocks else eased.recompute
-        network = self._network(mode)
-        if (mode, eased.price) not in self.alike:
-            solve, problem = NetworkSolver(network), network.problem(1.0, self.pins)
-            quickest = _solved(lambda: solve(problem))
-            self.alike[mode, eased.price] = eased.solved(solve, problem, quickest)
-        solution = self.alike[mode, eased.price]
-        if set(eased.blocks) - {mode}:
-            network = self._network("auto", eased.blocks)
-            problem = network.problem(1.0, self.pins)
-            solution = Solution.of(
-                problem, solution.assignment, solution.method, -math.inf, solution.multiplier
-            )
-        plan = plan_of_solution(self.captured, self.model, network.mesh, network, solution, 1.0)
-        step, _ = step_and_waits(plan, network.hardware, network.shares.once)
-        return replace(plan, step_seconds=step, memory_price=solution.multiplier)
-
-    def _network(self, recompute: str, blocks: Sequence[str] = ()) -> CostNetwork:
-        """Return the network with blocks recomputed alike, or each in its way."""
-        free = self.free
-        if not blocks and recompute == free.options.recompute:
-            return free
-        network = rebuilt(free, replace(free.options, recompute=recompute), modes=blocks)
-        constrain(network, self.captured)
-        return network
-
-
 def unlimited(options: Options) -> Options:
     """Return the options without a memory limit: then nothing is recomputed but on demand.
 
@@ -282,18 +182,6 @@ def unlimited(options: Options) -> Options:
     """
     recompute = "none" if options.recompute == "auto" else options.recompute
     return replace(options, memory_limit=None, recompute=recompute)
-
-
-def _solved(solve: Callable[[], Solution]) -> Solution:
-    """Return a solution. Raises PlanError where there is none."""
-    try:
-        return solve()
-    except OverLimitError:
-        raise
-    except InfeasibleError as error:
-        raise PlanError(
-            "no plan is possible", why=str(error), fix="loosen the options or the pins"
-        ) from error
 
 
 def _within(
@@ -367,7 +255,7 @@ def _closest(
             if last:
                 solution = _least(problem, solve)
             else:
-                searched = _solved(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
+                searched = solved_or_refused(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
                 solution, price = _better(problem, searched, solve.start), searched.multiplier
                 if attempt == 0:
                     bound = solution.lower_bound

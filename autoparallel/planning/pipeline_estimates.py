@@ -33,7 +33,7 @@ from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
-from autoparallel.planning.memory_limit import Eased
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.planning.stage_chain import StageChain, chain_of, mixed, most_saved

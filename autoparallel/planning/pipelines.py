@@ -23,7 +23,7 @@ from autoparallel.options import SCHEDULES, Options
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning.coupled_batches import coupled_call
-from autoparallel.planning.memory_limit import Eased
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.pipeline_choices import (
     batch_of,
     chosen_of,

@@ -17,8 +17,9 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.many_axes import narrowed
-from autoparallel.planning.memory_limit import Eased, plan_within, unlimited
+from autoparallel.planning.memory_limit import plan_within, unlimited
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
 from autoparallel.planning.solution_to_plan import (
