@@ -202,7 +202,7 @@ class _Builder:
             known = self.known
             same = known is not None and known.graph is self.graph and known.matched is self.matched
             self.saved = known.activations if known is not None and same else None
-            self.saved = self.saved or SavedActivations(self.graph, rules)
+            self.saved = self.saved or SavedActivations(self.graph, rules, self.pace.device)
             self.network.activations = self.saved
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph,
@@ -211,6 +211,7 @@ class _Builder:
             self.options.recompute,
             None if self.saved is None else self.saved.saved,
             self.modes,
+            self.pace.device,
         )
         if self.saved is not None:
             peak_call, freed = self.saved.peak_call(self.mesh.world_size, self.recomputation.place)
