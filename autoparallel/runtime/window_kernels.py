@@ -7,7 +7,7 @@ whole there are zeros, or what else the op pads with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ _TRANSPOSED = (
     functional.conv_transpose2d,
     functional.conv_transpose3d,
 )
-_POOLS = {
+_POOLS: Mapping[str, tuple[Any, ...]] = {
     "max": (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d),
     "avg": (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d),
 }
