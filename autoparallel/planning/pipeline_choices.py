@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -48,6 +49,9 @@ _MOST_COUNTS = 12
 _MOST_WORSE = 2
 # Numbers of stages are looked at in steps of this factor first.
 _STEP = 1.6
+# Numbers of stages beside the best one are looked at if blocks divide into them so evenly, as a
+# share of how they divide into the best one.
+_AS_EVEN = 0.9
 # More stages on each rank are taken where a step is shorter than by an error of estimates.
 _WORTH = 1.01
 # Meshes of which the estimate is within this factor of the shortest are planned in full, and so
@@ -201,17 +205,28 @@ def _best_of_width(
         if pp < least:
             continue
         found = at(pp)
-        # What a stage holds goes down as their number goes up.
+        # What a stage holds goes down as their number goes up. Where no more than what stays is
+        # known, no smaller number has room for that.
         over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
-        least = pp * max(_STEP, over / _STEP)
+        known = found is not None and found[0].seconds == math.inf
+        least = pp * (over if known else max(_STEP, over / _STEP))
         worse = 0 if look(number) else worse + 1
         if worse >= _MOST_WORSE or current().is_over:
             break
     for way in (-1, 1):
         while best is not None and 0 <= place + way < len(ladder) and not current().is_over:
-            if ladder[place + way] in tried or not look(place + way):
+            beside, even = ladder[place + way], _evenness(estimator.blocks, ladder[place])
+            # Numbers that blocks divide into much less evenly leave most ranks waiting for a few.
+            if beside in tried or _evenness(estimator.blocks, beside) < _AS_EVEN * even:
+                break
+            if not look(place + way):
                 break
     return best
+
+
+def _evenness(blocks: int, ranks: int) -> float:
+    """Return the mean number of blocks of a rank as a share of the largest."""
+    return blocks / ranks / -(-blocks // ranks)
 
 
 def best_order(estimator: Estimator, ranks: int, inside: Mesh, options: Options) -> Estimate | None:
