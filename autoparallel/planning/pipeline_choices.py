@@ -297,6 +297,8 @@ def chosen_of(
     start = counts.index(middle_of(counts, ranks))
     best: tuple[Estimate, int] | None = None
     for way in (counts[start:], counts[:start][::-1]):
+        if best is not None and best[1] != counts[start]:
+            break  # where more are better, fewer are not
         for count in way:
             over = None if pins is None else over_time(estimator.graph, pins, count)
             shares = shares_of(ranks, count, options)
