@@ -218,7 +218,7 @@ def _observe(
         for dim, names in enumerate(dims):
             for name in names:
                 if name in sizes:
-                    shape[dim] = shape[dim] // hint(rule.sizes[name]) * sizes[name]
+                    shape[dim] = shape[dim] * sizes[name] // max(hint(rule.sizes[name]), 1)
         for loop in loops:
             shard = place(rule, dims, LoopSplit(loop), ranks)
             if shard is not None:
@@ -234,6 +234,8 @@ def _observe(
         kernel = rule.kernels[loop] if len(loops) == 1 else rule.exchanges[loop].kernel
         size = sizes.get(loop, hint(rule.sizes[loop]))
         kwargs |= {**dict(kernel.arguments), "group": StandInGroup(ranks), "size": size}
+        if len(loops) > 1:
+            kwargs["extent"] = sizes.get(loops[1], hint(rule.sizes[loops[1]]))
         function = getattr(kernels, kernel.name)
         return observe(function, args, kwargs, operands, results, ("meta", "zeros"))
     # Constants such as the shape of a view must fit the other sizes.
