@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -48,6 +49,9 @@ _MOST_COUNTS = 12
 _MOST_WORSE = 2
 # Numbers of stages are looked at in steps of this factor first.
 _STEP = 1.6
+# Numbers of stages beside the best one are looked at if blocks divide into them so evenly, as a
+# share of how they divide into the best one.
+_AS_EVEN = 0.9
 # More stages on each rank are taken where a step is shorter than by an error of estimates.
 _WORTH = 1.01
 # Meshes of which the estimate is within this factor of the shortest are planned in full, and so
@@ -141,20 +145,21 @@ def _with_stages(
     per_node = find_hardware(options.hardware).devices_per_node
     limit = options.memory_limit
     best: tuple[Estimate, Mesh] | None = None
-    fewest = 2
+    fewest, each = 2, 1
     for tensor in _widths(world_size, per_node):
         ladder = [
             pp
             for pp in range(fewest, estimator.blocks // options.each_rank + 1)
             if world_size % (pp * tensor) == 0
         ]
-        of_width = _best_of_width(estimator, ladder, tensor, world_size, options)
+        of_width = _best_of_width(estimator, ladder, tensor, world_size, options, each)
         if of_width is None:
             continue
         if best is not None and not is_better(of_width[0], best[0], limit):
             # Narrower ones send more between fewer ranks still.
             break
-        best = of_width
+        # With so many stages, fewer on each rank wait longer whatever the width.
+        best, each = of_width, of_width[0].stages_per_rank
         if limit is not None:
             # Fewer ranks hold more of a stage each, which takes more stages.
             fewest = dict(of_width[1].axes)[PIPELINE]
@@ -164,12 +169,17 @@ def _with_stages(
 
 
 def _best_of_width(
-    estimator: Estimator, ladder: Sequence[int], tensor: int, world_size: int, options: Options
+    estimator: Estimator,
+    ladder: Sequence[int],
+    tensor: int,
+    world_size: int,
+    options: Options,
+    each: int,
 ) -> tuple[Estimate, Mesh] | None:
     """Return the best estimate of so many ranks on the inner axis, and its mesh.
 
-    ladder: numbers of stages, in order. Every number that is about twice the one before it is
-    looked at as long as they are better, and then those beside the best.
+    ladder: numbers of stages, in order. each: as of `best_order`. Every number that is about twice
+    the one before it is looked at as long as they are better, and then those beside the best.
     """
     tried: dict[int, tuple[Estimate, Mesh] | None] = {}
 
@@ -180,7 +190,7 @@ def _best_of_width(
             axes = {"dp": data} if data > 1 else {}
             axes |= {"tp": tensor} if tensor > 1 or not axes else {}
             inside = Mesh(**axes)
-            found = best_order(estimator, pp, inside, options)
+            found = best_order(estimator, pp, inside, options, each)
             tried[pp] = None if found is None else (found, Mesh(**{PIPELINE: pp}, **axes))
         return tried[pp]
 
@@ -201,29 +211,42 @@ def _best_of_width(
         if pp < least:
             continue
         found = at(pp)
-        # What a stage holds goes down as their number goes up.
+        # What a stage holds goes down as their number goes up. Where no more than what stays is
+        # known, no smaller number has room for that.
         over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
-        least = pp * max(_STEP, over / _STEP)
+        known = found is not None and found[0].seconds == math.inf
+        least = pp * (over if known else max(_STEP, over / _STEP))
         worse = 0 if look(number) else worse + 1
         if worse >= _MOST_WORSE or current().is_over:
             break
     for way in (-1, 1):
         while best is not None and 0 <= place + way < len(ladder) and not current().is_over:
-            if ladder[place + way] in tried or not look(place + way):
+            beside, even = ladder[place + way], _evenness(estimator.blocks, ladder[place])
+            # Numbers that blocks divide into much less evenly leave most ranks waiting for a few.
+            if beside in tried or _evenness(estimator.blocks, beside) < _AS_EVEN * even:
+                break
+            if not look(place + way):
                 break
     return best
 
 
-def best_order(estimator: Estimator, ranks: int, inside: Mesh, options: Options) -> Estimate | None:
+def _evenness(blocks: int, ranks: int) -> float:
+    """Return the mean number of blocks of a rank as a share of the largest."""
+    return blocks / ranks / -(-blocks // ranks)
+
+
+def best_order(
+    estimator: Estimator, ranks: int, inside: Mesh, options: Options, each: int = 1
+) -> Estimate | None:
     """Return the best estimate of so many ranks that share out stages, of all ways to order them.
 
-    What was asked for is not chosen. More stages on each rank are looked at, twice as many at a
-    time, as long as they are better; they send more often, and hold more micro-batches.
+    What was asked for is not chosen. each: the fewest stages on a rank that are looked at; twice as
+    many are as long as they are better. They send more often, and hold more micro-batches.
 
     Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
     """
     best: Estimate | None = None
-    for asked in _orders(options, ranks, inside, estimator.blocks):
+    for asked in _orders(options, ranks, inside, estimator.blocks, each):
         counts = [asked.microbatches or 0]
         if not asked.microbatches:
             counts = [middle_of(microbatch_counts(estimator.whole, ranks, inside, asked), ranks)]
@@ -241,15 +264,19 @@ def best_order(estimator: Estimator, ranks: int, inside: Mesh, options: Options)
     return best
 
 
-def _orders(options: Options, ranks: int, inside: Mesh, blocks: int) -> Iterator[Options]:
-    """Yield the options with each schedule and number of stages on each rank worth a look."""
+def _orders(
+    options: Options, ranks: int, inside: Mesh, blocks: int, each: int
+) -> Iterator[Options]:
+    """Yield the options with each schedule and number of stages on a rank, `each` or more, worth a
+    look.
+    """
     if options.schedule is None and inside.world_size == 1:
         # Ranks alone in their stage may put off gradients of weights.
         yield replace(options, schedule="zero_bubble", stages_per_rank=options.each_rank)
     if options.stages_per_rank is not None:
         yield options
         return
-    each = 1
+    each = each if each * ranks <= blocks else 1
     while each == 1 or each * ranks <= blocks:
         yield replace(options, schedule=options.order, stages_per_rank=each)
         each *= 2
@@ -282,6 +309,8 @@ def chosen_of(
     start = counts.index(middle_of(counts, ranks))
     best: tuple[Estimate, int] | None = None
     for way in (counts[start:], counts[:start][::-1]):
+        if best is not None and best[1] != counts[start]:
+            break  # where more are better, fewer are not
         for count in way:
             over = None if pins is None else over_time(estimator.graph, pins, count)
             shares = shares_of(ranks, count, options)

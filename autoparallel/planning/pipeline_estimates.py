@@ -36,7 +36,7 @@ from autoparallel.plan import Pipeline
 from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
-from autoparallel.planning.stage_chain import StageChain, chain_of, mixed, most_saved
+from autoparallel.planning.stage_chain import StageChain, chain_of, mixed, most_saved, stays_of
 from autoparallel.planning.stage_work import StageBytes, StageWork
 from autoparallel.runtime.schedule_orders import Pass, ranks_of_stages, schedule_order
 from autoparallel.strategy.build_network import build_network
@@ -91,6 +91,14 @@ class Estimate:
         )
 
 
+class _TooLargeError(Exception):
+    """What stays takes more than all ranks have. nbytes: of each rank, if they share it evenly."""
+
+    def __init__(self, nbytes: float) -> None:
+        super().__init__(nbytes)
+        self.nbytes = nbytes
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What is estimated: see `Estimator.estimate`."""
@@ -134,6 +142,8 @@ class Estimator:
         # Chains of the whole model, by mesh, numbers and the way to recompute: stages on each rank
         # and schedules differ in cuts and passes alone.
         self._chains: dict[Any, StageChain] = {}
+        # By the same, what stays of those that cannot fit.
+        self._too_large: dict[Any, float] = {}
         # The shortest step so far, which ways of recomputing some blocks have to beat.
         self._shortest = math.inf
         # The schedules and stages on each rank of the meshes that were chosen.
@@ -244,7 +254,7 @@ class Estimator:
                 if least >= min(self._shortest, best.seconds):
                     continue
                 found = self._mixed(of, one, self._chain(of, more, price), fewer, more)
-            except (PlanError, InfeasibleError):
+            except (PlanError, InfeasibleError, _TooLargeError):
                 continue
             if found is not None and is_better(found, best, limit):
                 best = replace(found, price=price)
@@ -304,6 +314,8 @@ class Estimator:
                 chain = self._chain(of, recompute, price)
                 found = self._told(of, chain, self._cut(of, chain), recompute)
                 found = replace(found, price=price)
+            except _TooLargeError as error:
+                found = Estimate(math.inf, error.nbytes, recompute, price=price)
             except (PlanError, InfeasibleError):
                 break
             if best is None or is_better(found, best, limit):
@@ -328,12 +340,15 @@ class Estimator:
 
     def _chain(self, of: _Asked, recompute: str, price: float) -> StageChain:
         """Return the ops of the whole model with one way to recompute. price: of all bytes that
-        stay, as a share of the seconds of the quickest plan.
+        stay, as a share of the seconds of the quickest plan. Raises _TooLargeError where that is
+        known to be too much without counting activations.
         """
         assert self.short is not None
         key = of.inside, of.shares.ranks, of.count, tuple(of.pins.items()), recompute, price
         if key in self._chains:
             return self._chains[key]
+        if key in self._too_large:
+            raise _TooLargeError(self._too_large[key])
         shares = of.shares
         options = replace(self.options, memory_limit=None, recompute=recompute)
         hardware = find_hardware(options.hardware)
@@ -347,6 +362,12 @@ class Estimator:
             solution = Eased(recompute, price).solved(solve, problem, solution)
         plan = plan_of_solution(self.captured, "", mesh, network, solution, 1.0)
         work = StageWork(self.graph, plan)
+        limit = self.options.memory_limit
+        if limit is not None:
+            each = stays_of(work, self.short, work.bytes_of(of.count, False)) / shares.ranks
+            if each > limit:
+                self._too_large[key] = each
+                raise _TooLargeError(each)
         passes = passes_of_stage(plan, hardware)
         rows = sum(op.seconds for op in plan.ops) + sum(row.seconds for row in plan.conversions)
         updates = max(plan.seconds - rows, 0.0) / shares.once + passes.reduction

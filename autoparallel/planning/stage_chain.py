@@ -15,7 +15,7 @@ from autoparallel.cost.links import Link
 from autoparallel.graph.shortened import Shortened
 from autoparallel.planning.stage_work import StageBytes, StageWork, cut_within, fewer_places
 
-__all__ = ["StageChain", "chain_of", "mixed", "most_saved"]
+__all__ = ["StageChain", "chain_of", "mixed", "most_saved", "stays_of"]
 
 Array = NDArray[np.float64]
 
@@ -111,6 +111,22 @@ def chain_of(
         ),
         link,
     )
+
+
+def stays_of(work: StageWork, short: Shortened, sizes: StageBytes) -> float:
+    """Return the bytes of all that stays of the whole model, on the ranks that share its stages.
+
+    work, sizes: of the short model.
+
+    Example: `stays_of(work, short, work.bytes_of(8, activations=False)) / 4`
+    """
+    times = np.ones(len(work.names))
+    for first, last, count in short.times:
+        start = work.place.get(first)
+        if start is not None:
+            times[start : work.place.get(last, start) + 1] = count
+    twice = sum(size * times[other] for _, other, size in sizes.twice)
+    return float((sizes.stays * times).sum() - twice)
 
 
 def _of(blocks: Mapping[str, int], work: StageWork, place: int) -> int | None:

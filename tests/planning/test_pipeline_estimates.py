@@ -112,15 +112,23 @@ def test_stages_on_each_rank_are_chosen() -> None:
     assert found[None][1] < found[1][1]
 
 
-def test_some_blocks_are_recomputed() -> None:
-    """Within a limit that some blocks exceed, only as many are recomputed as must be."""
+@pytest.mark.parametrize("each", [1, 2])
+def test_some_blocks_are_recomputed(each: int) -> None:
+    """Within a limit that some blocks exceed, only as many are recomputed as must be.
+
+    The plan takes about the time of the estimate: it has its stages.
+    """
     model = gpt(8)
     inputs = model.example_inputs(batch=64, sequence=128)
 
     def estimated(recompute: str, limit: int) -> tuple[Estimate, Captured]:
         """Return the estimate of two stages of four ranks each, and the traced model."""
         options = Options(
-            data_parallel=True, hardware="dgx-a100", recompute=recompute, memory_limit=limit
+            data_parallel=True,
+            hardware="dgx-a100",
+            recompute=recompute,
+            memory_limit=limit,
+            stages_per_rank=each,
         )
         captured = in_parts(traced(model, inputs, options))
         found = Estimator(captured, options).estimate(Mesh(dp=2, tp=2), shares_of(2, 4, options), 4)
@@ -139,9 +147,11 @@ def test_some_blocks_are_recomputed() -> None:
         recompute="auto",
         memory_limit=limit,
         microbatches=4,
+        stages_per_rank=each,
     )
     plan = pipeline_plan(captured, "GPT", Mesh(pp=2, dp=2, tp=2), options)
     modes = dict(plan.recompute)
     assert 0 < list(modes.values()).count("full") < 8
     memory = memory_of_pipeline(plan)
     assert max(account.total for account in memory) <= limit
+    assert plan.step == pytest.approx(some.seconds, rel=0.05)
