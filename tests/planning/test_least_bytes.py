@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 
 import autoparallel
 from autoparallel import Mesh, Plan
@@ -49,9 +50,8 @@ def traced(name: str) -> Captured:
     ("name", "optimizer", "recompute"),
     [
         ("gpt", "adam", "auto"),
-        ("gpt", "sgd", "full"),
+        *broad(("gpt", "sgd", "full"), ("bert", "mixed_adam", "none")),
         ("gpt", "sgd", "selective"),
-        ("bert", "mixed_adam", "none"),
     ],
 )
 def test_no_plan_takes_less(name: str, optimizer: str, recompute: str) -> None:
