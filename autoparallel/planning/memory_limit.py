@@ -43,6 +43,8 @@ _SECONDS_PER_BYTE = 1e-3
 _MOST_RAISES, _MOST_LOOKS = 3, 4
 # Limits that differ by less than this share are one.
 _EQUAL_LIMITS = 1e-2
+# A gap of so many times the one that is asked for is wide: plans that recompute less may be better.
+_WIDE = 3
 # A plan that takes no longer than so many times its estimate is as it was meant to be.
 _AS_ESTIMATED = 1.05
 # What it takes to count a plan's memory, by the nodes of the graph.
@@ -198,14 +200,16 @@ def _within(
 
     The planner limits the sum of saved bytes. The rest of a plan's memory (buffers, inputs,
     temporaries) is known when it is made: then the limit is lowered by the excess and it is planned
-    again. A block that is recomputed has all its activations at once: where that is too much, less
-    is recomputed. The lower bound is that of the limit as it was given, over all modes of
-    recomputation, so that the plan's gap also counts what lowering the limit may have cost.
+    again. A block that is recomputed has all its activations at once: where that is too much, or
+    the limit had to be lowered so far for it that the gap is wide, less is recomputed. The lower
+    bound is that of the limit as it was given, over all modes of recomputation, so that the plan's
+    gap also counts what lowering the limit may have cost.
     """
     options = network.options
     # A mode that the user has asked for by name is not given up.
     fewer = {"auto": ("selective", "none")}
     closest: _Candidate | None = None
+    best: Plan | None = None
     bound = -math.inf
     for mode in (options.recompute, *fewer.get(options.recompute, ())):
         # The constraints belong to a network's states, and must be laid on each network anew.
@@ -221,10 +225,14 @@ def _within(
         if mode == options.recompute:
             bound = mode_bound
         if nearest.account.total <= _allowed(network):
-            lower = min(bound, nearest.plan.cost)
-            return replace(nearest.plan, options=options, lower_bound=lower)
-        if closest is None or nearest.account.total < closest.account.total:
+            if best is None or nearest.plan.cost < best.cost:
+                best = nearest.plan
+            if best.cost - bound <= _WIDE * options.gap * abs(best.cost) or current().is_over:
+                break
+        elif closest is None or nearest.account.total < closest.account.total:
             closest = replace(nearest, plan=replace(nearest.plan, options=options))
+    if best is not None:
+        return replace(best, options=options, lower_bound=min(bound, best.cost))
     assert closest is not None
     raise closest.error(captured, network)
 
