@@ -110,6 +110,11 @@ def _path(key: str) -> Path:
     return default_cache_folder() / "plans" / f"{key[:32]}.json"
 
 
+def _digest(text: str) -> str:
+    """Return a digest of a plan's text: what was damaged may still be some plan of the model."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def load(key: str, model: nn.Module, traced: Captured | GraphBreaks) -> Plan | None:
     """Return the plan that was stored under `key`, with its graphs; None if there is none.
 
@@ -118,7 +123,7 @@ def load(key: str, model: nn.Module, traced: Captured | GraphBreaks) -> Plan | N
     """
     try:
         rows = read_json(_path(key).read_text())
-        if rows["key"] != key:
+        if rows["key"] != key or rows["digest"] != _digest(rows["plan"]):
             return None
         plan = with_graphs(Plan.from_json(rows["plan"]), traced)
         require_sound(plan, model)
@@ -135,9 +140,11 @@ def store(key: str, plan: Plan) -> None:
 
     Example: `store(key_of("GPT", traced, options, meshes), plan)`
     """
-    path = _path(key)
+    text = plan.to_json()
+    rows = {"key": key, "digest": _digest(text), "plan": text}
     with suppress(OSError):
-        write_whole(path, json.dumps({"key": key, "plan": plan.to_json()}).encode())
+        path = _path(key)
+        write_whole(path, json.dumps(rows).encode())
         kept = sorted(path.parent.glob("*.json"), key=lambda each: each.stat().st_mtime)
         for old in kept[:-_MOST_PLANS]:
             old.unlink(missing_ok=True)

@@ -181,9 +181,9 @@ class _Builder:
         # On several axes states are pairs and triples: splits that no product asks for are left
         # out, or their number would multiply.
         several = sum(size > 1 for size in self.sizes) > 1
-        known = self.known.splits if self.known is not None else {}
+        splits = self.known.splits if self.known is not None else {}
         splits_by_size = {
-            size: known.get((size, several))
+            size: splits.get((size, several))
             or CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
             if not in_time
@@ -198,7 +198,13 @@ class _Builder:
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
         ]
         if self.options.memory_limit is not None:
-            self.saved = SavedActivations(self.graph, rules)
+            # What calls save depends on the device, and not on the mesh.
+            known, device = self.known, self.pace.device
+            same = known is not None and known.graph is self.graph and known.matched is self.matched
+            saved = known.activations if known is not None and same else None
+            fits = saved is not None and saved.device == device
+            self.saved = saved if fits else SavedActivations(self.graph, rules, device)
+            self.network.activations = self.saved
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph,
             rules,
@@ -206,6 +212,7 @@ class _Builder:
             self.options.recompute,
             None if self.saved is None else self.saved.saved,
             self.modes,
+            self.pace.device,
         )
         if self.saved is not None:
             peak_call, freed = self.saved.peak_call(self.mesh.world_size, self.recomputation.place)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -189,6 +190,10 @@ def damaged(text: str) -> Iterator[str]:
     plan = json.loads(rows["plan"])
     plan["ops"][0]["operands"][0] = ["P"]
     yield json.dumps({**rows, "plan": json.dumps(plan)})
+    digest = kept_plans._digest(json.dumps(plan))
+    yield json.dumps({**rows, "plan": json.dumps(plan), "digest": digest})
+    yield json.dumps({**rows, "plan": rows["plan"].replace('"seconds": ', '"seconds": 1')})
+    yield json.dumps({**rows, "plan": 7})
     yield json.dumps({**rows, "key": "0" * 64})
 
 
@@ -228,3 +233,14 @@ def test_a_folder_that_cannot_be_written_is_left_alone(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AUTOPARALLEL_CACHE", str(tmp_path / "file"))
     autoparallel.make_plan(Layers(), 2, example_inputs=INPUTS)
+
+
+def test_a_user_without_a_home_plans_each_time(
+    searches: list[Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AUTOPARALLEL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    for _ in range(2):
+        autoparallel.make_plan(Layers(), 2, example_inputs=INPUTS)
+    assert len(searches) == 2

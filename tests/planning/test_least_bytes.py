@@ -49,9 +49,9 @@ def traced(name: str) -> Captured:
 @pytest.mark.parametrize(
     ("name", "optimizer", "recompute"),
     [
-        *broad(("gpt", "adam", "none")),
-        ("gpt", "sgd", "full"),
-        *broad(("bert", "mixed_adam", "none")),
+        ("gpt", "adam", "auto"),
+        *broad(("gpt", "sgd", "full"), ("bert", "mixed_adam", "none")),
+        ("gpt", "sgd", "selective"),
     ],
 )
 def test_no_plan_takes_less(name: str, optimizer: str, recompute: str) -> None:
@@ -78,7 +78,7 @@ def test_no_plan_takes_less(name: str, optimizer: str, recompute: str) -> None:
         assert parameters.of(solution.assignment) <= counted + abs(least.fixed_nbytes)
         shares.append(counted / total)
     # It would be no use if it were little.
-    assert max(shares) > 0.35
+    assert max(shares) > 0.6
 
 
 def need(plan: Plan) -> int:

@@ -54,12 +54,19 @@ from autoparallel.support.torch_private.distributed_tensors import (
     strided_shard,
     strided_split_factor,
 )
+from autoparallel.support.torch_private.fused_attention import (
+    attention_and_sums,
+    attention_gradients,
+    has_attention_sums,
+)
 from autoparallel.support.torch_private.process_groups import (
     default_store,
     fake_process_group,
     flattened_group,
     functional_collectives,
+    gloo_ranks,
     pipeline_order,
+    set_patience,
 )
 from autoparallel.support.torch_private.stack_traces import keeping_frames
 from autoparallel.support.torch_private.symbolic_memory import remembering_arithmetic
@@ -162,6 +169,8 @@ __all__ = [
     "apply_directly",
     "assert_on_device",
     "at_end_of_backward",
+    "attention_and_sums",
+    "attention_gradients",
     "backward_pass",
     "bare_programs",
     "break_graph",
@@ -185,9 +194,11 @@ __all__ = [
     "functional_collectives",
     "get_proxy_mode",
     "global_call_hooks",
+    "gloo_ranks",
     "gradient_hooks_of",
     "guards_of",
     "handle_distributed",
+    "has_attention_sums",
     "has_backward",
     "has_meta_kernel",
     "has_torch_binding",
@@ -220,6 +231,7 @@ __all__ = [
     "saved_tensors_hooks_are_set",
     "schema_of",
     "set_frame_compiler",
+    "set_patience",
     "share_local_part",
     "storage_key",
     "strided_shard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def gathered_blocks(_rank: int) -> list[bool]:
         store.set("a key of this test", "some words")
     store.wait(["a key of this test"])
     made.append(store.get("a key of this test") == b"some words")
+    world, store = torch.distributed.group.WORLD, torch.distributed.PrefixStore("apart", store)
+    apart = torch_private.gloo_ranks(store, _rank, 4, timedelta(seconds=60))
+    ranks = [torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.zeros(1)]
+    apart.allgather([ranks], [torch.full((1,), float(_rank))]).wait()
+    made.append([float(each) for each in ranks] == [0, 1, 2, 3])
+    # That of all ranks waits for a quarter of an hour; see run_processes.
+    for least, waits in ((1, 15), (30, 30)):
+        torch_private.set_patience(apart, world, timedelta(minutes=least))
+        made.append(apart.options._timeout == timedelta(minutes=waits))
     x = torch.arange(48.0).view(24, 2)
     cube = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("a", "b", "c"))
     for devices, size in ((cube, 4), (cube["b", "c"], 2)):
