@@ -76,7 +76,7 @@ class Eased:
         return Solution.of(problem, priced.assignment, priced.method, bound, price)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EasedPlans:
     """Plans without a limit in which blocks are recomputed in a given way, with bytes charged.
 
