@@ -164,6 +164,7 @@ def _communication(
         copies = strategy.kernel.copies(before * size)
         # Packed before it is sent, and added up when it has come, in both passes.
         packed = 2 * strategy.kernel.moved * copies * share / size
+        packed += 2 * strategy.kernel.merged * (size - 1) * share / size
         seconds += packed / hardware.sustained_bytes_per_second
         for kind, sent in strategy.kernel.collectives:
             if kind is not Collective.RING_PASS:

@@ -112,9 +112,9 @@ class Total:
         if self.result is None or self.sums is None:
             self.result, self.sums = result, sums
             return
-        together = torch.logaddexp(self.sums, sums)
-        old, new = ((each - together).exp().unsqueeze(-1) for each in (self.sums, sums))
-        self.result, self.sums = self.result * old + result * new, together
+        share = torch.sigmoid(sums - self.sums).unsqueeze(-1)
+        self.result = torch.lerp(self.result, result, share)
+        self.sums = torch.logaddexp(self.sums, sums)
 
 
 def block(

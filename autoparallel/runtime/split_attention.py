@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -203,17 +202,15 @@ class _Work:
         """Return this rank's pieces of the queries: where they lie here, and their places."""
         return _placed(self.queries.intervals[self.group.rank])
 
-    def pieces_of_keys(self, step: int) -> list[tuple[slice, Interval]]:
-        """Return the pieces of the keys that are here at a step."""
+    def pieces_of_keys(self, step: int, queries: Interval) -> list[tuple[slice, Interval]]:
+        """Return the pieces of the keys that are here at a step, for a piece of the queries."""
         if self.passes:
             return _placed(self.keys.intervals[self.owner(step)])
         if not self.causal:
             return _placed(((0, self.keys.size),))
-        # Cut where pieces of queries end, a block is seen by a piece or hidden from it, or both
-        # have the same places.
-        bounds = {at for _, places in self.pieces_of_queries() for at in places}
-        ends = sorted({0, self.keys.size} | {at for at in bounds if at < self.keys.size})
-        return _placed(tuple(pairwise(ends)))
+        # All that come before are seen; of those at the same places, a triangle.
+        first, last = (min(place, self.keys.size) for place in queries)
+        return _placed(((0, first), (first, last)))
 
     def length(self, step: int) -> int:
         """Return the number of keys that are here at a step."""
@@ -227,7 +224,7 @@ class _Work:
         """
         for number, (rows, places) in enumerate(self.pieces_of_queries()):
             cut = mask if mask is None or mask.size(-2) == 1 else mask[..., rows, :]
-            for columns, keys in self.pieces_of_keys(step):
+            for columns, keys in self.pieces_of_keys(step, places):
                 sight = seen(places, keys, self.causal, cut, device)
                 if sight is not None:
                     yield number, rows, columns, sight

@@ -7,7 +7,7 @@ whole there are zeros, or what else the op pads with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ _TRANSPOSED = (
     functional.conv_transpose2d,
     functional.conv_transpose3d,
 )
-_POOLS = {
+_POOLS: Mapping[str, tuple[Any, ...]] = {
     "max": (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d),
     "avg": (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d),
 }
@@ -132,7 +132,7 @@ def convolution_edges(
     """
     count = weight.dim() - 2
     kernel = list(weight.shape[2:])
-    names = ("stride", "padding", "dilation", "groups")
+    names: tuple[str, ...] = ("stride", "padding", "dilation", "groups")
     if transposed:
         names = ("stride", "padding", "output_padding", "groups", "dilation")
     given = {**dict(zip(names, options, strict=False)), **more}
@@ -237,7 +237,8 @@ def pool_edges(
     dim = x.dim() - spatial + at
     x = _with_edges(x, group, dim, size, reaches, fill)
     borders = [0 if index == at else border for index, border in enumerate(borders)]
-    y = (run or _POOLS[kind][spatial - 1])(x, kernel, steps, borders, *options)
+    pool: Run = run or _POOLS[kind][spatial - 1]
+    y = pool(x, kernel, steps, borders, *options)
     first, last = reaches[group.rank].result
     return y.narrow(dim, 0, last - first)
 

@@ -9,10 +9,12 @@ import torch
 from families import relative_error, worst_gradient
 from forced_kernels import only_by
 from image_decoder import Decoder
+from processes import run_processes
 from torch import nn
 
 import autoparallel
 from autoparallel.mesh import Mesh
+from autoparallel.plan import Plan
 
 TOLERANCE = 1e-10
 EDGES = ("convolution_edges", "nearest_edges", "pool_edges")
@@ -69,7 +71,6 @@ MAKERS: dict[str, Callable[[], Case]] = {
     "volumes": volumes,
 }
 CASES = [
-    ("decoder", Mesh(sp=2)),
     ("decoder", Mesh(sp=3)),  # of four columns, the last rank has none
     ("shrinking", Mesh(sp=2)),
     ("shrinking", Mesh(sp=3)),
@@ -78,24 +79,57 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
-def test_split_images_are_the_users(name: str, mesh: Mesh) -> None:
+def planned(name: str, mesh: Mesh) -> tuple[nn.Module, tuple[torch.Tensor, ...], Plan]:
+    """The model and its inputs, and the plan in which whatever can is split along places."""
     torch.manual_seed(0)
     model, inputs = MAKERS[name]()
-    loss = model(*inputs)
-    loss.backward()
-    gradients = {path: p.grad for path, p in model.named_parameters()}
-    model.zero_grad()
     with only_by(*EDGES, "group_norm_split", ranks=mesh.axes[0][1]):
         plan = autoparallel.make_plan(model, mesh=mesh, example_inputs=inputs)
     rows = [op.kernels for op in plan.ops if "conv" in op.target]
     edges = [row for row in rows if {*row} == {"convolution_edges"}]
     # Windows of one element need none.
     assert len(edges) > len(rows) / 2
+    return model, inputs, plan
+
+
+def unsplit(name: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model, inputs = MAKERS[name]()
+    loss = model(*inputs)
+    loss.backward()
+    return loss.detach(), {path: p.grad for path, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES, ids=str)
+def test_split_images_are_the_users(name: str, mesh: Mesh) -> None:
+    model, inputs, plan = planned(name, mesh)
+    loss, gradients = unsplit(name)
     made = autoparallel.simulate(model, plan=plan, example_inputs=inputs)
-    assert relative_error(made.output.detach(), loss.detach()) < TOLERANCE
+    assert relative_error(made.output.detach(), loss) < TOLERANCE
     error, where = worst_gradient(dict(made.gradients), gradients)
     assert error < TOLERANCE, where
+
+
+def run_on_gloo(rank: int) -> list[float]:
+    """Errors of a process' step, eager and compiled."""
+    model, inputs, plan = planned("shrinking", Mesh(sp=2))
+    loss, gradients = unsplit("shrinking")
+    module = autoparallel.apply_plan(model, plan)
+    errors = []
+    for call in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        module.zero_grad()
+        result = call(*inputs)
+        result.backward()
+        whole = {path: p.grad.full_tensor() for path, p in module.named_parameters()}
+        errors += [relative_error(result.detach(), loss), worst_gradient(whole, gradients)[0]]
+    return errors
+
+
+@pytest.mark.broad
+def test_edges_are_exchanged_between_processes() -> None:
+    """By gloo; and when compiled."""
+    for errors in run_processes(run_on_gloo, 2):
+        assert max(errors) < TOLERANCE
 
 
 def test_large_images_are_split_rather_than_channels() -> None:

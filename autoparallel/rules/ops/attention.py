@@ -150,6 +150,8 @@ def _ring(call: OpCall, operands: list[Dims], causal: bool) -> Kernel:
         Partial(),
         (*sent, *(_dealt(call, (0, 1, 2)) if causal else ())),
         arguments=(("masked", "keys"),) if of_keys else (),
+        # What is known so far is read, what is new is added, and the sum is written.
+        merged=numel_hint(call.results[0].shape) * 3 * _PRECISE,
     )
 
 

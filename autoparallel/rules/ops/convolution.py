@@ -134,6 +134,7 @@ def convolution(call: OpCall) -> ShardingRule:
         flops=2,
         kernels=kernels,
         local_args=_local_groups,
+        windows=frozenset(places) & sizes.keys(),
     )
 
 
