@@ -13,6 +13,8 @@ from garbage import collect_rarely
 
 # Folders of tests of what becomes of graphs: in each file, equal models are traced once.
 _AFTER_TRACING = ("analysis", "plan", "planning", "questions", "view")
+# Of what becomes of modules: what changes about one is traced as always.
+_AFTER_FIRST_TRACE = ("parallel",)
 
 # What is tested is planning, and not a plan that another test or another run has left.
 os.environ["AUTOPARALLEL_KEEP_PLANS"] = "0"
@@ -58,6 +60,8 @@ def _traced_once_after_tracing(request: pytest.FixtureRequest) -> None:
     """Have all tests of a file share its traces, where no test is about tracing."""
     if request.path.parent.name in _AFTER_TRACING:
         request.getfixturevalue("one_trace")
+    elif request.path.parent.name in _AFTER_FIRST_TRACE:
+        request.getfixturevalue("one_first_trace")
 
 
 @pytest.fixture

@@ -97,7 +97,11 @@ def test_several_axes_and_blocks_that_run_again(
     [
         *broad(("deepseek-v3", Mesh(tp=1))),
         pytest.param("vit", Mesh(tp=3), marks=attention_in_float64_without_data),
-        *broad(("llama", Mesh(dp=3, tp=2))),
+        pytest.param(
+            "llama",
+            Mesh(dp=3, tp=2),
+            marks=[attention_in_float64_without_data, pytest.mark.broad],
+        ),
     ],
     ids=str,
 )

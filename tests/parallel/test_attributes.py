@@ -16,8 +16,6 @@ from torch import nn
 import autoparallel
 from autoparallel.errors import PlanError
 
-pytestmark = pytest.mark.usefixtures("one_first_trace")
-
 
 class Config:
     def __init__(self) -> None:

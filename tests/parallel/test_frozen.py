@@ -13,8 +13,6 @@ from torch import nn
 import autoparallel
 from autoparallel import Mesh
 
-pytestmark = pytest.mark.usefixtures("one_first_trace")
-
 
 class Model(nn.Module):
     def __init__(self) -> None:

@@ -12,8 +12,6 @@ from torch import nn
 
 import autoparallel
 
-pytestmark = pytest.mark.usefixtures("one_first_trace")
-
 
 class Layer(nn.Module):
     def __init__(self) -> None:

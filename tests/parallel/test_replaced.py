@@ -13,8 +13,6 @@ from torch import nn
 
 import autoparallel
 
-pytestmark = pytest.mark.usefixtures("one_first_trace")
-
 
 class Block(nn.Module):
     def __init__(self) -> None:
