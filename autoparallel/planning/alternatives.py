@@ -34,7 +34,7 @@ __all__ = ["Alternative", "Alternatives", "Without", "find_alternatives"]
 Array = NDArray[np.float64]
 
 # A pass of more work than this, in table entries read, takes longer than a second or two.
-_MOST_WORK = 2.0**31
+_MOST_WORK = 2.0**30
 
 
 @dataclass(frozen=True, slots=True)

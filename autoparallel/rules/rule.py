@@ -84,7 +84,8 @@ class Kernel:
     may be the kernel of another mesh axis (of all kernels of one call, all but one must).
     routed: choices and targets, where the collectives send what a token has to every rank that has
     one of so many chosen targets; (0, 0) where they send a tensor once. moved: bytes that are read
-    and written in either pass to pack what is sent, and to add up what comes.
+    and written in either pass to pack what is sent, and to add up what comes. alone: its loop is
+    split on one mesh axis alone, as who is whose neighbour is known of one axis.
     """
 
     name: str
@@ -94,6 +95,14 @@ class Kernel:
     wraps: bool = False
     routed: tuple[int, int] = (0, 0)
     moved: int = 0
+    alone: bool = False
+
+    @property
+    def passed(self) -> tuple[int, ...]:
+        """The bytes of the tensors whose parts are passed round while the op's products of other
+        parts are computed: forward, then backward.
+        """
+        return tuple(size for kind, size in self.collectives if kind is Collective.RING_PASS)
 
     def copies(self, ranks: int) -> float:
         """Return how often the collectives send what they send, for equally likely choices."""

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import custom_ops
 import pytest
+from broad_cases import share_of
 from calls import Call, x
 
 from autoparallel.discovery import unknown_ops as unknown
@@ -95,7 +96,9 @@ def test_the_key_is_of_the_op_and_its_arguments(monkeypatch: pytest.MonkeyPatch)
     assert len(keys) == 5
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "{}\n" * 3, "[" * 10**6])
+@pytest.mark.parametrize(
+    "text", share_of(["", "{", "[]", '{"key": 1}', "{}\n" * 3, "[" * 10**6], 2)
+)
 def test_a_broken_file_is_as_good_as_none(text: str, cache: Path, probes: list[str]) -> None:
     """It is written anew, whole."""
     words(gated(4, 5, 14))
