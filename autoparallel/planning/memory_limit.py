@@ -167,9 +167,9 @@ def plan_within(
         rest = f"; bound without the limit by {best.method}"
         bound = min(best.lower_bound, plan.cost)
         plan = replace(plan, lower_bound=bound, method=plan.method + rest)
-    step, waits = step_and_waits(plan, network.hardware, network.shares.once)
+    timed, waits = step_and_waits(plan, network.hardware, network.shares.once)
     solution = Solution({}, plan.cost, plan.lower_bound, plan.method)
-    search.begin_with(Timed("", plan, solution, step, waits))
+    search.begin_with(Timed("", plan, solution, timed, waits))
     found, _ = search.run()
     return found if found.memory else replace(told(found), memory_price=plan.memory_price)
 

@@ -198,11 +198,12 @@ class _Builder:
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
         ]
         if self.options.memory_limit is not None:
-            # What calls save does not depend on the mesh.
-            known = self.known
+            # What calls save depends on the device, and not on the mesh.
+            known, device = self.known, self.pace.device
             same = known is not None and known.graph is self.graph and known.matched is self.matched
-            self.saved = known.activations if known is not None and same else None
-            self.saved = self.saved or SavedActivations(self.graph, rules, self.pace.device)
+            saved = known.activations if known is not None and same else None
+            fits = saved is not None and saved.device == device
+            self.saved = saved if fits else SavedActivations(self.graph, rules, device)
             self.network.activations = self.saved
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph,

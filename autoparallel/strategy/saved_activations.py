@@ -25,7 +25,7 @@ class SavedActivations:
     def __init__(
         self, graph: Graph, rules: Mapping[str, ShardingRule | None], device: str = "cpu"
     ) -> None:
-        self.graph, self.rules = graph, rules
+        self.graph, self.rules, self.device = graph, rules, device
         self.saved = SavedTensors(graph, rules, device=device)
         self.of = self.saved.of
         self.viewed: dict[str, bool] = {}
