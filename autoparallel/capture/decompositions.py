@@ -8,6 +8,7 @@ and a bias counts once, however the sum that it is added to is split.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ def _mean_of(loss: Any, position: int) -> Decomposition:
             rest |= dict(zip(names[position + 1 :], tail, strict=False))
         if values[0].dtype.itemsize < _SUMMABLE:
             return loss(*values[:position], **{**rest, "reduction": _NONE}).mean()
-        count = torch.broadcast_shapes(values[0].shape, values[1].shape).numel()
+        # `Size.numel()` would fix sizes that the inputs decide on.
+        count = prod(torch.broadcast_shapes(values[0].shape, values[1].shape))
         return loss(*values[:position], **rest) / count
 
     return mean

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoparallel
+from autoparallel.graph.graph import Sym
 from autoparallel.support.module_copy import on_meta
 
 
@@ -112,6 +113,21 @@ def losses():
         }
         for name, case in cases.items():
             yield f"{name}, {way}", case
+
+
+MEANS = [name for name, _ in losses() if name.endswith("mean") and "in the plane" not in name]
+
+
+@pytest.mark.parametrize("name", [*broad(*MEANS[1:]), MEANS[0], "mse_loss, mean"])
+def test_the_mean_of_a_loss_leaves_the_rows_to_the_inputs(name):
+    """What counts the elements fixes no sizes: a torch.Size counted them, and each batch of another
+    length was traced anew.
+    """
+    function, target, *rest = dict(losses())[name]
+    inputs = (torch.zeros(8, 6), target, *rest)
+    plan = autoparallel.make_plan(Model(9, function), 2, example_inputs=inputs)
+    first = next(node.result for node in plan.captured.graph.nodes if node.kind == "input")
+    assert isinstance(first.shape[0], Sym), str(plan.captured.graph)
 
 
 def ctc(x, labels, score_lengths, lengths, **options):
