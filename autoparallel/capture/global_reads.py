@@ -8,6 +8,8 @@ is then made anew where it need not be, and never kept where it must not.
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -48,15 +50,16 @@ class OuterVariables:
     moving: iterators there, described. unwatched: by class the attributes of its instances that may
     be read past what is called when an attribute is read, as by `object.__getattribute__`.
     variables: all that have a value, each with what has it. codes, helpers, kept: see
-    VariableSearch.
+    VariableSearch. found: what global_reads returns. imported: how many Python modules there were.
 
     >>> OuterVariables(nn.Linear(2, 2)).objects
     {}
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model, self.imported = model, len(sys.modules)
         walk = searched(model)
-        walk.reads()
+        self.found = walk.reads()
         self.objects, self.caches, self.moving = walk.objects, walk.caches, walk.moving
         self.unwatched, self.variables = walk.unwatched, tuple(walk.variables.values())
         self.codes, self.helpers, self.kept = walk.codes, walk.helpers, walk.kept
@@ -65,6 +68,28 @@ class OuterVariables:
             (variables, frozenset(code.co_names) - variables.keys())
             for code, variables in walk.codes.items()
         ]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> OuterVariables:
+        """Return those of a model; the search is not made again where nothing can be new.
+
+        >>> layer = nn.Linear(2, 2)
+        >>> with undisturbed(layer):
+        ...     OuterVariables.of(layer) is OuterVariables.of(layer)
+        True
+        """
+        known = _held.outer
+        if known is None or known.model is not model or known.is_stale() or known.changed():
+            return cls(model)
+        return known
+
+    def is_stale(self) -> bool:
+        """Return whether there are Python modules that were not there when this was made."""
+        return len(sys.modules) != self.imported
+
+    def reads(self) -> tuple[AttributeRead, ...]:
+        """Return what global_reads returns, which is as it was unless there are new modules."""
+        return global_reads(self.model) if self.is_stale() else self.found
 
     def asking(self) -> frozenset[types.CodeType]:
         """Return the user's code, if any of it may ask what no graph could; see OutsideAnswers."""
@@ -109,6 +134,15 @@ class OuterVariables:
                     del variables[name]
 
 
+class _Held(threading.local):
+    """The variables outside of the model that a thread is about to plan, None of no model."""
+
+    outer: OuterVariables | None = None
+
+
+_held = _Held()
+
+
 def _value(owner: Any, name: str) -> Any:
     """Return the value of a variable, ABSENT if it has none. owner: its cell, or a mapping."""
     if not isinstance(owner, types.CellType):
@@ -143,6 +177,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     False
     """
     with planning.held():
-        outer = OuterVariables(model)
+        before, outer = _held.outer, OuterVariables(model)
         with untouched(model, *outer.objects.values()), outer.restored():
-            yield
+            _held.outer = outer
+            try:
+                yield
+            finally:
+                _held.outer = before

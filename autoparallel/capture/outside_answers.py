@@ -137,18 +137,19 @@ def asking_code(
             if _package(owner.__module__) in _STANDARD:
                 continue
             special.setdefault(owner, set()).update(special_methods(owner, made))
-    owners = tuple(special)
+    methods: dict[str, list[Any]] = {}
+    for owner in special:
+        for name, value in vars(owner).items():
+            methods.setdefault(name, []).append(value)
+    unnamed = [vars(owner)[name] for owner, own in special.items() for name in own]
     todo = list(found.items())
     while todo:
         code, variables = todo.pop()
         new = {name for name in code.co_names if name not in names}
         names.update(new)
-        functions = [
-            function
-            for owner in owners
-            for name in (vars(owner).keys() & new) | special.pop(owner, set())
-            for function in functions_in(vars(owner)[name])
-        ]
+        values = [value for name in sorted(new & methods.keys()) for value in methods[name]]
+        functions = [each for value in (*values, *unnamed) for each in functions_in(value)]
+        unnamed = []
         if code not in codes:  # of the others all are known that they call by name
             home = _package(variables.get("__name__"))
             called = [variables.get(name) for name in code.co_names]
