@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture.asked_switches import untold
 from autoparallel.capture.branch_ways import NO_WAYS, Asked, TakeWays, Ways
 from autoparallel.capture.custom_functions import function_op, is_inside_ops
 from autoparallel.capture.decided_draws import ConstantComparisons
@@ -108,16 +109,17 @@ def census_of(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     part: bool = False,
-    on_meta: bool = False,
+    on: str = "fake",
     ways: Ways = NO_WAYS,
     seen: SeenCalls | None = None,
 ) -> Census:
-    """Run a model's forward on tensors without data, and return what autograd has recorded.
+    """Run a model's forward once more, and return what autograd has recorded.
 
     args, kwargs: of the call. part: whether the inputs need a gradient because Python calls the
-    model; else those do that say so. on_meta: run on the meta device, which takes two thirds of
-    the time, and not on tensors that say they are on the device where the model is. ways: that the
-    forward goes where it branches on values. seen: gets what the forward calls.
+    model; else those do that say so. on: "fake" for tensors that say they are on
+    the device where the model is, "meta" for that device, which takes two thirds of the time, and
+    "data" for copies of the model's tensors and of the inputs. ways: that the forward goes where it
+    branches on values. seen: gets what the forward calls.
     The model is left as it was. Raises whatever its forward does where it does not run so.
 
     >>> sorted(census_of(nn.Linear(2, 3), (torch.ones(4, 2),), {}).reached)
@@ -126,13 +128,15 @@ def census_of(
     seen = seen or SeenCalls()
     bound = bind_inputs(model, args, kwargs)
     tensors, _ = flatten(dict(bound.arguments))
-    mode, hooks = None if on_meta else fake_mode(allow_non_fake_inputs=True), _Hooks()
+    mode, hooks = fake_mode(allow_non_fake_inputs=True) if on == "fake" else None, _Hooks()
     # A model without weights takes inputs of any device: those on meta stand for all others.
     elsewhere = any(parameter.is_meta for parameter in model.parameters())
 
     def copied(tensor: torch.Tensor, trained: bool) -> torch.Tensor:
-        """Return a leaf without data that looks like a tensor."""
-        if mode is None:
+        """Return a leaf that looks like a tensor."""
+        if on == "data":
+            copy = tensor.detach().clone()
+        elif mode is None:
             copy = torch.empty_like(tensor, device="meta", requires_grad=False)
         else:
             copy = mode.from_tensor(tensor.detach())
@@ -148,6 +152,7 @@ def census_of(
     state = {**dict(forward.named_parameters()), **dict(forward.named_buffers())}
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_if_exported())
+        stack.enter_context(untold())
         stack.enter_context(quiet())
         stack.enter_context(unprinted())
         stack.enter_context(untouched(model, bound.arguments))
@@ -257,21 +262,31 @@ def require_agreement(
     if captured.gradients is False:
         return  # the forward asks whether gradients are recorded, and this is the graph without
     difference: CaptureError | None = None
+    moved = False
     # Some forwards run on their own device alone, and some go another way on another one.
-    for on_meta in (True, False):
+    for on in ("meta", "fake", "data"):
+        if on == "data" and (difference is not None or not moved):
+            break
         try:
             again = SeenCalls()
-            census = census_of(model, args, kwargs, captured.part, on_meta, captured.ways, again)
+            census = census_of(model, args, kwargs, captured.part, on, captured.ways, again)
         except Exception as error:  # the forward is anyone's code, and may fail in any way
             _log.info("no census of %s: %r", type(model).__name__, error)
             continue
         difference = _difference(captured, census, type(model).__name__)
-        if seen is not None:
-            difference = difference or _moved(seen, again, type(model).__name__)
-        if difference is None:
+        if seen is not None and difference is None:
+            difference = _moved(seen, again, type(model).__name__)
+            moved = moved or difference is not None
+        # What knows a fake tensor when it sees one goes the way of the trace.
+        if difference is None and not (on == "fake" and moved and _has_data(model)):
             return
     if difference is not None:
         raise difference
+
+
+def _has_data(model: nn.Module) -> bool:
+    """Return whether a model has weights to run with."""
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _difference(captured: Captured, census: Census, name: str) -> CaptureError | None:

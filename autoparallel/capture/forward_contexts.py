@@ -7,9 +7,11 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+import autoparallel
 from autoparallel.graph.captured import autocast_type
 from autoparallel.support.torch_private import EXPORT_LOGGERS, FAKE_TENSOR_LOGGER
 
@@ -17,21 +19,31 @@ __all__ = ["plain_surroundings", "quiet", "unprinted"]
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
+_HOMES = tuple(str(Path(home).parent) for home in (torch.__file__, autoparallel.__file__))
 
 
 @contextlib.contextmanager
 def unprinted(name: str = "") -> Iterator[None]:
-    """Keep a forward that is tried out from printing: it is not the user who calls it.
+    """Keep a forward that is tried out from printing and warning: it is not the user who calls it.
 
-    name: of the model whose forward is traced. What it prints is no part of its program, of which a
-    warning tells, once for each text.
+    name: of the model whose forward is traced. What it prints, and warns of in Python's way, is no
+    part of its program, of which a warning tells, once for each text.
 
     >>> with unprinted():
     ...     print("a tensor of size s0")
     """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always" if name else "ignore")
         yield
+    for warning in warned if name else ():
+        text = f"{name}.forward: {warning.message}"
+        if text not in _told and not _is_torchs(warning.filename):
+            _told.add(text)
+            _log.warning(
+                "%s.forward warns %r: its program does not; warn outside of the forward, or in a "
+                "forward hook", name, str(warning.message)[:60],
+            )  # fmt: skip
     text = f"{name}.forward: {printed.getvalue().strip()}"
     if name and printed.getvalue() and text not in _told:
         _told.add(text)
@@ -39,6 +51,11 @@ def unprinted(name: str = "") -> Iterator[None]:
             "%s.forward prints %r: its program does not, and a call of it prints nothing; print "
             "outside of the forward, or in a forward hook", name, printed.getvalue().strip()[:60],
         )  # fmt: skip
+
+
+def _is_torchs(file: str) -> bool:
+    """Return whether a file is of torch, or of this project, which warn for themselves."""
+    return file.startswith(_HOMES)
 
 
 @contextlib.contextmanager

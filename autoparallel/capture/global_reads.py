@@ -11,7 +11,7 @@ import contextlib
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,8 @@ from torch import nn
 from autoparallel.capture.outside_answers import asking_code
 from autoparallel.capture.variable_search import searched
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, AttributeRead
-from autoparallel.support.model_snapshot import untouched
+from autoparallel.support.model_snapshot import lent, untouched
+from autoparallel.support.object_state import moves_on
 from autoparallel.support.one_at_a_time import planning
 
 __all__ = ["OuterVariables", "global_reads", "undisturbed"]
@@ -91,9 +92,13 @@ class OuterVariables:
         """Return what global_reads returns, which is as it was unless there are new modules."""
         return global_reads(self.model) if self.is_stale() else self.found
 
-    def asking(self) -> frozenset[types.CodeType]:
+    def asking(self) -> Mapping[types.CodeType, Mapping[str, Any]]:
         """Return the user's code, if any of it may ask what no graph could; see OutsideAnswers."""
         return asking_code(self.codes, self.helpers, self.kept)
+
+    def walks(self) -> bool:
+        """Return whether forwards may go from node to node in what autograd has recorded."""
+        return any("next_functions" in code.co_names for code in self.codes)
 
     def changed(self) -> tuple[str, ...]:
         """Return the names of variables that have other values now, or were not there before."""
@@ -108,6 +113,26 @@ class OuterVariables:
             for name in sorted(missing & variables.keys())
         ]
         return tuple(dict.fromkeys(names))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Have copies in the place of iterators within, whose position nobody can set back."""
+        before = self.variables
+        copies = [
+            (owner, name, lent(value) if moves_on(value) else value)
+            for owner, name, value in before
+        ]
+        self.variables = tuple(copies)
+        try:
+            for owner, name, value in self.variables:
+                if moves_on(value):
+                    _put(owner, name, value)
+            yield
+        finally:
+            self.variables = before
+            for owner, name, value in before:
+                if moves_on(value):
+                    _put(owner, name, value)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -125,10 +150,7 @@ class OuterVariables:
             for owner, name, value in self.variables:
                 if _value(owner, name) is value:
                     continue
-                if isinstance(owner, types.CellType):
-                    owner.cell_contents = value
-                else:
-                    owner[name] = value
+                _put(owner, name, value)
             for variables, missing in self.names:
                 for name in missing & variables.keys():
                     del variables[name]
@@ -151,6 +173,14 @@ def _value(owner: Any, name: str) -> Any:
         return owner.cell_contents
     except ValueError:
         return ABSENT
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    """Give a variable a value. owner: its cell, or a mapping."""
+    if isinstance(owner, types.CellType):
+        owner.cell_contents = value
+    else:
+        owner[name] = value
 
 
 def _is_same(now: Any, before: Any) -> bool:
@@ -178,7 +208,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     with planning.held():
         before, outer = _held.outer, OuterVariables(model)
-        with untouched(model, *outer.objects.values()), outer.restored():
+        with untouched(model, *outer.objects.values()), outer.lent(), outer.restored():
             _held.outer = outer
             try:
                 yield

@@ -53,7 +53,10 @@ class SeenCalls(TorchFunctionMode):
         # What a watch of this project calls for itself is no call of the forward's.
         caller = str(sys._getframe(1).f_globals.get("__name__"))
         home = str(getattr(function, "__module__", ""))
-        if not self.rests and not caller.startswith("autoparallel.") and not home.startswith(_OWN):
+        name = getattr(function, "__name__", "")
+        ours = caller.startswith("autoparallel.") or home.startswith(_OWN)
+        # What is read of a tensor is no number of its own: what is done with it is seen.
+        if not self.rests and not ours and name != "__get__":
             items = (*args, *sorted(kwargs.items())) if kwargs else args
             self.calls[function, *map(self.noted, items)] = None
         return function(*args, **(kwargs or {}))

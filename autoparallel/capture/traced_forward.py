@@ -15,6 +15,7 @@ from torch import nn
 from autoparallel.capture.asked_switches import (
     Switches,
     refusing_contexts,
+    untold,
     watching_gradient_mode,
 )
 from autoparallel.capture.assigned_buffers import writing_assigned_buffers
@@ -79,7 +80,7 @@ class Wanted:
     autocast: torch.dtype | None
     gradients: bool
     outer: OuterVariables
-    codes: frozenset[types.CodeType]
+    codes: Mapping[types.CodeType, Mapping[str, Any]]
     switches: Switches
     ways: Ways
     asked: Asked
@@ -129,7 +130,7 @@ class FlatForward(nn.Module):
         self.model, self.wanted, self.tensors = wanted.model, wanted, tensors
         self.inputs, self.folding, self.twice = inputs, folding, twice
         self.calls = TracedCalls(tensors.owns, wanted.seen)
-        self.no_replacing = NoReplacing(wanted.model)
+        self.no_replacing = NoReplacing(wanted.model, wanted.outer.walks())
         self.remember = ran.append
         # While it is traced, the model has other parameters, but attributes may refer to these.
         self.known = {number: places[0][0] for number, places in tensors.places.items()}
@@ -200,7 +201,7 @@ class FlatForward(nn.Module):
         # A cache that is given and written to is returned as well. A list or a dict is not.
         boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
         before = self.state(arguments) if wanted.part else written_arguments(boxes)
-        draws = PythonDraws(type(self.model).__name__)
+        seeds, draws = SeededDraws(), PythonDraws(type(self.model).__name__)
         answers = OutsideAnswers(type(self.model).__name__, wanted.codes)
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
@@ -213,6 +214,7 @@ class FlatForward(nn.Module):
             watching_gradient_mode(self.asked),
             wanted.switches.installed(),
             refusing_contexts(self.refused),
+            untold(),
             contextlib.nullcontext()
             if autocast is None
             else torch.autocast(device.type, dtype=autocast),
@@ -223,7 +225,7 @@ class FlatForward(nn.Module):
             watched,
             no_replacing,
             self.facts.installed(tensors),
-            SeededDraws(),
+            seeds,
             draws,
             idle_conversions(),
             unprinted(type(self.model).__name__),
@@ -236,6 +238,7 @@ class FlatForward(nn.Module):
             for mode in (*modes, self.tensors, HitLoops(), seen, answers.installed()):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
+            seeds.finish()
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
         moving = (*self.reads.moving, *wanted.outer.moving)
         if moving:

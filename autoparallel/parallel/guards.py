@@ -33,7 +33,7 @@ from autoparallel.graph.attribute_read import (
 )
 from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.parallel.uncaptured_python import held_by
-from autoparallel.support.object_state import own_attributes
+from autoparallel.support.object_state import bytes_of, is_of_library, own_attributes
 
 __all__ = ["Guards", "equal", "frozen"]
 
@@ -170,7 +170,9 @@ class Guards:
         plain = not isinstance(value, (type, nn.Module, torch.Tensor, types.FunctionType))
         seen = read.route or id(value) in self.opened
         # Tensors may be read as numbers, and objects by their dictionaries.
-        if read.where is Where.INSTANCE and not seen:
+        if is_of_library(value):
+            self.kept.append((value, self.frozen(value)))
+        elif read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
             slots = getattr(type(value), "__slots__", None)
             if tensor or (plain and (slots or hasattr(value, "__dict__")) and not callable(value)):
@@ -189,7 +191,8 @@ class Guards:
             return
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
         partly = any(owner == id(value) for owner, _ in self.own)
-        if isinstance(value, _CHANGING) or _is_array(value) or enclosing or partly:
+        changing = isinstance(value, _CHANGING) or _is_array(value) or _shows_bytes(value)
+        if changing or enclosing or partly:
             self.kept.append((value, self.frozen(value)))
             return
         if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
@@ -374,6 +377,8 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
         return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
     if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator, *_OPERATORS)):
         return value
+    if _shows_bytes(value):
+        return (type(value), bytes_of(value))
     attributes = own_attributes(value)
     if not attributes and not hasattr(value, "__dict__"):
         return value
@@ -400,6 +405,11 @@ def _owned(module: nn.Module, writes: Iterable[AttributeWrite]) -> Iterator[Any]
 def _is_array(value: Any) -> bool:
     """Return whether a value is an array of numpy, which is not imported to find out."""
     return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
+
+
+def _shows_bytes(value: Any) -> bool:
+    """Return whether an object, no text or number, shows its memory, as arrays of C's do."""
+    return not isinstance(value, SIMPLE) and bytes_of(value) is not None
 
 
 def _contents(cell: types.CellType) -> Any:
