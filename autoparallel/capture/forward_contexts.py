@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-import autoparallel
 from autoparallel.graph.captured import autocast_type
 from autoparallel.support.torch_private import EXPORT_LOGGERS, FAKE_TENSOR_LOGGER
 
@@ -19,7 +18,7 @@ __all__ = ["plain_surroundings", "quiet", "unprinted"]
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
-_HOMES = tuple(str(Path(home).parent) for home in (torch.__file__, autoparallel.__file__))
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @contextlib.contextmanager
@@ -38,7 +37,8 @@ def unprinted(name: str = "") -> Iterator[None]:
         yield
     for warning in warned if name else ():
         text = f"{name}.forward: {warning.message}"
-        if text not in _told and not _is_torchs(warning.filename):
+        # A forward warns in the name of its caller, and torch for itself.
+        if text not in _told and not warning.filename.startswith(_TORCH):
             _told.add(text)
             _log.warning(
                 "%s.forward warns %r: its program does not; warn outside of the forward, or in a "
@@ -51,11 +51,6 @@ def unprinted(name: str = "") -> Iterator[None]:
             "%s.forward prints %r: its program does not, and a call of it prints nothing; print "
             "outside of the forward, or in a forward hook", name, printed.getvalue().strip()[:60],
         )  # fmt: skip
-
-
-def _is_torchs(file: str) -> bool:
-    """Return whether a file is of torch, or of this project, which warn for themselves."""
-    return file.startswith(_HOMES)
 
 
 @contextlib.contextmanager

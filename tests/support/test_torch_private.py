@@ -1332,3 +1332,12 @@ def test_pipeline_order() -> None:
     assert {kind for _, kind, _ in halves[0]} == {"F", "I", "W"}
     alone = torch_private.pipeline_order("ScheduleGPipe", 2, 1, 2)
     assert alone[0] == [(0, "F", 0), (0, "F", 1), (0, "B", 0), (0, "B", 1)]
+
+
+def test_as_if_exported_has_the_flags_of_an_export() -> None:
+    """Within, code is told that a graph is made of it; afterwards it is not."""
+    with torch_private.as_if_exported():
+        assert torch.compiler.is_compiling()
+        assert torch.compiler.is_exporting()
+    assert not torch.compiler.is_compiling()
+    assert not torch.compiler.is_exporting()
