@@ -21,8 +21,9 @@ __all__ = ["SeenCalls"]
 
 _PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.layout, torch.memory_format)
 # Of the ops that mark where a checkpoint begins, and the like, and of those that are Functions.
-_OWN = ("torch._ops.autoparallel", "torch._ops.autograd_function")
+_OWN = ("autoparallel", "autograd_function")
 _DIGITS = 12  # a number that follows from symbolic sizes may be rounded otherwise
+_OF_SIZES = ("sym_", "_sym_")
 _MOST = 64  # items of a list that are looked at
 
 
@@ -54,9 +55,9 @@ class SeenCalls(TorchFunctionMode):
         caller = str(sys._getframe(1).f_globals.get("__name__"))
         home = str(getattr(function, "__module__", ""))
         name = getattr(function, "__name__", "")
-        ours = caller.startswith("autoparallel.") or home.startswith(_OWN)
-        # What is read of a tensor is no number of its own: what is done with it is seen.
-        if not self.rests and not ours and name != "__get__":
+        ours = caller.startswith("autoparallel.") or home.rpartition(".")[2] in _OWN
+        # What is read of a tensor, or computed of sizes, is seen where it is used.
+        if not self.rests and not ours and name != "__get__" and not name.startswith(_OF_SIZES):
             items = (*args, *sorted(kwargs.items())) if kwargs else args
             self.calls[function, *map(self.noted, items)] = None
         return function(*args, **(kwargs or {}))

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import autoparallel
-from autoparallel.capture.outside_answers import OutsideAnswerError
 from autoparallel.errors import CaptureError
 
 X = torch.ones(2, 4)
@@ -38,7 +37,7 @@ def by_identity(model: Any, x: torch.Tensor) -> int:
 
 
 def handed_on(model: Any, x: torch.Tensor) -> float:
-    return next(map(lambda ask: ask(), [time.perf_counter]))
+    return next(iter(time.perf_counter, None))
 
 
 # Asked by C's functions alone, of which no profile function is told.
@@ -58,8 +57,8 @@ def test_another_number_is_noticed(name: str) -> None:
 
 @pytest.mark.parametrize("number", [by_identity, handed_on])
 def test_what_asks_is_handed_on(number: Any) -> None:
-    with pytest.raises(OutsideAnswerError, match="which it hands on"):
-        autoparallel.make_plan(Scaled(number), 2, example_inputs=X, strict_capture=True)
+    plan = autoparallel.make_plan(Scaled(number), 2, example_inputs=X)
+    assert "which it hands on" in plan.breaks[0].reason
 
 
 class Rounded(torch.autograd.Function):
