@@ -175,6 +175,7 @@ class Guards:
         elif read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
             slots = getattr(type(value), "__slots__", None)
+            plain = plain and value is not ABSENT
             if tensor or (plain and (slots or hasattr(value, "__dict__")) and not callable(value)):
                 self.kept.append((value, self.frozen(value)))
 
@@ -192,6 +193,10 @@ class Guards:
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
         partly = any(owner == id(value) for owner, _ in self.own)
         changing = isinstance(value, _CHANGING) or _is_array(value) or _shows_bytes(value)
+        functions = None if partly or not enclosing else _Functions.around(value)
+        if functions is not None:
+            self.lists.append((functions, list(functions)))
+            return
         if changing or enclosing or partly:
             self.kept.append((value, self.frozen(value)))
             return
@@ -277,6 +282,43 @@ class _Names:
 
     def __iter__(self) -> Any:
         return (name for name in self.own if name not in _LEFT_OUT)
+
+
+class _Functions:
+    """What functions refer to that are in the variables of one another, such as decorators.
+
+    functions: each with what its code finds around it.
+    """
+
+    def __init__(self, functions: list[types.FunctionType]) -> None:
+        self.functions = functions
+        self.cells = [cell for each in functions for cell in each.__closure__ or ()]
+
+    @classmethod
+    def around(cls, function: types.FunctionType) -> _Functions | None:
+        """Return those that a function leads to; None where one refers to what can change."""
+        functions, todo = [], [function]
+        while todo:
+            each = todo.pop()
+            if any(each is one for one in functions):
+                continue
+            functions.append(each)
+            values = [_contents(cell) for cell in each.__closure__ or ()]
+            values += [*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()]
+            for value in values:
+                if isinstance(value, types.FunctionType):
+                    todo.append(value)
+                elif not isinstance(value, (*SIMPLE, type, types.ModuleType)):
+                    return None
+        return cls(functions)
+
+    def __len__(self) -> int:
+        return 3 * len(self.functions) + len(self.cells)
+
+    def __iter__(self) -> Iterator[Any]:
+        for each in self.functions:
+            yield from (each.__code__, each.__defaults__, each.__kwdefaults__)
+        yield from map(_contents, self.cells)
 
 
 class _Items:
