@@ -297,7 +297,8 @@ class _Functions:
     @classmethod
     def around(cls, function: types.FunctionType) -> _Functions | None:
         """Return those that a function leads to; None where one refers to what can change."""
-        functions, todo = [], [function]
+        functions: list[types.FunctionType] = []
+        todo = [function]
         while todo:
             each = todo.pop()
             if any(each is one for one in functions):
