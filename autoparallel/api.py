@@ -30,7 +30,8 @@ from autoparallel.placement import Layout, Placement
 from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import is_pipeline, meshes_of_pipeline, stages_of
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.planning.plan_model import fastest_plan, trace_model, with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.plan_model import fastest_plan, trace_model
 from autoparallel.planning.replan import Replanner
 from autoparallel.planning.request import make_options, possible_meshes, require_parameters
 from autoparallel.runtime.ranks import Ranks

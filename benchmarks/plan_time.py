@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -204,7 +205,8 @@ def measure(
 def in_own_process(row: str, options: list[str]) -> dict[str, Any]:
     """Run `measure` in a fresh interpreter, and return its figures."""
     command = [sys.executable, __file__, "--one", row, *options]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    searching = {**os.environ, "AUTOPARALLEL_KEEP_PLANS": "0"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=searching)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -6,7 +6,8 @@ Each row is planned on its own mesh of stages, data and tensor parallelism, with
 published, and cut into stages by the planner; its passes are walked in the order of torch's
 schedule, interleaved where the row is. Nothing is fitted to a row. As in published.py, what kernels
 of the time fused is taken off the seconds of Megatron's ops. `chosen` lets the planner choose all,
-mesh, schedule and what is recomputed, within the memory of a device, and says what planning took.
+mesh, schedule and what is recomputed, within the memory of a device, and says what planning took
+and how its step stands beside that of the published layout.
 """
 
 from __future__ import annotations
@@ -249,23 +250,25 @@ def flops_of_llama(sizes: Mapping[str, int]) -> float:
 
 
 def chosen(only: int | None = None) -> Iterator[Row]:
-    """Yield the steps of the largest rows on the mesh that the planner chooses for 80 GB, beside
-    the published ones: row 0 is Llama 3 405B on 8192 devices, row 1 is 1 T on 3072.
-    """
-    from benchmarks.published_llama import captured_llama
+    """Yield the steps of all rows on the mesh that the planner chooses for 80 GB.
 
-    for number, table in enumerate((ROWS["llama_405b"], ROWS["pipelined"])):
+    Each stands beside the printed one, and beside that of the published layout as it is predicted.
+
+    Rows 0 and 1 are Llama 3 405B on 8192 and on 16384 devices, the next six are those of
+    arXiv:2104.04473 (row 7 is 1 T on 3072), and the last three those of arXiv:2205.05198.
+    Published layouts are predicted with what is recomputed there, and overlap as the product does;
+    that of Llama 3 within 80 GB, too, for which blocks are recomputed.
+    """
+    from benchmarks.published_llama import captured_llama, partition
+
+    tables = [
+        (name, row) for name in ("llama_405b", "pipelined", "selective") for row in _rows(name)
+    ]
+    for number, (name, row) in enumerate(tables):
         if only is not None and number != only:
             continue
-        row = table["rows"][-number]
+        table = ROWS[name]
         hardware = find_hardware(table["hardware"])
-        if number == 0:
-            sizes = table["model"]
-            captured = captured_llama(tuple(sizes.items()), row["batch"])
-            flops = flops_of_llama(sizes) * row["batch"] * sizes["sequence"]
-        else:
-            model = Transformer.of(row, table)
-            captured, flops = _captured(model, row["batch"])[0], model.flops(row["batch"], True)
         options = Options(
             data_parallel=True,
             hardware=hardware.name,
@@ -274,13 +277,49 @@ def chosen(only: int | None = None) -> Iterator[Row]:
             recompute="auto",
             memory_limit=80 * 10**9,
         )
+        if name == "llama_405b":
+            sizes = table["model"]
+            captured = captured_llama(tuple(sizes.items()), row["batch"])
+            flops = flops_of_llama(sizes) * row["batch"] * sizes["sequence"]
+            printed = flops / row["devices"] / row["flops_per_second"]
+            replicas = row["devices"] // row["tensor"] // row["stages"]
+            layout = pipeline_plan(
+                captured,
+                "Llama",
+                Mesh(pp=row["stages"], dp=replicas, tp=row["tensor"]),
+                replace(
+                    options,
+                    microbatches=row["batch"] // replicas // row["micro_batch"],
+                    stages_per_rank=row["chunks"],
+                ),
+                pins={path: (Invariant(), place) for path, place in partition(captured).items()},
+            )
+        else:
+            model = Transformer.of(row, table)
+            captured = _captured(model, row["batch"])[0]
+            recompute = "full" if name == "pipelined" else "selective"
+            layout = planned(model, row, hardware, recompute, True, True)
+            flops = model.flops(row["batch"], again=True)
+            printed = (
+                flops / row["devices"] / row["flops_per_second"]
+                if name == "pipelined"
+                else row["seconds_selective"]
+            )
         meshes = arrangements(row["devices"], hardware.devices_per_node)
         began = time.process_time()
         plan = fastest_plan(nn.Module(), captured, meshes, options)
         took = time.process_time() - began
+        seconds = (
+            seconds_of(plan, hardware, fused=name != "llama_405b") if plan.pipeline else plan.step
+        )
         what = f"{row['devices']} devices, {plan.whole_mesh}, planned in {took:.0f} s"
-        printed = flops / row["devices"] / row["flops_per_second"]
-        yield Row(what, seconds_of(plan, hardware, fused=number > 0), printed, "s", plan)
+        yield Row(what, seconds, printed, "s", plan)
+        yield Row("   beside the published layout", plan.step, layout.step, "s", plan)
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a table that have stages."""
+    return [row for row in ROWS[name]["rows"] if row["stages"] > 1]
 
 
 TABLES = {each.__name__: each for each in (pipelined, interleaved, llama, chosen)}

@@ -10,6 +10,7 @@ What was found is kept in docs/plans.json, and rows that are not named keep thei
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ def plan_row(row: Mapping[str, Any]) -> dict[str, Any]:
     from autoparallel.commands.asked_plan import parse_mesh
 
     torch.set_num_threads(1)
+    os.environ["AUTOPARALLEL_KEEP_PLANS"] = "0"  # the search is what takes the time
     # The first plan of a process loads much of torch.
     autoparallel.make_plan(torch.nn.Linear(8, 8), 2, example_inputs=torch.ones(4, 8))
     model, inputs = build(row)

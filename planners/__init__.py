@@ -19,7 +19,7 @@ HiGHS; `exhaustive` is the oracle for small problems. `partition` cuts a chain o
 
 from planners import coarsening, conditioning, exact, exhaustive, ilp, lagrangian
 from planners.exact import least_among, min_marginals
-from planners.ordering import TooWideError
+from planners.greedy_orders import TooWideError
 from planners.partition import partition
 from planners.problem import Problem, Spent
 from planners.solution import InfeasibleError, OverLimitError, Solution

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from planners import conditioning, exact
 from planners.effort import current
-from planners.ordering import TooWideError
+from planners.greedy_orders import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
 from planners.table_memo import Memo

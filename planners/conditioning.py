@@ -21,7 +21,7 @@ import numpy as np
 from planners import exact, ilp
 from planners.cutsets import MAX_TABLE_ENTRIES, apart, cutset
 from planners.effort import current
-from planners.ordering import TooWideError
+from planners.greedy_orders import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
 from planners.table_memo import Memo

@@ -11,6 +11,9 @@ from planners.tables import Table
 _CHUNK_ENTRIES = 2**18  # the joint table is walked in pieces of this size, which stay in cache
 # The fixed time of a block, in entries that could be walked meanwhile.
 _ENTRIES_PER_BLOCK = 25_000
+# An entry of a block's result is gathered and scattered by indices, which takes as long as to walk
+# so many entries.
+_ENTRIES_PER_RESULT = 4
 # Smaller joint tables are not searched for finite blocks: walking them whole is quicker.
 _SPARSE_ENTRIES = 2**17
 
@@ -27,8 +30,12 @@ def contract(arrays: list[Table], shape: tuple[int, ...], kept_axes: tuple[int, 
     """
     if math.prod(shape) >= _SPARSE_ENTRIES and kept_axes == tuple(range(1, len(shape))):
         blocks = _blocks(arrays, shape)
-        entries = sum(math.prod(len(axis) for axis in block) for block in blocks)
-        if entries + _ENTRIES_PER_BLOCK * len(blocks) <= math.prod(shape):
+        results = [math.prod(len(axis) for axis in block[1:]) for block in blocks]
+        entries = sum(
+            len(block[0]) * size + _ENTRIES_PER_RESULT * size + _ENTRIES_PER_BLOCK
+            for block, size in zip(blocks, results, strict=True)
+        )
+        if entries <= math.prod(shape):
             return _by_blocks(arrays, shape, blocks)
     return _dense(arrays, shape, kept_axes)
 

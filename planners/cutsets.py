@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from planners.greedy_orders import SCORES, TooWideError, greedy_order
 from planners.interaction_graph import components, interaction_graph
-from planners.ordering import SCORES, TooWideError, greedy_order, only
+from planners.ordering import only
 from planners.problem import Problem
 from planners.reduction import ContradictionError, Network, reduce
 from planners.table_memo import Memo

@@ -13,7 +13,8 @@ import numpy as np
 
 from planners.dominance import Asked, without_dominated
 from planners.effort import current
-from planners.ordering import SCORES, Schedule, TooWideError, schedule
+from planners.greedy_orders import SCORES, TooWideError
+from planners.ordering import Schedule, schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, Network, closure, reduce
 from planners.solution import InfeasibleError, Solution
@@ -26,11 +27,11 @@ _METHOD = "variable elimination"
 _MAX_CONFLICT_CANDIDATES = 1000
 _MAX_CONFLICT_CHECKS = 200
 # With less work, in table entries read, elimination is quicker than to look for dominated states.
-_LITTLE_WORK = 2**27
+_LITTLE_WORK = 2**26
 # Messages are rounded down to this share of the optimum's magnitude, see `_Elimination._down`.
 _GRAIN = 2.0**-40
 # What elimination takes, by its work in table entries and by the tables of the problem.
-_SECONDS_PER_ENTRY, _SECONDS_PER_TABLE = 1e-9, 1e-5
+_SECONDS_PER_ENTRY, _SECONDS_PER_TABLE = 2e-9, 1e-5
 
 
 def solve(

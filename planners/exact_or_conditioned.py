@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from planners import conditioning, exact
-from planners.ordering import TooWideError
+from planners.greedy_orders import TooWideError
 from planners.problem import Problem
 from planners.solution import Solution
 from planners.table_memo import Memo

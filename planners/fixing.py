@@ -14,7 +14,7 @@ from planners.table_memo import Memo
 from planners.tables import Alternative
 
 # Min-marginals of more work, in table entries read, take longer than what they spare.
-_MOST_WORK = 2**28
+_MOST_WORK = 2**27
 
 __all__ = ["forbid", "possible_states"]
 

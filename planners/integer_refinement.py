@@ -9,7 +9,7 @@ import numpy as np
 
 from planners import ilp
 from planners.fixing import possible_states
-from planners.ordering import TooWideError
+from planners.greedy_orders import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError, Solution
 

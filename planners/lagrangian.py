@@ -23,9 +23,9 @@ from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meet
 from planners.effort import current
 from planners.exact_or_conditioned import ExactOrConditioned
 from planners.fixing import forbid, possible_states
+from planners.greedy_orders import TooWideError
 from planners.integer_refinement import refine_by_integer_program
 from planners.local_improvement import improve_within_limit, repair_to_limit
-from planners.ordering import TooWideError
 from planners.problem import Multiplier, Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 

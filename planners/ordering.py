@@ -1,54 +1,39 @@
 """The order in which to eliminate the variables of a network, and the cost of each step.
 
 Nothing is computed on tables here: a schedule names every step by what goes into it, so that steps
-that will give the same table have the same recipe. Finding the best order is NP-hard (Arnborg,
-Corneil & Proskurowski 1987); greedy orders by weight and by fill are near it on narrow graphs.
+that will give the same table have the same recipe.
 """
 
-import heapq
 import itertools
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from planners.greedy_orders import (
+    SCORES,
+    TooWideError,
+    greedy_order,
+    hubs_of,
+    inserted,
+    variable_classes,
+)
 from planners.interaction_graph import components, network_graph
 from planners.reduction import Network
 from planners.table_memo import Operand, Orders
 
 # Predicted cost of a step, in table entries read: this fixed part and the entries of its tables.
-_ENTRIES_PER_STEP = 20_000
+_ENTRIES_PER_STEP = 10_000
 # The time of finding and scheduling another order, per variable and in the same unit.
-_ENTRIES_PER_VARIABLE = 10_000
+_ENTRIES_PER_VARIABLE = 5_000
 # The most entries of all resulting tables together: 2 GiB of float64.
 _MOST_ENTRIES = 2**28
 # Schedules of more work than this, in the same unit, take longer than some ten seconds.
-_MUCH_WORK = 2**35
-# By what the next variable may be chosen, see `_Graph`; the quickest first.
-SCORES = ("weight", "balance", "fill")
+_MUCH_WORK = 2**34
 # How many times the time of finding an order the work must be for another to be looked for.
 _WORTHWHILE = {"weight": 1, "balance": 4, "fill": 100}
 # An order that was found for a similar network is taken if its work has grown by no more than this.
 _AS_GOOD = 1.5
-# Variables with more neighbours are not worth scoring by fill: they go late anyway.
-_MAX_FILL_DEGREE = 60
-
-
-class TooWideError(ValueError):
-    """Elimination would need a table of more entries than allowed.
-
-    entries: of the first table over the limit (of all tables together, if no single one is), the
-    least of all orders tried. limit: the number of entries allowed for one table. The message says
-    to raise `max_table_entries` or to use the integer program.
-    """
-
-    def __init__(self, entries: int, limit: int) -> None:
-        self.entries = entries
-        self.limit = limit
-        super().__init__(
-            f"variable elimination needs tables of 2**{math.log2(entries):.1f} entries, over the"
-            f" limit of 2**{math.log2(limit):.1f}: raise max_table_entries, or solve the integer"
-            " program"
-        )
+# One in so many variables may be new to it: states that were dominated there, and are not here.
+_MOST_NEW = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +52,23 @@ class Recipe:
     def entries(self) -> int:
         """The number of entries of the resulting table."""
         return math.prod(self.shape[1:])
+
+    @property
+    def work(self) -> int:
+        """The table entries that are read: tables are added up from the smallest on, so that the
+        sum grows as late as possible, and its least is taken.
+        """
+        shape = self.shape
+        total = [1] * len(shape)
+        read = math.prod(shape)
+        for axes in sorted(
+            (axes for _, axes in self.operands),
+            key=lambda axes: math.prod([shape[axis] for axis in axes]),
+        ):
+            for axis in axes:
+                total[axis] = shape[axis]
+            read += math.prod(total)
+        return read
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +98,7 @@ class Schedule:
     @property
     def work(self) -> int:
         """The predicted cost of all distinct recipes, in table entries read."""
-        return sum(
-            _ENTRIES_PER_STEP + math.prod(recipe.shape) * len(recipe.operands)
-            for recipe in self.recipes
-        )
+        return sum(_ENTRIES_PER_STEP + recipe.work for recipe in self.recipes)
 
 
 def schedule(
@@ -108,17 +107,18 @@ def schedule(
     orders: Orders | None = None,
     scores: tuple[str, ...] = SCORES,
 ) -> Schedule:
-    """Return the cheapest of up to six greedy orders, as a schedule.
+    """Return the cheapest of up to twelve greedy orders, as a schedule.
 
     The next variable is the one whose step has the smallest joint table (min-weight). If that
     leaves many distinct steps, whole classes of equal variables are also tried; if it leaves big
     ones, the variable that connects its neighbours least (min-fill) is, by itself and together with
-    the size of its result, which takes longer to find.
+    the size of its result, which takes longer to find. Where variables have very many neighbours,
+    orders that leave these aside come first, see `greedy_order`.
     network: a reduced problem. max_table_entries: the largest result of a step. orders: those found
     for earlier problems; one of the same form takes the same order, one that differs a
     little takes the last order, or the first, if that is hardly more work than it was, and a new
     order is added.
-    scores: by what variables may be chosen, see `_Graph`.
+    scores: by what variables may be chosen, see `greedy_orders`.
     Where no order is narrow enough everywhere, parts of the network that share no table take the
     best order of each.
     Raises TooWideError when no order keeps all tables within the limit, or all results together
@@ -129,13 +129,19 @@ def schedule(
     form = network.form, scores
     free = [variable for variable, size in enumerate(network.sizes) if size > 1]
     kept = dict.fromkeys(free)
-    # The last order is of the most similar network; the first one mostly knows most variables.
-    tries = (orders.get(form), next(reversed(orders.values()), None), *[*orders.values()][:1])
-    for earlier in tries:
-        if earlier is None:
-            continue
+    # The last order is of the most similar network; the first one mostly knows most variables. What
+    # was found by fewer scores is no measure of what all of them find.
+    sought_alike = [order for (_, sought), order in orders.items() if sought == scores]
+    same = [orders[form]] if form in orders else []
+    for earlier in (*same, *sought_alike[-1:], *sought_alike[:1]):
         order = [variable for variable in earlier[0] if variable in kept]
-        if len(order) == len(free):
+        had = dict.fromkeys(order)
+        new = [variable for variable in free if variable not in had]
+        if len(new) * _MOST_NEW <= len(free):
+            try:
+                order = inserted(network, order, new, max_table_entries) if new else order
+            except TooWideError:
+                continue
             known = _schedule(network, order)
             largest = max([recipe.entries for recipe in known.recipes], default=0)
             most_work = math.inf if form in orders else _AS_GOOD * earlier[1]
@@ -148,18 +154,26 @@ def schedule(
     best: Schedule | None = None
     best_work, best_order = math.inf, list[int]()
     needed: list[int] = []
-    for score, by_class in itertools.product(scores, (False, True)):
+    hubs = hubs_of(network)
+    # With hubs in their own places orders are found sooner, and mostly better ones.
+    for aside, score, by_class in itertools.product((True, False), scores, (False, True)):
+        if aside and not hubs:
+            continue
         # Another order is looked for only while the work it may save exceeds the time of finding
-        # it, which is far longer where neighbours are compared.
-        if best_work <= search_work * _WORTHWHILE[score]:
+        # it, which is far longer where neighbours are compared, and hubs are among them.
+        worthwhile = _WORTHWHILE[score]
+        if hubs and not aside and score != SCORES[0]:
+            worthwhile = max(_WORTHWHILE.values())
+        if best_work <= search_work * worthwhile:
             continue
         if by_class and not alike:
-            alike = _classes(network, free)
+            alike = variable_classes(network, free)
         # Without equal variables, orders by class are those by variable.
         if by_class and len(dict.fromkeys(alike.values())) == len(free):
             continue
         try:
-            order = greedy_order(network, alike if by_class else alone, score, max_table_entries)
+            classes = alike if by_class else alone
+            order = greedy_order(network, classes, score, max_table_entries, hubs if aside else ())
         except TooWideError as error:
             needed.append(error.entries)
             continue
@@ -210,159 +224,6 @@ def only(network: Network, variables: list[int]) -> Network:
     states = [own if v in kept else own[:1] for v, own in enumerate(network.states)]
     terms = [term for term in network.terms if kept.issuperset(term[0])]
     return Network(tuple(states), tuple(terms), (), {})
-
-
-def greedy_order(
-    network: Network, classes: dict[int, int], score: str, max_table_entries: int
-) -> list[int]:
-    """Greedy order, a class of variables at a time.
-
-    score: by what variables are chosen, see `_Graph`. Why classes: the end of a
-    chain is always the cheapest next step, and a sweep from it gives every layer other messages.
-    Taking equal variables of all layers together keeps layers equal.
-    Of two neighbours in a class one has to wait, so a chain of equals is halved again and again.
-    Raises TooWideError as soon as a table gets over the limit.
-    """
-    graph = _Graph(network, score)
-    members: dict[int, list[int]] = {}
-    for variable, number in classes.items():
-        members.setdefault(number, []).append(variable)
-
-    def score_of(number: int) -> tuple[int, int]:
-        return max([graph.scores[variable] for variable in members[number]])
-
-    heap = [(score_of(number), number) for number in members]
-    heapq.heapify(heap)
-    order: list[int] = []
-    while heap:
-        lowest, number = heapq.heappop(heap)
-        if not members[number] or lowest != score_of(number):
-            continue  # out of date: every change pushes the class again
-        waiting: dict[int, None] = {}
-        changed = {number: None}
-        for variable in members[number]:
-            if variable in waiting:
-                continue
-            around = sorted(graph.neighbors[variable])
-            entries = math.prod([graph.sizes[other] for other in around])
-            if entries > max_table_entries:
-                raise TooWideError(entries, max_table_entries)
-            order.append(variable)
-            for other in graph.eliminate(variable, around):
-                changed[classes[other]] = None
-            for other in around:
-                if classes[other] == number:
-                    waiting[other] = None
-        members[number] = [variable for variable in members[number] if variable in waiting]
-        for touched in changed:
-            if members[touched]:
-                heapq.heappush(heap, (score_of(touched), touched))
-    return order
-
-
-class _Graph:
-    """The interaction graph under elimination: who shares a table with whom, and each one's score.
-
-    scores[v]: the variable of the lowest score is eliminated first. By "weight" a score is (0,
-    weight), the logarithm of the joint table's size; by "fill" it is (fill, weight), where fill is
-    the size of the tables between neighbours that are not connected yet; by "balance" it is the
-    logarithm of fill * result / own size: a variable of few states between large ones waits, as it
-    keeps them apart at little cost. weights are fixed-point base-2 logarithms.
-    """
-
-    def __init__(self, network: Network, score: str) -> None:
-        # Fixed-point logarithms: sums of them do not depend on the order of adding.
-        self.logs = [round(math.log2(size) * 2**20) for size in network.sizes]
-        self.sizes = network.sizes
-        self.score, self.filling = score, score != "weight"
-        self.neighbors = network.neighbors()
-        self.weights = [
-            self.logs[variable] + sum([self.logs[other] for other in around])
-            for variable, around in enumerate(self.neighbors)
-        ]
-        self.scores = [self._score(variable) for variable in range(len(self.logs))]
-
-    def eliminate(self, variable: int, around: list[int]) -> Iterable[int]:
-        """Remove a variable, join all its neighbours, and return whose score may have changed."""
-        logs, neighbors, weights = self.logs, self.neighbors, self.weights
-        # The neighbours become a clique. Besides their own scores, a new connection lowers the fill
-        # of every common neighbour of its two ends.
-        changed = dict.fromkeys(around)
-        for place, first in enumerate(around):
-            known = neighbors[first]
-            del known[variable]
-            weights[first] -= logs[variable]
-            for second in around[place + 1 :]:
-                if second not in known:
-                    known[second] = None
-                    neighbors[second][first] = None
-                    weights[first] += logs[second]
-                    weights[second] += logs[first]
-                    if self.filling:
-                        few, many = sorted((known, neighbors[second]), key=len)
-                        changed.update(dict.fromkeys([v for v in few if v in many]))
-        changed.pop(variable, None)
-        for other in changed:
-            self.scores[other] = self._score(other)
-        return changed
-
-    def _score(self, variable: int) -> tuple[int, int]:
-        """Return the score of a variable, see the class."""
-        weight = self.weights[variable]
-        if not self.filling:
-            return 0, weight
-        around = list(self.neighbors[variable])
-        if len(around) > _MAX_FILL_DEGREE:
-            return 2**62, weight
-        fill = 0
-        for place, first in enumerate(around):
-            known = self.neighbors[first]
-            for second in around[place + 1 :]:
-                if second not in known:
-                    fill += self.sizes[first] * self.sizes[second]
-        if self.score == "fill":
-            return fill, weight
-        # The logarithm of an integer's length in bits would be too coarse; it is rounded to fixed
-        # point, as the weights are.
-        balance = round(math.log2(1 + fill) * 2**20) + weight - 2 * self.logs[variable]
-        return balance, weight
-
-
-def _classes(network: Network, free: list[int]) -> dict[int, int]:
-    """Return the class of every variable: equal ones have equal tables and surroundings.
-
-    Colour refinement (Weisfeiler-Leman) by a few rounds. Classes are numbered by first appearance.
-    """
-    around: dict[int, list[tuple[int, int, tuple[int, ...]]]] = {v: [] for v in free}
-    own: dict[int, list[int]] = {variable: [] for variable in free}
-    for scope, table in network.terms:
-        if len(scope) == 1:
-            own[scope[0]].append(table)
-        else:
-            for axis, variable in enumerate(scope):
-                others = scope[:axis] + scope[axis + 1 :]
-                around[variable].append((table, axis, others))
-    sizes = network.sizes
-    colors = _numbered({v: (sizes[v], tuple(sorted(own[v]))) for v in free})
-    # More rounds would tell apart the layers by their distance from the ends of the model.
-    for _ in range(3):
-        looks = {}
-        for variable in free:
-            seen = sorted(
-                [
-                    (table, axis, tuple([colors[other] for other in others]))
-                    for table, axis, others in around[variable]
-                ]
-            )
-            looks[variable] = (colors[variable], tuple(seen))
-        colors = _numbered(looks)
-    return colors
-
-
-def _numbered(looks: Mapping[int, tuple[object, ...]]) -> dict[int, int]:
-    """Return a number for each look, the same for equal ones, by first appearance."""
-    numbers: dict[tuple[object, ...], int] = {}
-    return {variable: numbers.setdefault(look, len(numbers)) for variable, look in looks.items()}
 
 
 def _schedule(network: Network, order: list[int]) -> Schedule:

@@ -97,7 +97,8 @@ def reduce(problem: Problem, memo: Memo, allowed: Sequence[int] | None = None) -
         add(number, (place,))
     for scope, number in zip(scopes, tables, strict=True):
         add(number, scope)
-    states_of_domain = {domain: np.flatnonzero(memo.domains[domain]) for domain in domains}
+    distinct = dict.fromkeys(domains)
+    states_of_domain = {domain: np.flatnonzero(memo.domains[domain]) for domain in distinct}
     states = tuple(states_of_domain[domain] for domain in domains)
     return Network(states, tuple(terms), tuple(offsets), blamed)
 

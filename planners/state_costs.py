@@ -10,7 +10,7 @@ import numpy as np
 
 from planners import conditioning, exact
 from planners.cutsets import MAX_TABLE_ENTRIES, apart, cutset
-from planners.ordering import TooWideError
+from planners.greedy_orders import TooWideError
 from planners.problem import Problem
 from planners.solution import InfeasibleError
 from planners.table_memo import Memo

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from garbage import collect_rarely
+
+# Folders of tests of what becomes of graphs: in each file, equal models are traced once.
+_AFTER_TRACING = ("analysis", "plan", "planning", "questions", "view")
+
+# What is tested is planning, and not a plan that another test or another run has left.
+os.environ["AUTOPARALLEL_KEEP_PLANS"] = "0"
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -33,3 +42,31 @@ def one_trace() -> Iterator[None]:
 
     with traced_once():
         yield
+
+
+@pytest.fixture(scope="module")
+def one_first_trace() -> Iterator[None]:
+    """In this file, equal models are traced once; what changes afterwards is traced as always."""
+    from traces import traced_once
+
+    with traced_once(again=False):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once_after_tracing(request: pytest.FixtureRequest) -> None:
+    """Have all tests of a file share its traces, where no test is about tracing."""
+    if request.path.parent.name in _AFTER_TRACING:
+        request.getfixturevalue("one_trace")
+
+
+@pytest.fixture
+def mesh_of_this_process(tmp_path: Path) -> Iterator[Any]:
+    """Return a device mesh of this one process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()

@@ -22,6 +22,7 @@ from autoparallel.cost.fake_run import (
     runner,
     skeleton,
 )
+from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.saved_tensors import fitted, stand_in
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.graph.part_sizes import local_shape
@@ -119,6 +120,7 @@ class AbstractExecution:
         self._remade = frozenset(remade)
         self.graph, self.received = graph, received or {}
         self.sizes = tuple(size for _, size in plan.mesh.axes)
+        self.device = find_hardware(plan.options.hardware).device
         self.whole = whole_layout(len(self.sizes))
         # Inputs of a whole model are data; those of a traced part come from other parts, and may
         # need gradients.
@@ -376,7 +378,7 @@ class AbstractExecution:
         else:
             if rule is not None and rule.random:
                 kwargs |= random_arguments(expected[0].shape)
-            function = runner(node.target, rule)
+            function = runner(node.target, rule, self.device)
             seen = observe(function, args, kwargs, operands, expected, backward=True)
         self._seen[key] = seen
         return seen
@@ -388,9 +390,9 @@ class AbstractExecution:
         kernels: list[tuple[Kernel, dict[str, Any]]] = []
         for axis, name in enumerate(choice.kernels):
             if name:
-                kernel, size = self._kernel(call, rule, choice, axis)
+                kernel, sizes = self._kernel(call, rule, choice, axis)
                 group = StandInGroup(self.sizes[axis])
-                kernels.append((kernel, {"group": group, "size": size, **dict(kernel.arguments)}))
+                kernels.append((kernel, {"group": group, **sizes, **dict(kernel.arguments)}))
         run: Callable[..., Any] | None = None
         # Of those that run another, that of the outermost axis is called first.
         kernels.reverse()
@@ -402,18 +404,28 @@ class AbstractExecution:
 
     def _kernel(
         self, call: OpCall, rule: ShardingRule, choice: OpChoice, axis: int
-    ) -> tuple[Kernel, int]:
-        """Return the kernel that splits a loop on an axis, and the loop's size without that
-        split.
+    ) -> tuple[Kernel, dict[str, int]]:
+        """Return the kernel that splits a loop on an axis, and the sizes that it is told: the
+        loop's, and that of a loop that it splits together with it, without that split.
         """
-        name = choice.kernels[axis]
+        name = choice.kernel(axis)
+        kernel: Kernel | None = None
+        sizes: dict[str, int] = {}
+        others: tuple[str, ...] = ()
         for value, dims, layout in zip(call.operands, rule.operands, choice.operands, strict=True):
             shard = layout[axis]
-            for loop in dims[shard.dim] if isinstance(shard, Shard) else ():
-                kernel = rule.kernel_of(loop, name)
-                if kernel is not None:
-                    assert isinstance(shard, Shard)
-                    whole = tuple(hint(size) for size in value.shape)
-                    shape = local_shape(whole, layout, self.sizes, without=axis)
-                    return kernel, shape[shard.dim]
-        raise AssertionError(f"{call.node.name}: a kernel without a split operand")
+            if not isinstance(shard, Shard):
+                continue
+            whole = tuple(hint(size) for size in value.shape)
+            size = local_shape(whole, layout, self.sizes, without=axis)[shard.dim]
+            for loop in dims[shard.dim]:
+                by = rule.kernel_of(loop, name)
+                if kernel is None and by is not None:
+                    kernel, sizes["size"] = by, size
+                    exchange = rule.exchanges.get(loop)
+                    others = exchange.loops if exchange and exchange.kernel is by else ()
+                elif loop in others:
+                    sizes.setdefault("extent", size)
+        if kernel is None:
+            raise AssertionError(f"{call.node.name}: a kernel without a split operand")
+        return kernel, sizes

@@ -266,7 +266,7 @@ class _Writer:
         ]
         count = len(op.operands)
         shares = self.algebra.shares(rule, axis_layouts[:count], axis_layouts[count:])
-        name = op.kernels[axis] if op.kernels else ""
+        name = op.kernel(axis)
         kernels = ((loop, rule.kernel_of(loop, name)) for loop in shares)
         return next(((loop, kernel) for loop, kernel in kernels if kernel is not None), ("", None))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from autoparallel.runtime.schedule_orders import FORWARD, INPUTS, WEIGHTS, Pass
 
-__all__ = ["Held", "StageSeconds", "Timed", "held", "most_held", "walk"]
+__all__ = ["Held", "StageSeconds", "Timed", "held", "held_together", "most_held", "walk"]
 
 _Order = Sequence[Sequence[Pass]]
 
@@ -150,6 +150,22 @@ def most_held(order: _Order) -> tuple[int, ...]:
                 now[work.stage] = now.get(work.stage, 0) + (1 if work.kind == FORWARD else -1)
                 most[work.stage] = max(most.get(work.stage, 0), now[work.stage])
     return tuple(most[stage] for stage in sorted(most))
+
+
+def held_together(order: _Order) -> tuple[int, ...]:
+    """Return how many micro-batches each stage holds when its rank holds most of all of its stages.
+
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
+    >>> order = schedule_order("1f1b", 2, 2, 8)
+    >>> held_together(order), most_held(order)
+    ((3, 2, 2, 1), (4, 3, 2, 1))
+    """
+    stages = 1 + max(work.stage for passes in order for work in passes)
+    most = [1] * stages
+    for moment in held(order, [1.0] * stages):
+        for stage, batches in moment.stages:
+            most[stage] = batches
+    return tuple(most)
 
 
 def _moments(passes: Sequence[Pass], nbytes: Sequence[float]) -> Iterator[Held]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import pkgutil
 import sys
 import traceback
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from autoparallel.commands.bundled_models import BUNDLED, BundledModel
 from autoparallel.commands.empty_parameters import buffers_alone
 from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.support.json_text import read_other_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -221,7 +221,7 @@ def _configuration(place: str) -> tuple[str, dict[str, Any]]:
     path = Path(place).expanduser()
     path = path / "config.json" if path.is_dir() else path
     try:
-        entries = json.loads(path.read_text())
+        entries = read_other_json(path.read_text())
     except FileNotFoundError:
         raise PlanError(
             f"there is no file {path}",

@@ -43,7 +43,8 @@ class Hardware:
     second) pairs, ascending, where caches make short arrays faster than long ones; sustained at all
     sizes if empty. functions_per_second: of exponentials and their like, element by element; 0
     where memory is always slower. exponentials_per_second: of those inside of fused attention,
-    which has its elements at hand; 0 where they are not the matter.
+    which has its elements at hand; 0 where they are not the matter. device: "gpu" or "cpu", by
+    which torch has one kernel for an op or makes it of others, which save more.
 
     Example: `find_hardware("dgx-a100").device_memory_bytes`
     """
@@ -63,6 +64,7 @@ class Hardware:
     memory_by_size: tuple[tuple[int, float], ...] = ()
     functions_per_second: float = 0.0
     exponentials_per_second: float = 0.0
+    device: str = "gpu"
 
     def peak(self, itemsize: int) -> float:
         """Return the peak rate of products of elements of `itemsize` bytes, in FLOP/s.

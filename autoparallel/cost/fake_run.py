@@ -12,12 +12,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
 import torch
 
+from autoparallel.cost.gpu_kernels import gpu_kernel
 from autoparallel.graph.aliasing import shares_memory
 from autoparallel.graph.graph import Ref, Sym
 from autoparallel.graph.operators import operator_of
@@ -26,6 +27,7 @@ from autoparallel.rules.rule import ShardingRule
 from autoparallel.runtime import kernels, rng
 from autoparallel.runtime import random_ops as draws
 from autoparallel.runtime.groups import Group
+from autoparallel.runtime.memory_order import in_memory_order
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.torch_private import (
@@ -163,11 +165,17 @@ def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def runner(target: str, rule: ShardingRule | None = None) -> Callable[..., Any]:
+def runner(
+    target: str, rule: ShardingRule | None = None, device: str = "cpu"
+) -> Callable[..., Any]:
     """Return the function that an emitted program calls for an op where no kernel runs it.
 
     target: the op. rule: of the call, which may name a function of ours; None if it has none.
+    device: as of Hardware; what makes and saves the same takes the place of a GPU's kernel.
     """
+    fused = gpu_kernel(target) if device == "gpu" else None
+    if fused is not None:
+        return partial(in_memory_order, fused) if rule and rule.function else fused
     if rule is not None and rule.random:
         return _drawing(getattr(draws, rule.random))
     return getattr(kernels, rule.function) if rule and rule.function else operator_of(target)

@@ -253,7 +253,8 @@ def _of_kind(kind: Collective, calls: Sequence[Call]) -> list[Regime]:
     Libraries switch protocols at some size: every size is tried as the border between two regimes,
     and the second one is taken if it brings the error down enough.
     """
-    algorithm = Algorithm.EXCHANGE if kind is Collective.ALL_TO_ALL else Algorithm.RING
+    is_ring = Algorithm.RING.steps(kind, 2) is not None
+    algorithm = Algorithm.RING if is_ring else Algorithm.EXCHANGE
     one = [_regime(algorithm, kind, calls, "measured")]
     best, wrong = one, _wrong(_call_seconds(Link(tuple(one)), calls), _seconds(calls))
     for cut in sorted({call.nbytes for call in calls})[2:-2]:

@@ -169,6 +169,9 @@ def _parse(rows: Any, where: str) -> Hardware:
         dict(pairs).items()
     ):
         _refuse(where, "memory_by_size", by_size, "positive pairs of ascending bytes")
+    device = rows.get("device", "gpu")
+    if device not in ("gpu", "cpu"):
+        _refuse(where, "device", device, "'gpu' or 'cpu'")
     return Hardware(
         name=str(rows["name"]),
         source=str(rows["source"]),
@@ -188,6 +191,7 @@ def _parse(rows: Any, where: str) -> Hardware:
         memory_by_size=pairs,
         functions_per_second=float(rows.get("functions_per_second", 0.0)),
         exponentials_per_second=float(rows.get("exponentials_per_second", 0.0)),
+        device=device,
     )
 
 

@@ -13,6 +13,8 @@ from autoparallel.placement import Collective
 
 __all__ = ["Algorithm", "Link", "Regime", "joined"]
 
+# What a rank sends to its neighbours alone.
+_TO_NEIGHBOURS = (Collective.RING_PASS, Collective.EDGE_EXCHANGE)
 _BOTH_WAYS = 2  # An all-reduce is a reduce-scatter and an all-gather.
 
 
@@ -32,14 +34,18 @@ class Algorithm(Enum):
         RING: everything but an all-to-all; every part passes all ranks (Patarasuk & Yuan 2009).
         TREE: an all-reduce, up and down again (Sanders et al. 2009). SWITCH: an all-reduce added up
         by the switch; a rank sends the whole to be added and its own part of the sum to all.
-        EXCHANGE: an all-to-all, directly.
+        EXCHANGE: what ranks send each other directly.
 
         >>> Algorithm.RING.steps(Collective.ALL_REDUCE, 4)
         (6, 1.5)
         """
         n = world_size
         if self is Algorithm.EXCHANGE:
-            return (n - 1, (n - 1) / n**2) if kind is Collective.ALL_TO_ALL else None
+            return {
+                Collective.ALL_TO_ALL: (n - 1, (n - 1) / n**2),
+                Collective.RING_PASS: (n - 1, (n - 1) / n),
+                Collective.EDGE_EXCHANGE: (1, 1.0),
+            }.get(kind)
         if self is Algorithm.RING and kind in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER):
             return n - 1, (n - 1) / n
         if kind is not Collective.ALL_REDUCE:
@@ -58,7 +64,8 @@ class Regime:
     bytes_per_second: the rate at which a rank sends at large sizes. hop_seconds: latency of a hop.
     floor_seconds: of starting. protocol: its name, by which regimes inside a node and between nodes
     belong together. collectives: those that it is for, by name, if not for all that the algorithm
-    can do: a library may do one in a better way than another.
+    can do: a library may do one in a better way than another. neighbour_bytes_per_second: the rate
+    at which a rank sends to the next one, where that is another one.
     """
 
     algorithm: Algorithm
@@ -67,6 +74,7 @@ class Regime:
     floor_seconds: float
     protocol: str = ""
     collectives: tuple[str, ...] = ()
+    neighbour_bytes_per_second: float = 0.0
 
     @property
     def way(self) -> tuple[Algorithm, str, tuple[str, ...]]:
@@ -76,7 +84,15 @@ class Regime:
     def makes(self, kind: Collective) -> bool:
         """Return whether the regime can make the collective, and is for it."""
         able = self.algorithm.steps(kind, 2) is not None
-        return able and (not self.collectives or kind.value in self.collectives)
+        # What sends to all others can send to one.
+        kinds = (kind, Collective.ALL_TO_ALL) if kind in _TO_NEIGHBOURS else (kind,)
+        return able and (
+            not self.collectives or any(each.value in self.collectives for each in kinds)
+        )
+
+    def rate(self, kind: Collective) -> float:
+        """Return the bytes per second at which a rank sends in a collective."""
+        return (kind in _TO_NEIGHBOURS and self.neighbour_bytes_per_second) or self.bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ class Link:
             lines += [
                 (
                     regime.floor_seconds + hops * regime.hop_seconds,
-                    sent / regime.bytes_per_second,
+                    sent / regime.rate(kind),
                 )
                 for regime in regimes
             ]
@@ -149,4 +165,6 @@ def joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Re
         rate = far.bytes_per_second * (size - 1) / (size - members)
     floor = max(near.floor_seconds, far.floor_seconds)
     rate = min(rate, near.bytes_per_second)
-    return Regime(near.algorithm, rate, hop, floor, near.protocol, near.collectives)
+    # The last member of a node sends to the next node by its own share of the network.
+    next_rate = min(far.bytes_per_second, near.bytes_per_second) if nodes > 1 else 0.0
+    return Regime(near.algorithm, rate, hop, floor, near.protocol, near.collectives, next_rate)

@@ -17,7 +17,7 @@ from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.cost.matmul import product_seconds
 from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.graph.graph import Value, hint, numel_hint
-from autoparallel.placement import Shard
+from autoparallel.placement import Collective, Shard
 from autoparallel.rules.function_counts import functions
 from autoparallel.rules.rule import Dims, OpCall, ShardingRule
 from autoparallel.rules.strategies import Strategy
@@ -83,7 +83,6 @@ def op_costs(
     shares = _loop_shares(rule, joints)
     parts = _bytes(call, joints)
     whole = np.array([[nbytes(value) for value in (*call.operands, *call.results)]], dtype=float)
-    communication = [_communication(joint, axes, hardware) for joint in joints]
     if rule.inner is not None:
         product, forward, traffic = _inner(call, rule, shares, hardware)
         _, _, whole_traffic = _inner(call, rule, np.ones((1, shares.shape[1])), hardware)
@@ -95,17 +94,22 @@ def op_costs(
         ones = np.ones((1, shares.shape[1]))
         _, whole_traffic = _traffic(call, rule, ones, whole, hardware)
         product = np.zeros(len(joints))
+    sent = [_communication(joint, axes, hardware) for joint in joints]
+    waits = [
+        _waits(joint, axes, (float(first), float(every - first)))
+        for joint, first, every in zip(joints, forward, product + traffic, strict=True)
+    ]
     flops = rule.flops * rule.points * shares.prod(axis=1)
     return tuple(
         OpCost(
             product=float(product[index]),
             traffic=float(traffic[index]),
             whole_traffic=float(whole_traffic[0]),
-            communication=paid,
+            communication=paid + sum(waited),
             flops=float(flops[index]),
-            forward=float(forward[index]) + paid,
+            forward=float(forward[index]) + paid + waited[0],
         )
-        for index, paid in enumerate(communication)
+        for index, (paid, waited) in enumerate(zip(sent, waits, strict=True))
     )
 
 
@@ -160,10 +164,37 @@ def _communication(
         copies = strategy.kernel.copies(before * size)
         # Packed before it is sent, and added up when it has come, in both passes.
         packed = 2 * strategy.kernel.moved * copies * share / size
+        packed += 2 * strategy.kernel.merged * (size - 1) * share / size
         seconds += packed / hardware.sustained_bytes_per_second
         for kind, sent in strategy.kernel.collectives:
-            seconds += collective_seconds(kind, sent * share * copies, link, size)
+            if kind is not Collective.RING_PASS:
+                seconds += collective_seconds(kind, sent * share * copies, link, size)
     return seconds
+
+
+def _waits(
+    joint: tuple[Strategy, ...], axes: Sequence[tuple[int, Link]], computing: tuple[float, float]
+) -> tuple[float, float]:
+    """Return the seconds, forward and backward, in which a kernel that passes parts round has
+    nothing to compute.
+
+    computing: seconds of the op's own work in either pass. A part is on its way to the next rank
+    while the one before is worked on: of each the longer counts. The gradients of parts are sent
+    once more at the end, to whom they belong, when nothing is left to compute.
+    """
+    waited = [0.0, 0.0]
+    for at, (strategy, (size, link)) in enumerate(zip(joint, axes, strict=True)):
+        passed = strategy.kernel.passed if strategy.kernel is not None else ()
+        share = prod(each.fraction for other, each in enumerate(joint) if other != at) / size
+        seconds = [
+            collective_seconds(Collective.EDGE_EXCHANGE, nbytes * share, link, size)
+            for nbytes in passed
+        ]
+        for which, each in enumerate(seconds):
+            waited[which] += (size - 1) * max(each - computing[which] / size, 0.0)
+        if len(seconds) > 1:
+            waited[1] += seconds[1] - seconds[0]
+    return waited[0], waited[1]
 
 
 def _traffic(

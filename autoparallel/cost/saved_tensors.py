@@ -72,19 +72,21 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One of several calls that run alike: the call, its rule, and specs of its tensors."""
+    """One of several calls that run alike: the call, its rule, specs of its tensors, the device."""
 
     call: OpCall
     rule: ShardingRule | None
     operands: tuple[FakeTensorSpec, ...]
     results: tuple[FakeTensorSpec, ...]
+    device: str
 
 
 class SavedTensors:
     """The memory that every call of a graph saves, unsplit and as run by a kernel on a part.
 
-    rules: per call node. input_gradients: whether the caller wants gradients of the inputs. Every
-    distinct call is run once, and once more for each loop that may split its internal memory.
+    rules: per call node. input_gradients: whether the caller wants gradients of the inputs. device:
+    as of Hardware, by which torch chooses kernels. Every distinct call is run once, and once more
+    for each loop that may split its internal memory.
     """
 
     def __init__(
@@ -92,8 +94,9 @@ class SavedTensors:
         graph: Graph,
         rules: Mapping[str, ShardingRule | None],
         input_gradients: bool = False,
+        device: str = "cpu",
     ) -> None:
-        self.graph, self.rules = graph, rules
+        self.graph, self.rules, self.device = graph, rules, device
         self._stands: dict[str, FakeTensorSpec] = {}
         self._roots: dict[str, str] = {}
         self._keys: dict[str, Any] = {}
@@ -154,7 +157,7 @@ class SavedTensors:
         )
         if key not in self._seen:
             call = OpCall.of(self.graph, node)
-            case = self._cases[key] = _Case(call, rule, tuple(stands), results)
+            case = self._cases[key] = _Case(call, rule, tuple(stands), results, self.device)
             seen = self._seen[key] = _observe(case, {})
             self._made[key] = tuple(map(fitted, seen.results, results))
         storages = self._seen[key].storages
@@ -206,7 +209,8 @@ def _observe(
     node, rule = case.call.node, case.rule
     operands, results = case.operands, case.results
     if rule is None:
-        return observe(runner(node.target), node.args, dict(node.kwargs), operands, results)
+        function = runner(node.target, None, case.device)
+        return observe(function, node.args, dict(node.kwargs), operands, results)
 
     def sized(stand: FakeTensorSpec, dims: tuple[tuple[str, ...], ...]) -> FakeTensorSpec:
         """Return the spec of a tensor at the sizes asked for, as the first rank holds it."""
@@ -214,7 +218,7 @@ def _observe(
         for dim, names in enumerate(dims):
             for name in names:
                 if name in sizes:
-                    shape[dim] = shape[dim] // hint(rule.sizes[name]) * sizes[name]
+                    shape[dim] = shape[dim] * sizes[name] // max(hint(rule.sizes[name]), 1)
         for loop in loops:
             shard = place(rule, dims, LoopSplit(loop), ranks)
             if shard is not None:
@@ -230,6 +234,8 @@ def _observe(
         kernel = rule.kernels[loop] if len(loops) == 1 else rule.exchanges[loop].kernel
         size = sizes.get(loop, hint(rule.sizes[loop]))
         kwargs |= {**dict(kernel.arguments), "group": StandInGroup(ranks), "size": size}
+        if len(loops) > 1:
+            kwargs["extent"] = sizes.get(loops[1], hint(rule.sizes[loops[1]]))
         function = getattr(kernels, kernel.name)
         return observe(function, args, kwargs, operands, results, ("meta", "zeros"))
     # Constants such as the shape of a view must fit the other sizes.
@@ -237,7 +243,7 @@ def _observe(
         args = rule.local_args(case.call, tuple([stand.shape for stand in results]))
     if rule.random:
         kwargs |= random_arguments(results[0].shape)
-    return observe(runner(node.target, rule), args, kwargs, operands, results)
+    return observe(runner(node.target, rule, case.device), args, kwargs, operands, results)
 
 
 def _with_loops(case: _Case, seen: Observed, split: tuple[str, ...] = (), ranks: int = 1) -> Saved:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.parallel.checkpoint import checkpoint_content, write_content
 from autoparallel.parallel.checkpoint_files import is_first_rank, together
+from autoparallel.parallel.host_group import require_gloo
 from autoparallel.parallel.pieces import Pieces
 from autoparallel.support.torch_private import distributed_tensor_like, local_part
 
@@ -36,6 +37,9 @@ class BackgroundCheckpoints:
 
     def __init__(self) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
+        if several:
+            # Else the others would wait for a rank that cannot.
+            together("making a group of gloo", require_gloo)
         self.group = dist.new_group(backend="gloo") if several else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

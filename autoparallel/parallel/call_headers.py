@@ -13,24 +13,23 @@ GPU, so that it is told of ranks that differ also where these wait for each othe
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 
 from autoparallel.errors import InputMismatchError
+from autoparallel.parallel.host_group import host_group
 from autoparallel.parallel.launch import communication_device
+from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.runtime.groups import Group, ProcessGroup
 from autoparallel.support.pytree import Skeleton, flatten, leaf_paths
 from autoparallel.support.torch_private import in_function_transform
 
 __all__ = ["CallHeaders", "checksum"]
 
-_log = logging.getLogger(__name__)
 # Inputs that have a number of their own in the header; those after them share one.
 _INPUTS = 10
 # Elements of an input that are looked at: all of them, or every k-th, as other batches show.
@@ -87,8 +86,9 @@ class CallHeaders:
         self.model, self.awaited = model, awaited
         # On GPUs the numbers would wait for the work that is queued.
         self.on = isinstance(group, ProcessGroup) and communication_device() == "cpu"
-        other = isinstance(group, ProcessGroup) and not self.on
-        self.hosts = _hosts_of(group) if other else None
+        self.hosts: Any = None
+        if isinstance(group, ProcessGroup) and not self.on:
+            self.hosts = host_group(group)
         self.sent: _Sent | None = None
         self.group = group
         self.known: dict[Any, tuple[int, int]] = {}
@@ -168,7 +168,7 @@ class CallHeaders:
         self._settle()
         mine = torch.tensor(row)
         rows = [torch.empty_like(mine) for _ in range(self.group.world_size)]
-        work = dist.all_gather(rows, mine, group=self.hosts, async_op=True)
+        work = self.hosts.allgather([rows], [mine])
         self.sent = _Sent(row, rows, work, count, names)
         if self.awaited > 0:
             self.awaited -= 1
@@ -179,7 +179,14 @@ class CallHeaders:
         sent, self.sent = self.sent, None
         if sent is None:
             return
-        sent.work.wait()
+        try:
+            sent.work.wait()
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            raise explained(
+                error, "all_gather", getattr(self.group, "process_group", None)
+            ) from error
         rows = [each.tolist() for each in sent.rows]
         if any(other != sent.row for other in rows):
             self._refuse(rows, sent.count, sent.names)
@@ -215,21 +222,6 @@ class CallHeaders:
             fix="give every rank the same batch (seed the sampler alike), or switch the check "
             "off with check_inputs=0 where differences are meant",
         )
-
-
-def _hosts_of(group: Any) -> Any:
-    """Return a group of the same ranks that exchanges what their hosts know, None if there can be
-    none. A collective call.
-    """
-    try:
-        return dist.new_group(
-            dist.get_process_group_ranks(group.process_group),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
-    except Exception as error:  # no way between the hosts but that of the GPUs, say
-        _log.warning("the ranks do not compare how they are called: no gloo group: %s", error)
-        return None
 
 
 def _form(inputs: Sequence[torch.Tensor], skeleton: Skeleton) -> Any:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autoparallel.parallel.materialize import materialize
 from autoparallel.parallel.parameters import GatheredCopy, ParameterLayouts, as_distributed
-from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.placement import Layout
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.tensor_parts import take_layout_part

@@ -32,7 +32,7 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.graph.attribute_write import AttributeWrite
-from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.support.object_state import bytes_of, is_of_library, own_attributes
 
 __all__ = ["Guards", "equal", "frozen"]

@@ -66,11 +66,12 @@ from autoparallel.parallel.rank_agreement import (
 from autoparallel.parallel.refused_wrappers import RefusedWrappers
 from autoparallel.parallel.restructure import restructure
 from autoparallel.parallel.seeds import give_generator
+from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.parallel.skeletons import attributes_of, traceable
 from autoparallel.parallel.split_classes import class_of_classes
 from autoparallel.parallel.state_dicts import split_loaded
 from autoparallel.parallel.tree_shape import TreeShape
-from autoparallel.parallel.uncaptured_python import WholeParameters, held_by
+from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.plan import Plan
 from autoparallel.rewrite.stages import cut_plan, holders_of
 from autoparallel.runtime.ranks import Ranks

@@ -20,7 +20,7 @@ from autoparallel.parallel.parameters import (
     refresh,
 )
 from autoparallel.parallel.pipeline_run import pipeline_program
-from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.plan import Plan
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.rewrite.program import file_of

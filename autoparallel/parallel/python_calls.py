@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.parallel.common_numbers import common_numbers
 from autoparallel.parallel.compiled_calls import refuse_full_graph
 from autoparallel.parallel.module_state import (
     State,
     state_of,
 )
-from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.support.torch_private import (
     in_function_transform,
     without_function_overrides,

@@ -12,7 +12,7 @@ from torch import nn
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.parallel.module_state import Tree
-from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.support.module_copy import inherit_originals, on_meta, referring
 
 __all__ = ["attributes_of", "fresh_skeleton", "own_forward", "traceable"]

@@ -21,7 +21,6 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.cut_values import (
     at_start_of_memory,
     cut_value,
-    gathered_value,
     without_sums,
 )
 from autoparallel.parallel.function_arguments import (
@@ -31,7 +30,9 @@ from autoparallel.parallel.function_arguments import (
     written_argument,
 )
 from autoparallel.parallel.function_kinds import FunctionKind, kind_of, writes
+from autoparallel.parallel.given_gradients import derived
 from autoparallel.parallel.pipelined_parameters import refuse_norms_of_stages
+from autoparallel.parallel.recorded_gathers import recorded_part, recorded_whole
 from autoparallel.parallel.refused_functions import (
     recorded_write,
     refuse_memory,
@@ -187,7 +188,7 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
             keep_view(result, view_of(args[0]))
         return result
     if kind is FunctionKind.DERIVES:
-        return replaced_tensors(_derived(function, args, kwargs), mark)
+        return replaced_tensors(derived(function, args, kwargs, SplitTensor), mark)
     if kind is FunctionKind.DATA:
         data = mark(function(*args, **kwargs))
         keep_view(data, view_of(args[0]))
@@ -365,40 +366,6 @@ def _keep(function: Any, tensor: DTensor, value: torch.Tensor) -> None:
     _show(tensor, value)
 
 
-def _derived(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run a function of torch.autograd, with the gradients that it is given split as what they are
-    of: whole ones are those of a user who knows of no parts.
-    """
-    names = _GIVEN_GRADIENTS[function]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
-    outputs, given = named.get(names[0]), named.get(names[-1])
-    if isinstance(outputs, torch.Tensor):
-        named[names[-1]] = replaced_tensors(given, lambda one: _as_given(one, outputs))
-    elif given is not None and outputs is not None:
-        given = [given] if isinstance(given, torch.Tensor) else given
-        named[names[-1]] = list(map(_as_given, given, outputs))
-    positional = [named.pop(name) for name in names] if len(args) > len(names) else []
-    return function(*positional, *args[len(names) :], **named)
-
-
-# The first parameters of functions that are given gradients: from what these are of to them.
-_GIVEN_GRADIENTS: dict[Any, tuple[str, ...]] = {
-    torch.autograd.grad: ("outputs", "inputs", "grad_outputs"),
-    torch.autograd.backward: ("tensors", "grad_tensors"),
-    torch.Tensor.backward: ("self", "gradient"),
-}
-
-
-def _as_given(gradient: Any, output: Any) -> Any:
-    """Return a gradient in the form of the tensor that it is of: split alike, or whole."""
-    if isinstance(gradient, DTensor) and not isinstance(output, DTensor):
-        return whole_of(gradient)
-    whole = isinstance(gradient, torch.Tensor) and not isinstance(gradient, DTensor)
-    if whole and isinstance(output, DTensor) and gradient.shape == output.shape:
-        return part_of(gradient, output.device_mesh, without_sums(output.placements))
-    return gradient
-
-
 class WholeHook:
     """A hook of the user's on a split tensor, which computes with the whole tensor's words.
 
@@ -420,11 +387,7 @@ def whole_of(tensor: DTensor) -> torch.Tensor:
 
     A collective call.
     """
-    # A value that is no result of a Function may be written to in place.
-    if not torch.is_grad_enabled() or not tensor.requires_grad:
-        return gathered_value(tensor)
-    value: torch.Tensor = _Whole.apply(tensor)
-    return value
+    return recorded_whole(tensor, SplitTensor)
 
 
 def cut_like(value: Any, like: Any) -> Any:
@@ -445,7 +408,7 @@ def cut_like(value: Any, like: Any) -> Any:
 
 def part_of(value: torch.Tensor, mesh: Any, placements: Any) -> Any:
     """Return the rank's part of a whole tensor, as a split tensor of which gradients come back."""
-    return mark(_Part.apply(value, mesh, tuple(placements)))
+    return recorded_part(value, mesh, placements, SplitTensor)
 
 
 def note_writes(tensors: Iterable[Any]) -> None:
@@ -458,34 +421,3 @@ def note_writes(tensors: Iterable[Any]) -> None:
         forget_values(tensor)
     parts = [local_part(tensor) for tensor in split]
     torch.autograd.graph.increment_version([part for part in parts if not part.is_inference()])
-
-
-class _Whole(torch.autograd.Function):
-    """The whole value of a split tensor; its gradient is cut as the tensor is."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: DTensor) -> torch.Tensor:
-        """Gather the parts."""
-        ctx.set_materialize_grads(False)
-        ctx.mesh, ctx.placements = tensor.device_mesh, without_sums(tensor.placements)
-        return gathered_value(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
-        """Cut the gradient, which is whole and the same on all ranks."""
-        return None if grad is None else part_of(grad, ctx.mesh, ctx.placements)
-
-
-class _Part(torch.autograd.Function):
-    """The rank's part of a whole value, as a split tensor; its gradient is gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
-        """Cut the value."""
-        ctx.set_materialize_grads(False)
-        return cut_value(value.detach(), mesh, placements)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        """Gather the gradient of the part."""
-        return (None if grad is None else _Whole.apply(grad)), None, None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel.uncaptured_python import held_by
+from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["TreeShape"]

@@ -1,4 +1,4 @@
-"""The user's own Python on a split model: parameters look whole, random numbers are common.
+"""The user's own Python on a split model: parameters look whole.
 
 What cannot be traced runs as it is, alike on all ranks: they compute the same from the same whole
 parameters and the same random numbers, so that their values and gradients are equal.
@@ -7,7 +7,6 @@ parameters and the same random numbers, so that their values and gradients are e
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.gradient_bucket import GradientBucket
-from autoparallel.parallel.launch import communication_device
 from autoparallel.parallel.parameters import (
     GatheredCopy,
     LocalParameter,
@@ -28,6 +26,7 @@ from autoparallel.parallel.parameters import (
     computing_stream,
     refresh,
 )
+from autoparallel.parallel.shown_parameters import ShownParameters, held_by
 from autoparallel.placement import (
     Invariant,
     Layout,
@@ -37,67 +36,18 @@ from autoparallel.placement import (
     whole_layout,
 )
 from autoparallel.runtime.collectives import convert
-from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.joint_moves import bucket_nbytes, gathered
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.runtime.rng import Generator
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.memory_writes import Watch, memory_of
 from autoparallel.support.module_copy import referring
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.rng_state import (
-    python_numbers_sums,
-    restore,
-    seeded,
-    snapshot,
-    torch_generators,
-)
 from autoparallel.support.torch_private import local_part, outside_transforms
 
-__all__ = ["WholeParameters", "common_numbers", "held_by"]
+__all__ = ["WholeParameters"]
 
 # Attributes that every nn.Module has; all others are the user's.
 _INTERNAL = frozenset(vars(nn.Module()))
-
-
-class _Shown(dict[str, Any]):
-    """A module's dictionary of parameters as its forward reads it: whole, plain tensors.
-
-    It stands in place of `module._parameters` while the user's Python runs. held: the dictionary
-    that it stands for, with the parameters as the optimizer sees them. whole: it reads them.
-    """
-
-    def __init__(self, held: dict[str, Any], whole: WholeParameters) -> None:
-        super().__init__(held)
-        self.held, self.whole = held, whole
-
-    # dict's own methods read what they hold without calling __getitem__, which must not be seen:
-    # all that give values are overridden.
-
-    def __getitem__(self, name: str) -> Any:
-        return self.whole.read(self.held, name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.whole.refuse_other(self.held, name)
-        self.held[name] = value
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self.whole.refuse_other(self.held, name)
-        del self.held[name]
-        super().__delitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the whole value of a parameter, the default where there is none of that name."""
-        return self.whole.read(self.held, name) if name in self.held else default
-
-    def items(self) -> Any:
-        """Return names and whole values, as a list, because reading them gathers."""
-        return [(name, self[name]) for name in self]
-
-    def values(self) -> Any:
-        """Return whole values, as a list."""
-        return [self[name] for name in self]
 
 
 class _Mentioned(dict[int, Any]):
@@ -117,12 +67,6 @@ class _Mentioned(dict[int, Any]):
             assert isinstance(number, int)
             self.paths[number] = self.originals[number]
         return False
-
-
-def held_by(module: nn.Module) -> dict[str, Any]:
-    """Return the module's dictionary of parameters as an optimizer sees them, never as shown."""
-    parameters: Any = module._parameters
-    return parameters.held if isinstance(parameters, _Shown) else parameters
 
 
 @dataclass(frozen=True)
@@ -395,8 +339,8 @@ class WholeParameters(Watch):
         replaced: list[tuple[nn.Module, str, Any, Any]] = []
         try:
             for inner in self.module.modules():
-                if inner._parameters and not isinstance(inner._parameters, _Shown):
-                    inner.__dict__["_parameters"] = _Shown(inner._parameters, self)
+                if inner._parameters and not isinstance(inner._parameters, ShownParameters):
+                    inner.__dict__["_parameters"] = ShownParameters(inner._parameters, self)
                     changed.append(inner)
             for inner, name, value, paths in self.references:
                 vars(inner)[name] = referring(value, {n: self.at(p) for n, p in paths.items()})
@@ -419,7 +363,11 @@ class WholeParameters(Watch):
     @contextlib.contextmanager
     def as_held(self) -> Iterator[None]:
         """Have the modules as they are outside of Python that is shown whole values, within."""
-        shown = [inner for inner in self.module.modules() if isinstance(inner._parameters, _Shown)]
+        shown = [
+            inner
+            for inner in self.module.modules()
+            if isinstance(inner._parameters, ShownParameters)
+        ]
         wholes = [inner._parameters for inner in shown]
         hidden = [row for row in self.hidden if vars(row[0]).get(row[1]) is row[3]]
         try:
@@ -453,50 +401,3 @@ def _refused(leaf: LocalParameter, why: str) -> AutoParallelError:
         fix="write values in place (under torch.no_grad: parameter.copy_(value)), and change what "
         "else there is before the model is split",
     )
-
-
-@contextlib.contextmanager
-def common_numbers(generator: Generator, group: Group) -> Iterator[None]:
-    """Have Python draw the same random numbers on all ranks: torch's by the generator's seed and
-    step, Python's and numpy's from the user's own generator where it is in one state on all
-    ranks of the group, else by seed and step, too. A collective call.
-
-    The user's torch goes on afterwards where it was, but for the one number by which
-    the generator recognizes a pass that is repeated. A part of a pass that is repeated (by
-    checkpointing inside of the model) finds torch's generator as it was, and draws from it.
-    """
-    python, numpy = _are_alike(group)
-    before = snapshot()
-    generator.between_passes()
-    try:
-        step = generator.current_step()
-    except AutoParallelError:
-        restore(before)
-        yield
-        return
-    # Seed and step are hashed, so that no two steps of any two seeds have one stream by design; 56
-    # bits are a seed that torch takes.
-    digest = hashlib.blake2b(f"{generator.seed} {step}".encode(), digest_size=7).digest()
-    number = int.from_bytes(digest)
-    left: list[tuple[torch.Generator, torch.Tensor]] = []
-    with seeded(number, python=not python, numpy=not numpy):
-        yield
-        # A forward that seeds torch itself decides what is drawn after it.
-        seeds = [item for item in torch_generators() if item.initial_seed() != number]
-        left += [(item, item.get_state()) for item in seeds]
-    for item, state in left:
-        item.set_state(state)
-
-
-def _are_alike(group: Group) -> tuple[bool, bool]:
-    """Return whether Python's global generator, and numpy's, are in one state on all ranks.
-
-    Ranks that are threads of one process have these generators in common.
-    """
-    if isinstance(group, SingleGroup):
-        return True, True
-    if not isinstance(group, ProcessGroup) or torch.compiler.is_compiling():
-        return False, False
-    sums = torch.tensor(python_numbers_sums(), device=communication_device())
-    same = (group.all_gather(sums) == sums).all(dim=0).tolist()
-    return same[0], same[1]

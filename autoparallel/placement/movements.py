@@ -28,13 +28,17 @@ __all__ = ["Collective", "Movement", "Step", "backward_steps", "is_possible_step
 class Collective(Enum):
     """The collectives that cross the links.
 
-    Their bytes are counted on the full (unsharded) tensor.
+    Their bytes are counted on the full (unsharded) tensor. RING_PASS sends every part on to the
+    next rank until all ranks have seen it. EDGE_EXCHANGE sends as many bytes as are stated from
+    each rank to its neighbours.
     """
 
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
+    RING_PASS = "ring_pass"
+    EDGE_EXCHANGE = "edge_exchange"
 
 
 class Movement(Enum):

@@ -20,7 +20,7 @@ class OpChoice:
     ("aten.mm.default"), the path of its module, its line in the user's source. reads, makes: names
     of the values that it reads and makes. operands, results: the layouts of these values, in the
     same order. kernels: per mesh axis, the communicating kernel that the op needs to be split on
-    it, or "".
+    it, or ""; empty where it needs none at all.
     seconds: predicted time of the forward and the backward pass together. forward_seconds: of the
     forward pass alone; an op that is recomputed in the backward pass counts it twice in seconds.
     flops: floating-point operations of a matrix product, forward, on the busiest rank; whole_flops:
@@ -45,6 +45,10 @@ class OpChoice:
     discovered: str = ""
     reason: str = ""
     added: float = 0.0
+
+    def kernel(self, axis: int) -> str:
+        """Return the kernel that the op needs to be split on a mesh axis, or ""."""
+        return self.kernels[axis] if self.kernels else ""
 
 
 @dataclass(frozen=True, slots=True)

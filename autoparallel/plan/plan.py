@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autoparallel.graph.graph import Graph
     from autoparallel.threads import Threads
 
+from autoparallel.plan.plan_agreement import require_agreement
 from autoparallel.plan.plan_fields import fields_of_rows, parts_of_rows, rows_of_plan
 
 __all__ = ["Part", "Plan"]
@@ -376,6 +377,7 @@ class Plan:
         Raises KeyError, TypeError and ValueError for rows that are not those of a plan.
         """
         values = fields_of_rows(rows)
+        require_agreement(values)
         parts = parts_of_rows(rows)
         if inside and parts:
             raise ValueError("a part has parts")

@@ -34,12 +34,15 @@ __all__ = ["Alternative", "Alternatives", "Without", "find_alternatives"]
 Array = NDArray[np.float64]
 
 # A pass of more work than this, in table entries read, takes longer than a second or two.
-_MOST_WORK = 2.0**31
+_MOST_WORK = 2.0**30
 
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """An Alternative is another strategy of an op, next to all others' as they are planned.
+
+    All seconds are weighted as those that the plan minimized: a matrix product counts
+    `Plan.product_weight` times.
 
     strategy: what it would do on each axis. seconds: by which those of a step, added up, would be
     more; less than 0 where they would be less, and something else speaks against it: a limit on
@@ -90,7 +93,8 @@ class Alternatives:
 def find_alternatives(plan: Plan) -> Alternatives:
     """Return the alternatives of each op, parameter and redistribution.
 
-    Of a plan with stages, all seconds are those of one micro-batch on all stages, as in its ops.
+    All seconds are weighted as in the plan's cost: a matrix product counts `Plan.product_weight`
+    times. Of a plan with stages, they are those of one micro-batch on all stages, as in its ops.
     Of an op, how its parameters are stored, and the copies that are made of what it reads and
     makes, are chosen anew; everything else is as planned. So the extra seconds are an upper bound
     of those of planning anew with that choice, which are told beside them. What is impossible next
@@ -121,7 +125,7 @@ def find_alternatives(plan: Plan) -> Alternatives:
     except PlanError:
         # Of a plan that was made next to others, or changed since, nothing is known here.
         return Alternatives()
-    problem = network.problem()
+    problem = network.problem(plan.product_weight)
     anew = _Anew(network, plan, chosen)
     search = _Search(network, problem, chosen)
 
@@ -143,18 +147,16 @@ def find_alternatives(plan: Plan) -> Alternatives:
 class _Anew:
     """An _Anew tells what each state of a variable costs more than the chosen one, all else anew.
 
-    One pass over the network tells of all. Nothing is known where that would take long, and of a
-    plan in which products count more than their seconds.
+    One pass over the network tells of all. Nothing is known where that would take long.
     """
 
     def __init__(self, network: CostNetwork, plan: Plan, chosen: Mapping[str, int]) -> None:
         self.network, self.chosen = network, chosen
         self.costs: Mapping[str, Array] = {}
         self.whole = 0.0  # cost of the plan itself
-        if plan.product_weight != 1.0:
-            return
         limit = plan.memory_limit
-        problem = network.problem(1.0, {}, None if limit is None else limit - network.fixed_nbytes)
+        room = None if limit is None else limit - network.fixed_nbytes
+        problem = network.problem(plan.product_weight, {}, room)
         asked = dict.fromkeys([op.name for op in plan.ops])
         asked |= dict.fromkeys(parameter.name for parameter in plan.parameters)
         reads = (name for conversion in plan.conversions for name in self.reading(conversion.value))

@@ -41,7 +41,7 @@ _FEW_AXES = 3
 _ENOUGH = 1e-3
 # Min-marginals of more work, in table entries read, take too long; of the states that they leave,
 # so many of a variable join the network.
-_MOST_WORK, _MOST_STATES = 2**33, 4
+_MOST_WORK, _MOST_STATES = 2**32, 4
 # The price of a byte where bytes decide, and seconds break ties.
 _SECONDS_PER_BYTE = 1e-3
 

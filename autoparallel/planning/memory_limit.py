@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,11 +11,12 @@ from autoparallel.analysis.abstract_execution import Seen
 from autoparallel.analysis.memory import memory_of
 from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.timeline import step_and_waits
-from autoparallel.errors import MemoryLimitError, PlanError
+from autoparallel.errors import MemoryLimitError
 from autoparallel.graph.captured import Captured
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
+from autoparallel.planning.eased_plans import Eased, EasedPlans, solved_or_refused
 from autoparallel.planning.least_bytes import LeastBytes
 from autoparallel.planning.memory_advice import does_not_fit
 from autoparallel.planning.network_solver import NetworkSolver
@@ -25,13 +25,12 @@ from autoparallel.planning.step_search import StepSearch, Timed
 from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
-from planners import InfeasibleError, OverLimitError, Problem, Solution
+from planners import OverLimitError, Problem, Solution
 from planners.effort import current
 
-__all__ = ["MOST_ATTEMPTS", "Eased", "plan_within", "unlimited"]
+__all__ = ["MOST_ATTEMPTS", "plan_within", "unlimited"]
 
-Judge = Callable[[Plan], Account]
-Solver = Callable[[Problem], Solution]
+Judge = Callable[..., Account]
 
 # Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
 # takes the plan that keeps least.
@@ -44,55 +43,10 @@ _SECONDS_PER_BYTE = 1e-3
 _MOST_RAISES, _MOST_LOOKS = 3, 4
 # Limits that differ by less than this share are one.
 _EQUAL_LIMITS = 1e-2
-# What keeps less than this share of what the quickest plan keeps is priced by its own bytes.
-_FAR_LESS = 1 / 3
+# A plan that takes no longer than so many times its estimate is as it was meant to be.
+_AS_ESTIMATED = 1.05
 # What it takes to count a plan's memory, by the nodes of the graph.
 _SECONDS_PER_NODE = 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Eased:
-    """A way to keep less than the quickest plan does, found on a shorter model of the same blocks.
-
-    recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
-    optimizer's state are charged, as a share of the seconds of the quickest plan. blocks: the way
-    to recompute each repeated block, in order; empty where all are alike.
-    """
-
-    recompute: str
-    price: float
-    blocks: tuple[str, ...] = ()
-
-    @property
-    def keeps_less(self) -> bool:
-        """True where it is another way than that of the quickest plan."""
-        return self.recompute != "none" or self.price > 0
-
-    def __str__(self) -> str:
-        """Return how blocks are recomputed, in words."""
-        if not self.blocks:
-            return f"blocks recomputed alike: {self.recompute}"
-        counts = Counter(self.blocks)
-        each = (f"{counts[mode]} {mode}" for mode in sorted(counts))
-        return f"blocks recomputed: {', '.join(each)}"
-
-    def solved(self, solve: Solver, problem: Problem, quickest: Solution) -> Solution:
-        """Return the solution of a problem, with these bytes charged. quickest: without.
-
-        Example: `Eased("full", 0.1).solved(solver, problem, solver(problem))`
-        """
-        if not self.price or not quickest.usage:
-            return quickest
-        usage = quickest.usage
-        for _ in range(2):
-            price = self.price * quickest.cost / usage
-            priced = solve(problem.weighed(price))
-            kept = Solution.of(problem, priced.assignment, "", -math.inf).usage
-            if kept > usage * _FAR_LESS:
-                break
-            usage = max(kept, 1.0)  # the price was a share of far too many bytes
-        bound = min(quickest.lower_bound, problem.cost(priced.assignment))
-        return Solution.of(problem, priced.assignment, priced.method, bound, price)
 
 
 @dataclass(frozen=True)
@@ -122,6 +76,7 @@ def plan_within(
     beat: float = math.inf,
     judge: Judge | None = None,
     eased: Sequence[Eased] = (),
+    step: Callable[[Plan], float] | None = None,
 ) -> Plan:
     """Return the plan of the shortest step that was found within the memory limit of the options.
 
@@ -129,7 +84,9 @@ def plan_within(
     `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
     judge: how the memory of a plan is counted; by default as that of the whole model on each rank.
     eased: ways in which a plan is said to fit, the quickest first. On meshes of three axes, where
-    searches within the limit are by groups of states and take long, the first that does is taken.
+    searches within the limit are by groups of states and take long, the first that does in about
+    the time that it is said to take is taken; where none does, the quickest of them.
+    step: what tells the seconds of a step; by default they are the plan's.
 
     Nothing within a limit costs less than the best without one, where no copy is gathered again and
     no block recomputed. Where that fits, the limit is none. Else plans without a limit compete with
@@ -145,17 +102,27 @@ def plan_within(
     assert allowed is not None
     solve = NetworkSolver(free)
     problem = free.problem(1.0, pins)
-    best = _solved(lambda: solve(problem))
+    best = solved_or_refused(lambda: solve(problem))
+    eased_plans = EasedPlans(captured, model, free, pins)
+    quickest: tuple[float, Plan] | None = None
     for way in eased if solve.many and start is None else ():
         if not way.keeps_less:
             continue
-        plan = replace(_eased(captured, model, free, pins, way), options=options)
-        account = judge(plan)
-        if account.total <= allowed:
-            bound = min(best.lower_bound, plan.cost)
-            rest = f"; {way}"
-            rest += f"; bound without the limit by {best.method}"
-            return replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
+        plan = replace(eased_plans.plan(way), options=options)
+        account = judge(plan, way.starts) if way.starts else judge(plan)
+        if account.total > allowed:
+            continue
+        bound = min(best.lower_bound, plan.cost)
+        rest = f"; {way}"
+        rest += f"; bound without the limit by {best.method}"
+        plan = replace(plan, lower_bound=bound, method=plan.method + rest, memory=account.rows)
+        seconds = plan.step if step is None else step(plan)
+        if quickest is None or seconds < quickest[0]:
+            quickest = seconds, plan
+        if seconds <= way.seconds * _AS_ESTIMATED:
+            break
+    if quickest is not None:
+        return quickest[1]
 
     def fits(plan: Plan) -> bool:
         """Say whether a plan without a limit is within it."""
@@ -200,30 +167,11 @@ def plan_within(
         rest = f"; bound without the limit by {best.method}"
         bound = min(best.lower_bound, plan.cost)
         plan = replace(plan, lower_bound=bound, method=plan.method + rest)
-    step, waits = step_and_waits(plan, network.hardware, network.shares.once)
+    timed, waits = step_and_waits(plan, network.hardware, network.shares.once)
     solution = Solution({}, plan.cost, plan.lower_bound, plan.method)
-    search.begin_with(Timed("", plan, solution, step, waits))
+    search.begin_with(Timed("", plan, solution, timed, waits))
     found, _ = search.run()
     return found if found.memory else replace(told(found), memory_price=plan.memory_price)
-
-
-def _eased(
-    captured: Captured, model: str, free: CostNetwork, pins: Mapping[str, Layout], eased: Eased
-) -> Plan:
-    """Return the plan without a limit in which blocks are recomputed in a given way, bytes charged.
-
-    free: the network by `unlimited` options.
-    """
-    network = free
-    if eased.blocks or eased.recompute != free.options.recompute:
-        recompute = "auto" if eased.blocks else eased.recompute
-        network = rebuilt(free, replace(free.options, recompute=recompute), modes=eased.blocks)
-        constrain(network, captured)
-    solve, problem = NetworkSolver(network), network.problem(1.0, pins)
-    solution = eased.solved(solve, problem, _solved(lambda: solve(problem)))
-    plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
-    step, _ = step_and_waits(plan, network.hardware, network.shares.once)
-    return replace(plan, step_seconds=step, memory_price=solution.multiplier)
 
 
 def unlimited(options: Options) -> Options:
@@ -234,18 +182,6 @@ def unlimited(options: Options) -> Options:
     """
     recompute = "none" if options.recompute == "auto" else options.recompute
     return replace(options, memory_limit=None, recompute=recompute)
-
-
-def _solved(solve: Callable[[], Solution]) -> Solution:
-    """Return a solution. Raises PlanError where there is none."""
-    try:
-        return solve()
-    except OverLimitError:
-        raise
-    except InfeasibleError as error:
-        raise PlanError(
-            "no plan is possible", why=str(error), fix="loosen the options or the pins"
-        ) from error
 
 
 def _within(
@@ -319,7 +255,7 @@ def _closest(
             if last:
                 solution = _least(problem, solve)
             else:
-                searched = _solved(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
+                searched = solved_or_refused(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
                 solution, price = _better(problem, searched, solve.start), searched.multiplier
                 if attempt == 0:
                     bound = solution.lower_bound

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from autoparallel.analysis.abstract_execution import Seen
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
-from autoparallel.analysis.pipeline_walk import held
+from autoparallel.analysis.pipeline_walk import held_together
 from autoparallel.analysis.timeline import passes_of_stage
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
@@ -33,7 +33,7 @@ from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
-from autoparallel.planning.memory_limit import Eased
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.planning.stage_chain import StageChain, chain_of, mixed, most_saved
@@ -67,8 +67,8 @@ class Estimate:
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
     not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
     of one stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, as of
-    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. schedule,
-    stages_per_rank: as of Options.
+    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. starts:
+    as of `Eased`, of their stages. schedule, stages_per_rank: as of Options.
     """
 
     seconds: float
@@ -77,14 +77,18 @@ class Estimate:
     activations: float = 0.0
     price: float = 0.0
     mixes: tuple[tuple[str, ...], ...] = ()
+    starts: tuple[int, ...] = ()
     schedule: str = "1f1b"
     stages_per_rank: int = 1
 
     @property
     def eased(self) -> tuple[Eased, ...]:
         """The ways in which a plan of the whole model keeps as little as this one."""
-        alike = Eased(self.recompute, self.price)
-        return (*(replace(alike, blocks=blocks) for blocks in self.mixes), alike)
+        alike = Eased(self.recompute, self.price, seconds=self.seconds)
+        return (
+            *(replace(alike, blocks=blocks, starts=self.starts) for blocks in self.mixes),
+            alike,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,8 @@ class _Asked:
 
     @cached_property
     def most(self) -> tuple[int, ...]:
-        """The micro-batches of which each stage keeps activations."""
-        stages = self.shares.ranks * self.options.each_rank
-        most = [1] * stages
-        for moment in held(self.order, [1.0] * stages):
-            for stage, batches in moment.stages:
-                most[stage] = batches
-        return tuple(most)
+        """The micro-batches of which each stage keeps activations when its rank keeps most."""
+        return held_together(self.order)
 
 
 class Estimator:
@@ -228,25 +227,28 @@ class Estimator:
         alike: the estimate with all blocks recomputed alike.
         """
         limit = self.options.memory_limit
-        place = _MODES.index(alike.recompute)
-        if limit is None or alike.nbytes > limit or not (place and self._numbered):
+        if limit is None or alike.nbytes > limit or not self._numbered:
             return alike
         if of.shares.ranks == 1:
             return alike  # without stages, the search within the limit chooses block by block
         # What shares most of what stays leaves most room for activations.
-        fewer, price = _MODES[place - 1], _PRICES[-1]
-        try:
-            one = self._chain(of, fewer, price)
-            # No cut is shorter than one into equal stages.
-            if one.seconds.sum() / of.shares.ranks * of.count >= self._shortest:
-                return alike
-            other = self._chain(of, alike.recompute, price)
-            found = self._mixed(of, one, other, fewer, alike.recompute)
-        except (PlanError, InfeasibleError):
-            return alike
-        if found is None or not is_better(found, alike, limit):
-            return alike
-        return replace(found, price=price)
+        best, price = alike, _PRICES[-1]
+        place = _MODES.index(alike.recompute)
+        # Where all blocks fit alike only in stages that take unequal times, a few of them that are
+        # recomputed more leave room for equal ones.
+        for fewer, more in pairwise(_MODES[max(place - 1, 0) : place + 2]):
+            try:
+                one = self._chain(of, fewer, price)
+                # No cut is shorter than one into equal stages.
+                least = one.seconds.sum() / of.shares.ranks * of.count
+                if least >= min(self._shortest, best.seconds):
+                    continue
+                found = self._mixed(of, one, self._chain(of, more, price), fewer, more)
+            except (PlanError, InfeasibleError):
+                continue
+            if found is not None and is_better(found, best, limit):
+                best = replace(found, price=price)
+        return best
 
     def _mixed(
         self, of: _Asked, one: StageChain, other: StageChain, fewer: str, more: str
@@ -271,7 +273,11 @@ class Estimator:
                 if found is None:
                     found = self._told(of, mixed(one, other, marked), starts, more)
             if found is not None and (best is None or is_better(found, best, limit)):
-                best = replace(found, mixes=tuple(dict.fromkeys(mixes)))
+                best = replace(
+                    found,
+                    mixes=tuple(dict.fromkeys(mixes)),
+                    starts=tuple(map(int, starts)),
+                )
         return best
 
     def _may_fit(self, found: Estimate | None, place: int) -> bool:
@@ -352,11 +358,9 @@ class Estimator:
 
     def _cut(self, of: _Asked, chain: StageChain) -> NDArray[np.intp]:
         """Return where the stages of a chain start."""
-        limit, each = self.options.memory_limit, of.options.each_rank
-        room = math.inf
-        if limit is not None:
-            room = (limit + (each - 1) * chain.bytes.besides) / each
-        return np.array(chain.cut(len(of.most), of.most, room))
+        limit = self.options.memory_limit
+        room = math.inf if limit is None else limit
+        return np.array(chain.cut(of.most, ranks_of_stages(of.order), room))
 
     def _told(
         self, of: _Asked, chain: StageChain, starts: NDArray[np.intp], recompute: str

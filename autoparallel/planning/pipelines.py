@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.stage_memory import memory_of_pipeline
@@ -22,7 +23,7 @@ from autoparallel.options import SCHEDULES, Options
 from autoparallel.placement import Layout, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning.coupled_batches import coupled_call
-from autoparallel.planning.memory_limit import Eased
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.pipeline_choices import (
     batch_of,
     chosen_of,
@@ -248,13 +249,23 @@ class _Request:
         pins = None if self.pins is None else over_time(graph, self.pins, count)
         shares = shares_of(self.ranks, count, options)
 
-        def cut(plan: Plan) -> Plan:
-            """Return the plan in stages."""
-            return cut_into_stages(self.graph, plan, shares, count, self.holders)
+        # Plans that were said to fit, and their cuts.
+        known: list[tuple[Plan, Plan]] = []
 
-        def judge(plan: Plan) -> Account:
-            """Return the memory of the rank that needs most."""
-            accounts = memory_of_pipeline(cut(plan), self.graph)
+        def cut(plan: Plan, starts: Sequence[int] = ()) -> Plan:
+            """Return the plan in stages, once and for all. starts: as of `Eased`."""
+            key = replace(plan, memory=(), lower_bound=0.0, method="")
+            for other, stages in known:
+                if other == key:
+                    return replace(stages, method=plan.method, lower_bound=plan.lower_bound)
+            stages = cut_into_stages(self.graph, plan, shares, count, self.holders, starts)
+            if eased:
+                known.append((key, stages))
+            return stages
+
+        def judge(plan: Plan, starts: Sequence[int] = ()) -> Account:
+            """Return the memory of the rank that needs most. starts: as of `Eased`."""
+            accounts = memory_of_pipeline(cut(plan, starts), self.graph)
             return max(accounts, key=lambda account: account.total)
 
         try:
@@ -268,6 +279,7 @@ class _Request:
                 shares=shares,
                 judge=judge,
                 eased=eased,
+                step=lambda plan: cut(plan).step,
             )
         except (CoupledBatchError, MemoryLimitError):
             raise

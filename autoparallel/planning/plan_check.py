@@ -205,14 +205,11 @@ class _Check:
         self.begin(stages=True)
         for op, node in zip(self.plan.ops, self.graph.calls, strict=True):
             self.named(op, node)
+            self.reads_and_makes(op)
         if len(self.plan.outputs) != len(self.graph.outputs):
             raise _wrong(self.plan.model, "", f"it returns {len(self.graph.outputs)} tensors")
-        axes = range(len(self.sizes))
-        for row in self.plan.conversions:
-            if row.value not in self.graph.values or any(
-                step.axis not in axes for step in row.steps
-            ):
-                raise _wrong(f"conversion of {row.value:.80}", "", "there is no such one")
+        self.returned()
+        self.conversions(stages=True)
 
     def begin(self, stages: bool = False) -> None:
         """Check that the plan has the parameters and the ops of the graph."""
@@ -255,6 +252,10 @@ class _Check:
             sides = (", ".join(map(layout_text, side)) for side in (op.operands, op.results))
             kernels = f" by {', '.join(op.kernels)}" if any(op.kernels) else ""
             raise _wrong(what, where, f"its rule does not allow {' -> '.join(sides)}{kernels}")
+        self.reads_and_makes(op)
+
+    def reads_and_makes(self, op: OpChoice) -> None:
+        """Note in which layouts an op reads and makes its values."""
         for name, layout in zip(op.reads, op.operands, strict=True):
             self.read(name, layout, op.name)
         self.made.update(zip(op.makes, op.results, strict=True))
@@ -325,12 +326,20 @@ class _Check:
                 why = why or "the caller reads it whole"
             if why:
                 raise _wrong(f"return of {value}", "", f"{layout_text(layout)}: {why}")
-            self.read(value.name, layout, "return")
-        for path, name in graph.mutations:
+        self.returned()
+
+    def returned(self) -> None:
+        """Note in which layouts values are returned, and written to buffers."""
+        for name, layout in zip(self.graph.outputs, self.plan.outputs, strict=True):
+            self.read(name, layout, "return")
+        for path, name in self.graph.mutations:
             self.read(name, self.whole, f"write {path}")
 
-    def conversions(self) -> None:
-        """Check that every value gets to its readers, by steps that there are."""
+    def conversions(self, stages: bool = False) -> None:
+        """Check that every value gets to its readers, by steps that there are.
+
+        stages: whether the steps are looked at elsewhere.
+        """
         rows = {(item.value, item.target): item for item in self.plan.conversions}
         if len(rows) < len(self.plan.conversions):
             raise _wrong(self.plan.model, "", "it converts a value to one layout twice")
@@ -344,7 +353,8 @@ class _Check:
             row = rows.get((name, layout))
             if row is None:
                 raise _wrong(what, where, f"there is none, and {', '.join(readers)} reads it so")
-            why = self.why_no_conversion(row, self.graph.values[name], tuple(readers))
+            value = self.graph.values[name]
+            why = "" if stages else self.why_no_conversion(row, value, tuple(readers))
             if why:
                 raise _wrong(what, where, why)
 

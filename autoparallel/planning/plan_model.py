@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +22,8 @@ from autoparallel.mesh import PIPELINE, Mesh, finer
 from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
-from autoparallel.planning.pipeline_choices import best_mesh, estimator_of, in_parts, likely_meshes
+from autoparallel.planning.kept_plans import is_on, key_of, load, store
+from autoparallel.planning.pipeline_choices import best_mesh, estimator_of, likely_meshes
 from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.planning_progress import planning_progress
@@ -33,8 +35,10 @@ from autoparallel.planning.whole_trace import trace_whole
 from autoparallel.rules.lookup import find_rule
 from planners.effort import Effort, current, effort
 
-__all__ = ["fastest_plan", "trace_model", "with_graphs"]
+__all__ = ["fastest_plan", "trace_model"]
 
+# Seconds of planning from which on a plan is kept: to read one takes some tenths of that.
+_WORTH_KEEPING = 1.0
 # Of more meshes than these, those are planned in full that estimates say are quickest.
 _MOST_IN_FULL = 6
 
@@ -82,15 +86,24 @@ def fastest_plan(
     product_weight and start: see make_plan. stages: whether, of several meshes, one with stages may
     be chosen that is not among them. Raises PlanError for demands that no search could heed;
     where no mesh has a plan, the error of the one that needs least memory, else the first's.
+    A plan that took a while is kept on disk, and read where the same is asked for again.
     """
     require_clear(meshes, options, pins, product_weight, start)
+    key = None
+    if start is None and is_on():
+        asked = (meshes, pins, product_weight, stages)
+        key = key_of(type(model).__name__, traced, options, asked)
+    kept = None if key is None else load(key, model, traced)
+    if kept is not None:
+        return kept
+    began = time.process_time()
     with planning_progress() as report:
         # Ranks that were interrupted at different steps would have different plans.
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (
             dist.is_available() and dist.is_initialized()
         )
         most = math.inf if options.seconds is None else options.seconds
-        with effort(Effort(most, can_stop=alone, report=report)):
+        with effort(Effort(most, can_stop=alone, report=report)) as spent:
             free = stages and len(meshes) > 1 and not (pins or product_weight or start)
             estimator: Estimator | None = None
             likely: tuple[Mesh, ...] | None = None
@@ -113,7 +126,11 @@ def fastest_plan(
                 best = _or_with_stages(best, errors, model, traced, world_size, options)
             if best is None:
                 raise _nearest(errors)
-            return _counted(best).checked()
+            plan = _counted(best).checked()
+    # What was interrupted may be better the next time; what is quickly planned needs no file.
+    if key is not None and not spent.is_stopped and time.process_time() - began > _WORTH_KEEPING:
+        store(key, plan)
+    return plan
 
 
 def _fastest(
@@ -298,51 +315,3 @@ def _with_stages(
     require_known(pins, traced.aliases)
     name = type(model).__name__
     return pipeline_plan(traced, name, mesh, options, pins=pins, estimator=estimator)
-
-
-def with_graphs(plan: Plan, traced: Captured | GraphBreaks) -> Plan:
-    """Return a plan, which was read from JSON, with the graphs that it was made for.
-
-    Source lines are those of the code as it is now: a comment above makes no other program.
-    traced: the model, traced again. Raises PlanError where its fingerprint is not the plan's.
-    """
-    if plan.pipeline is not None and isinstance(traced, Captured):
-        traced = in_parts(traced)
-    graph = traced if isinstance(traced, GraphBreaks) else traced.graph
-    if graph.fingerprint != plan.fingerprint:
-        raise PlanError(
-            f"the plan was made for another {plan.model}",
-            why="the traced program differs from the one planned for",
-            fix="plan again, or pass the example_inputs and the mode (train, eval) planned for",
-        )
-    if isinstance(traced, Captured) == bool(plan.breaks or plan.parts):
-        raise PlanError(f"the plan is no plan of {plan.model}, or of its parts", fix="plan again")
-    if isinstance(traced, Captured):
-        return _with_graph(plan, traced)
-    graphs = {path: part.captured for part in traced.parts for path in part.paths}
-    told = [path for part in plan.parts for path in part.paths]
-    stay = {item.path: item.line for item in traced.breaks}
-    if sorted(told) != sorted(graphs) or [item.path for item in plan.breaks] != [*stay]:
-        raise PlanError(
-            f"the plan was made for another {plan.model}",
-            why="the modules that are split, or those that stay Python, are others",
-            fix="plan again",
-        )
-    parts = tuple(
-        replace(part, plan=_with_graph(part.plan, graphs[part.paths[0]])) for part in plan.parts
-    )
-    named = ((f"{path}/", part.plan) for part in parts for path in part.paths)
-    lines = {prefix + op.name: op.line for prefix, one in named for op in one.ops}
-    breaks = tuple(replace(item, line=stay[item.path]) for item in plan.breaks)
-    return replace(_with_lines(plan, lines), parts=parts, breaks=breaks)
-
-
-def _with_graph(plan: Plan, captured: Captured) -> Plan:
-    """Return a plan of one program with its graph, and with the lines that the graph has."""
-    lines = {node.name: node.line for node in captured.graph.calls}
-    return replace(_with_lines(plan, lines), captured=captured)
-
-
-def _with_lines(plan: Plan, lines: Mapping[str, str]) -> Plan:
-    """Return a plan with other source lines of its ops, by their names."""
-    return replace(plan, ops=tuple(replace(op, line=lines.get(op.name, "")) for op in plan.ops))

@@ -17,8 +17,9 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout, layout_text
 from autoparallel.plan import Plan
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.many_axes import narrowed
-from autoparallel.planning.memory_limit import Eased, plan_within, unlimited
+from autoparallel.planning.memory_limit import plan_within, unlimited
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
 from autoparallel.planning.solution_to_plan import (
@@ -59,6 +60,7 @@ def search(
     shares: StageShares = WHOLE_MODEL,
     judge: Callable[[Plan], Account] | None = None,
     eased: Sequence[Eased] = (),
+    step: Callable[[Plan], float] | None = None,
 ) -> Plan:
     """Return the plan of the shortest predicted step of one traced program on one mesh.
 
@@ -67,7 +69,8 @@ def search(
     plan of the same program and mesh to begin with; the result takes no longer. beat: a longer step
     than this, in seconds, is of no use: the search for a shorter one ends where none can be.
     shares: what a micro-batch of a pipeline bears, on a mesh with an axis of micro-batches; seconds
-    are then those of one of them on all stages. judge, eased: see `plan_within`.
+    are then those of one of them on all stages. judge, eased, step: see
+    `plan_within`.
     product_weight: what a second of matrix products counts in the cost. By default it is 1 with
     data parallelism; without it, a model too small to be worth splitting is split all the same:
     products are weighted more, step by step, until 99% of their FLOPs and 95% of the bytes of
@@ -102,7 +105,9 @@ def search(
             )
     constrain(network, captured, pinned)
     if options.memory_limit is not None:
-        plan = plan_within(captured, model, network, options, pinned, start, beat, judge, eased)
+        plan = plan_within(
+            captured, model, network, options, pinned, start, beat, judge, eased, step
+        )
         return plan if few is None else few.told(plan)
     # The plan to begin with is told as states of this network, or refused.
     begin = solution_of_plan(network, start) if start is not None else None

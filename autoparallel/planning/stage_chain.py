@@ -13,8 +13,7 @@ from autoparallel.analysis.pipeline import send_seconds
 from autoparallel.analysis.timeline import StagePasses
 from autoparallel.cost.links import Link
 from autoparallel.graph.shortened import Shortened
-from autoparallel.planning.stage_work import NEAR, StageBytes, StageWork, fewer_places
-from planners import InfeasibleError, partition
+from autoparallel.planning.stage_work import StageBytes, StageWork, cut_within, fewer_places
 
 __all__ = ["StageChain", "chain_of", "mixed", "most_saved"]
 
@@ -41,9 +40,9 @@ class StageChain:
     bytes: StageBytes
     link: Link
 
-    def cut(self, stages: int, most: Sequence[int], limit: float) -> tuple[int, ...]:
-        """Return where stages start. most: micro-batches of which each keeps activations. limit:
-        bytes of a stage, within which they stay if they can.
+    def cut(self, most: Sequence[int], ranks: Sequence[int], limit: float) -> tuple[int, ...]:
+        """Return where stages start. most: micro-batches of which each keeps activations. ranks: of
+        each stage. limit: bytes of a rank, within which they stay if they can.
         """
         sends = {size: send_seconds(size, self.link) for size in set(self.nbytes.tolist())}
         allowed = [
@@ -52,14 +51,9 @@ class StageChain:
                 zip(self.nbytes[:-1].tolist(), self.joined.tolist(), strict=True)
             )
         ]
-        allowed = fewer_places(allowed, stages)
         seconds = self.seconds.tolist()
-        if math.isfinite(limit):
-            try:
-                return partition(seconds, allowed, stages, None, self.bytes.fits(most, limit), NEAR)
-            except InfeasibleError:
-                pass
-        return partition(seconds, allowed, stages, near=NEAR)
+        allowed = fewer_places(allowed, len(most), seconds)
+        return cut_within(seconds, allowed, most, ranks, self.bytes, limit)
 
 
 def chain_of(

@@ -9,7 +9,7 @@ from typing import Any
 
 from autoparallel.analysis.pipeline import send_seconds
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
-from autoparallel.analysis.pipeline_walk import most_held
+from autoparallel.analysis.pipeline_walk import held_together, most_held
 from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.analysis.timeline import StagePasses, passes_of_stage
 from autoparallel.cost.hardware import Hardware, find_hardware
@@ -21,11 +21,11 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH
 from autoparallel.parallel.pipeline_schedules import joins_weights_once
 from autoparallel.plan import Pipeline, Plan
-from autoparallel.planning.stage_work import NEAR, StageWork, fewer_places
+from autoparallel.planning.stage_work import StageWork, cut_within, fewer_places
 from autoparallel.rewrite.stages import Stage, cut_plan
 from autoparallel.runtime.schedule_orders import ranks_of_stages, schedule_order
 from autoparallel.strategy.stage_shares import StageShares
-from planners import InfeasibleError, partition
+from planners import InfeasibleError
 
 __all__ = ["cut_into_stages", "with_memory"]
 
@@ -36,11 +36,13 @@ def cut_into_stages(
     shares: StageShares,
     microbatches: int,
     holders: Mapping[str, Collection[int]] | None = None,
+    known: Sequence[int] = (),
 ) -> Plan:
     """Return a plan over micro-batches with the stages that its ops are cut into.
 
     graph: with the sizes planned for. shares: that the plan's rows were priced with. holders: the
-    places on the axis of stages that have each parameter already, by path.
+    places on the axis of stages that have each parameter already, by path. known: where stages are
+    said to start so that they fit, by the number of the op; taken if stages may start there.
     The predicted step is that of the schedule with what each stage takes. Under a memory limit,
     stages fit in it where they can.
     Raises PlanError where there is no such cut.
@@ -56,22 +58,22 @@ def cut_into_stages(
         math.inf if place and (not size or work.joined[place]) else seconds
         for place, (size, seconds) in enumerate(zip(work.nbytes, sends, strict=True))
     ]
-    allowed = fewer_places(allowed, stages)
     order = schedule_order(plan.options.order, ranks, per_rank, microbatches)
-    owners = None if holders is None else work.owners(holders, ranks_of_stages(order))
-    held = most_held(order)
-    limit = plan.options.memory_limit
-    fits = None if limit is None else work.bytes_of(microbatches).fits(held, limit / per_rank)
-    try:
-        places = partition(work.seconds, allowed, stages, owners, fits, NEAR)
-    except InfeasibleError as error:
-        if fits is None:
-            raise _no_cut(plan, stages, work) from error
-        # None fits: by how much the most even one does not is told by its account.
+    rank_of = ranks_of_stages(order)
+    able = all(place < len(allowed) and math.isfinite(allowed[place]) for place in known)
+    if known and able:
+        places = tuple(known)
+    else:
+        allowed = fewer_places(allowed, stages, work.seconds)
+        owners = None if holders is None else work.owners(holders, rank_of)
+        limit = plan.options.memory_limit
+        sizes = None if limit is None else work.bytes_of(microbatches)
+        most = math.inf if limit is None else limit
+        together = held_together(order)
         try:
-            places = partition(work.seconds, allowed, stages, owners, near=NEAR)
-        except InfeasibleError as other:
-            raise _no_cut(plan, stages, work) from other
+            places = cut_within(work.seconds, allowed, together, rank_of, sizes, most, owners)
+        except InfeasibleError as error:
+            raise _no_cut(plan, stages, work) from error
     starts = tuple(work.names[place] for place in places)
     ends = (*places[1:], len(work.names))
     plan = replace(
@@ -85,7 +87,7 @@ def cut_into_stages(
             (0.0,) * stages,
             (*(int(work.nbytes[end]) for end in ends[:-1]), 0),
             0.0,
-            in_flight=held,
+            in_flight=most_held(order),
         ),
     )
     return _told(graph, plan, shares, hardware, ranks_of_stages(order))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,37 +19,67 @@ from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.plan import Plan
 from autoparallel.rewrite.stages import Cut
+from planners import InfeasibleError, partition
 
-__all__ = ["NEAR", "StageBytes", "StageWork", "fewer_places"]
+__all__ = ["StageBytes", "StageWork", "cut_within", "fewer_places"]
 
 # A cut that sends less is taken where the longest stage takes no more than so many times the least:
 # it is what all micro-batches wait for, and what is sent is in its seconds.
-NEAR = 1.01
+_NEAR = 1.01
 
-# Chains of more places than these, for each stage, are cut at those that send least.
+# Chains of more places than these, for each stage, are cut at those that send least nearby.
 _PLACES_EACH, _FEWEST_PLACES = 8, 400
 
 
-def fewer_places(sends: list[float], stages: int) -> list[float]:
-    """Return the same costs of cuts with fewer places: those that send most are left out, and of
-    many that send alike, every second, third, ... one.
+def fewer_places(sends: list[float], stages: int, seconds: Sequence[float]) -> list[float]:
+    """Return the same costs of cuts with fewer places: of those within a small part of a stage, the
+    one that sends least.
 
-    >>> fewer_places([0.0, 2.0, 1.0], stages=2)
+    seconds: of each piece of work.
+
+    >>> fewer_places([0.0, 2.0, 1.0], stages=2, seconds=[1.0, 1.0, 1.0])
     [0.0, 2.0, 1.0]
     """
     most = max(_PLACES_EACH * stages, _FEWEST_PLACES)
-    finite = sorted(seconds for seconds in sends if math.isfinite(seconds))
-    if len(finite) <= most:
+    if sum(map(math.isfinite, sends)) <= most:
         return sends
-    bound = finite[most]
-    cheaper = sum(seconds < bound for seconds in finite)
-    alike = [place for place, seconds in enumerate(sends) if place and seconds == bound]
-    step = -(-len(alike) // max(most - cheaper, 1))
-    kept = set(alike[::step])
-    return [
-        seconds if place == 0 or seconds < bound or place in kept else math.inf
-        for place, seconds in enumerate(sends)
-    ]
+    begins = list(accumulate(seconds, initial=0.0))
+    window = max(begins[-1], 1e-300) / most
+    best: dict[int, int] = {}
+    for place, cost in enumerate(sends):
+        number = min(int(begins[place] / window), most - 1)
+        if place and math.isfinite(cost) and cost < sends[best.setdefault(number, place)]:
+            best[number] = place
+    kept = {0, *best.values()}
+    return [cost if place in kept else math.inf for place, cost in enumerate(sends)]
+
+
+def cut_within(
+    seconds: Sequence[float],
+    allowed: Sequence[float],
+    held: Sequence[int],
+    ranks: Sequence[int],
+    sizes: StageBytes | None,
+    limit: float,
+    owners: Sequence[Collection[int] | None] | None = None,
+) -> tuple[int, ...]:
+    """Return where stages start that take equal times and, if there are such, fit in a limit.
+
+    seconds, allowed: of the ops, and what a cut before each sends, see `partition`. held: micro-
+    batches of which each stage keeps activations. ranks: of each stage. sizes: bytes of the ops,
+    None without a limit. limit: bytes of a rank. owners: see `partition`.
+    Where the most even cut does not fit, each stage has its share of the limit; where none fits in
+    these, the most even cut it is, and by how much it does not fit is told by its account.
+    Raises InfeasibleError where there is no cut.
+    """
+    even = partition(seconds, allowed, len(held), owners, near=_NEAR)
+    if sizes is None or sizes.fit(held, ranks, limit, even):
+        return even
+    try:
+        fits = sizes.fits(held, ranks, limit)
+        return partition(seconds, allowed, len(held), owners, fits, _NEAR)
+    except InfeasibleError:
+        return even
 
 
 class StageWork:
@@ -180,21 +210,51 @@ class StageBytes:
     twice: tuple[tuple[int, int, float], ...]
     besides: float
 
+    def limits(
+        self, held: Sequence[int], ranks: Sequence[int], limit: float
+    ) -> NDArray[np.float64]:
+        """Return the bytes that each stage may take, so that those of a rank take no more than its
+        limit: as much of it as the stage would take of what they all do, if stages were equal.
+
+        held: micro-batches of which each stage keeps activations. ranks: of each stage. limit: of a
+        rank, in bytes.
+        """
+        buffers = float(self.buffers[self.buffers > 0].min(initial=math.inf))
+        needs = (float(self.stays.sum()) + np.array(held) * float(self.kept.sum())) / len(held)
+        needs = np.maximum(needs + (3 * buffers if math.isfinite(buffers) else 0.0), 1.0)
+        places = np.array(ranks)
+        shares: NDArray[np.float64] = needs / np.bincount(places, needs)[places]
+        limits: NDArray[np.float64] = self.besides + (limit - self.besides) * shares
+        return limits
+
     def fits(
-        self, held: Sequence[int], limit: float
+        self, held: Sequence[int], ranks: Sequence[int], limit: float
     ) -> Callable[[int, NDArray[np.intp], NDArray[np.intp]], NDArray[np.bool_]]:
         """Return a function that says which runs of ops fit in a limit as a stage, for `partition`.
 
-        held: micro-batches of which each stage keeps activations. limit: bytes of a stage.
+        held, ranks, limit: see `limits`.
         """
-        size_of = self.sizes(held)
+        size_of, limits = self.sizes(held), self.limits(held, ranks, limit)
 
         def able(run: int, starts: NDArray[np.intp], ends: NDArray[np.intp]) -> NDArray[np.bool_]:
             """Say which of these runs fit."""
-            fits: NDArray[np.bool_] = size_of(run, starts, ends) <= limit
+            fits: NDArray[np.bool_] = size_of(run, starts, ends) <= limits[run]
             return fits
 
         return able
+
+    def fit(
+        self, held: Sequence[int], ranks: Sequence[int], limit: float, starts: Sequence[int]
+    ) -> bool:
+        """Return whether the stages of every rank together fit in its limit.
+
+        held, ranks, limit: see `limits`. starts: of the stages, the first at 0.
+        """
+        size_of, used = self.sizes(held), [self.besides] * (max(ranks) + 1)
+        for run, (start, end) in enumerate(pairwise((*starts, len(self.stays)))):
+            size = size_of(run, np.array(start), np.array(end))
+            used[ranks[run]] += float(size) - self.besides
+        return max(used) <= limit
 
     def sizes(
         self, held: Sequence[int]
@@ -208,7 +268,8 @@ class StageBytes:
         ) -> NDArray[np.float64]:
             """Tell the bytes of these runs as one of the stages."""
             size = stays[ends] - stays[starts] + held[run] * (kept[ends] - kept[starts])
-            size = size + self.buffers[starts] + self.buffers[ends] + self.besides
+            # What comes in, its gradient, which is held until it is sent, and what comes back.
+            size = size + 2 * self.buffers[starts] + self.buffers[ends] + self.besides
             for one, other, again in self.twice:
                 size = size - again * ((starts <= one) & (other < ends))
             found: NDArray[np.float64] = size

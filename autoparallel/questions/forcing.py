@@ -49,7 +49,7 @@ __all__ = ["Allowed", "Forcing"]
 Allowed = Mapping[str, NDArray[np.bool_]]
 
 # A pass of more work than this, in table entries read, takes longer than some seconds.
-_MOST_WORK = 2.0**33
+_MOST_WORK = 2.0**32
 
 
 class Forcing:

@@ -88,15 +88,20 @@ class LocalCalls:
         return size
 
     def exchanged(self, node: Node, choice: OpChoice, axis: int, exchange: Exchange | None) -> str:
-        """Return the options of a kernel that splits a second loop: the dim of the result that has
+        """Return the options of a kernel that splits a second loop: the dim of an operand that has
         it, and its size without that split. "" for other kernels.
         """
-        cut = choice.results[0][axis]
-        name = choice.kernels[axis]
-        if exchange is None or exchange.kernel.name != name or not isinstance(cut, Shard):
+        name, rule = choice.kernel(axis), self.rules[node.name]
+        if exchange is None or exchange.kernel.name != name or rule is None:
             return ""
-        extent = self.dim(node.results[0], cut.dim, choice.results[0], without=axis)
-        return f", dim={cut.dim}, extent={self.speller.size(extent)}"
+        for operand, dims, layout in zip(
+            node.operands(), rule.operands, choice.operands, strict=True
+        ):
+            cut = layout[axis]
+            if isinstance(cut, Shard) and {*dims[cut.dim]} & {*exchange.loops}:
+                extent = self.dim(self.graph.values[operand], cut.dim, layout, without=axis)
+                return f", dim={cut.dim}, extent={self.speller.size(extent)}"
+        raise AssertionError(f"{node.name}: an exchange without a second loop")
 
     def kernels(self, node: Node, choice: OpChoice) -> dict[int, tuple[Kernel, str]]:
         """Return, by mesh axis, the kernel that the op needs, and its options: the local size of

@@ -84,7 +84,9 @@ class Kernel:
     may be the kernel of another mesh axis (of all kernels of one call, all but one must).
     routed: choices and targets, where the collectives send what a token has to every rank that has
     one of so many chosen targets; (0, 0) where they send a tensor once. moved: bytes that are read
-    and written in either pass to pack what is sent, and to add up what comes.
+    and written in either pass to pack what is sent, and to add up what comes. merged: bytes
+    that are read and written in either pass for each further part that is passed round. alone: its
+    loop is split on one mesh axis alone, as who is whose neighbour is known of one axis.
     """
 
     name: str
@@ -94,6 +96,15 @@ class Kernel:
     wraps: bool = False
     routed: tuple[int, int] = (0, 0)
     moved: int = 0
+    merged: int = 0
+    alone: bool = False
+
+    @property
+    def passed(self) -> tuple[int, ...]:
+        """The bytes of the tensors whose parts are passed round while the op's products of other
+        parts are computed: forward, then backward.
+        """
+        return tuple(size for kind, size in self.collectives if kind is Collective.RING_PASS)
 
     def copies(self, ranks: int) -> float:
         """Return how often the collectives send what they send, for equally likely choices."""
@@ -136,7 +147,8 @@ class ShardingRule:
     words, if nobody wrote it. pieces: of loops that are parts of another one, laid end to end in
     it: that loop, and where they start and stop in it. Splitting it splits all of them, each by
     itself; they are not split alone. dealt: of the whole loops, those that the ranks of a group may
-    split which shares one element of the loop around them.
+    split which shares one element of the loop around them. windows: loops along which windows of a
+    product move, as a convolution's do.
     """
 
     operands: tuple[Dims, ...]
@@ -162,6 +174,7 @@ class ShardingRule:
     discovered: str = ""
     pieces: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     dealt: frozenset[str] = frozenset()
+    windows: frozenset[str] = frozenset()
     exchanges: Mapping[str, Exchange] = field(default_factory=dict)
     inner: InnerWork | None = None
 

@@ -67,12 +67,15 @@ def _exchanged(
 ) -> Iterator[Strategy]:
     """Yield the strategies that split a loop together with another one, by an exchange.
 
-    tiles: the splits that are considered: one of the other loop must be among them.
+    tiles: the splits that are considered: one of the other loop must be among them, unless that
+    loop is split in this way alone.
     """
-    exchange = rule.exchanges.get(tile.loop)
+    # A kernel knows where its part begins from the rank alone, so that it takes plain splits only.
+    exchange = rule.exchanges.get(tile.loop) if tile.is_plain else None
     for other in exchange.loops if exchange is not None else ():
         second = LoopSplit(other)
-        if second not in tiles or not is_possible(rule, second, world_size):
+        considered = second in tiles or other in rule.whole
+        if not considered or not is_possible(rule, second, world_size):
             continue
 
         def placed(dims: Dims, whole: Placement, second: LoopSplit = second) -> Placement:

@@ -73,6 +73,19 @@ class Group(ABC):
         shapes: of those that come, by the rank that sends them; the sender's are not asked for.
         """
 
+    def start_pass_on(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> Result:
+        """Start sending a tensor to the next rank, the last one's to the first.
+
+        shape: of the tensor that comes from the rank before. What is sent must not be written to
+        until it came.
+        """
+        nothing = tensor.new_empty((0,))
+        shapes: list[tuple[int, ...]] = [(0,)] * self.world_size
+        sent = [nothing] * self.world_size
+        sent[(self.rank + 1) % self.world_size] = tensor
+        shapes[self.rank - 1] = shape
+        return partial(_given, self.all_to_all(sent, shapes)[self.rank - 1])
+
     def start_all_reduce(self, tensor: torch.Tensor) -> Result:
         """Start `all_reduce` of a sum. The tensor must not be written to until the result came."""
         return partial(_given, self.all_reduce(tensor))
@@ -235,6 +248,14 @@ class ProcessGroup(Group):
     def start_scatter_rows(self, tensor: torch.Tensor) -> Result:
         started = self.start("reduce_scatter", tensor.contiguous(), "sum", self.world_size)
         return partial(self.wait, "reduce_scatter", started)
+
+    def start_pass_on(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> Result:
+        sent, received = [0] * self.world_size, [0] * self.world_size
+        sent[(self.rank + 1) % self.world_size] = tensor.numel()
+        received[self.rank - 1] = torch.Size(shape).numel()
+        # Of an all-to-all, ranks that get nothing are sent nothing.
+        started = self.start("all_to_all", tensor.reshape(-1), received, sent)
+        return lambda: self.wait("all_to_all", started).view(shape)
 
     def all_to_all(
         self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]

@@ -38,6 +38,7 @@ from autoparallel.runtime.expert_kernels import (
 )
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.memory_order import in_memory_order
+from autoparallel.runtime.split_attention import attention_queries, attention_ring
 from autoparallel.runtime.split_indices import places_here
 from autoparallel.runtime.stand_ins import stand_ins_for, without_stand_ins
 from autoparallel.runtime.statistics import (
@@ -58,6 +59,7 @@ from autoparallel.runtime.variance import (
     instance_norm_split,
     variance_split,
 )
+from autoparallel.runtime.window_kernels import convolution_edges, nearest_edges, pool_edges
 
 __all__ = [
     "alike_elsewhere",
@@ -65,9 +67,12 @@ __all__ = [
     "amin_split",
     "argmax_split",
     "argmin_split",
+    "attention_queries",
+    "attention_ring",
     "batch_norm_split",
     "branch_taken",
     "combined_parts",
+    "convolution_edges",
     "convolution_inputs",
     "convolution_outputs",
     "cross_entropy_classes",
@@ -89,6 +94,8 @@ __all__ = [
     "masked_lookup",
     "max_split",
     "min_split",
+    "nearest_edges",
+    "pool_edges",
     "rms_norm",
     "softmax_split",
     "stand_ins_for",

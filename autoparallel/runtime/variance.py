@@ -71,21 +71,25 @@ def group_norm_split(
     group: Group,
     size: int,
     channels: int,
+    split: int = 1,
     **__: Any,
 ) -> torch.Tensor:
-    """Normalize groups of channels of which each rank has a part of every group.
+    """Normalize groups of channels of which each rank has a part: of the channels of every group,
+    or of the places of every channel.
 
-    x: (b, g c / n, ...). groups: not read, as the rank may have a part of them. weight, bias:
-    (g c / n,) or None. size: the channels that the ranks have together. channels: c, those of a
-    group.
+    x: (b, g c, ...), of which the dim `split` is split. groups: not read, as the rank may have a
+    part of them. weight, bias: a number for each channel that is here, or None. size: of the split
+    dim in the whole. channels: c, those of a group.
 
     >>> from autoparallel.runtime.groups import SingleGroup
     >>> x = torch.tensor([[1.0, -1.0]])
     >>> group_norm_split(x, 1, group=SingleGroup(), size=2, channels=2, eps=0.0)
     tensor([[ 1., -1.]])
     """
-    count = channels * x.shape[2:].numel()
-    return _normalized(x, size // channels, count, (weight, bias), eps, group)
+    rest = [x.size(dim) for dim in range(2, x.dim()) if dim != split]
+    count = channels * torch.Size(rest).numel() * (1 if split == 1 else size)
+    groups_here = (size if split == 1 else x.size(1)) // channels
+    return _normalized(x, groups_here, count, (weight, bias), eps, group)
 
 
 def instance_norm_split(

@@ -5,51 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.cost.hardware import Hardware
-from autoparallel.cost.op_costs import nbytes, op_costs, update_seconds
+from autoparallel.cost.op_costs import nbytes, op_costs
 from autoparallel.errors import CoupledBatchError
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
-from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.graph.weight_values import weight_values
 from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import (
     Invariant,
     Layout,
-    Partial,
-    Placement,
-    Replicate,
-    Shard,
     whole_layout,
 )
 from autoparallel.rules.lookup import rule_of_whole_tensors
 from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_network import CostNetwork
-from autoparallel.strategy.cost_tables import Table
 from autoparallel.strategy.equal_axes import (
     AxisGroups,
     arranged,
     arranged_layout,
-    arranged_storage,
     equal_axes,
 )
-from autoparallel.strategy.mesh_strategies import MeshStrategy, is_nested, joint_strategies
+from autoparallel.strategy.mesh_strategies import MeshStrategy, joint_strategies
 from autoparallel.strategy.network_factors import CallStates, NetworkFactors
-from autoparallel.strategy.parameter_storage import ParameterStorage, storage_choices, stored_bytes
+from autoparallel.strategy.output_layouts import add_outputs
+from autoparallel.strategy.parameter_states import ParameterStates
 from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import ProducerLayouts, RedistributionTables
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
 from autoparallel.strategy.stage_shares import WHOLE_MODEL, StageShares
-from autoparallel.strategy.zero_costs import exchange_seconds, update_gather_seconds
 from planners.effort import current
 
 __all__ = ["build_network", "rebuilt"]
@@ -125,7 +117,7 @@ class _Builder:
     """Builds one network: first what every node may do, then the factors between them.
 
     splits: the candidate splits, per mesh axis. saved: the saved activations, None where memory is
-    not limited. states: per call. parameters: per parameter node, the layouts it is stored in.
+    not limited. states: per call.
     """
 
     def __init__(
@@ -142,15 +134,13 @@ class _Builder:
         only: Mapping[str, frozenset[Any]] | None,
         modes: Sequence[str],
     ) -> None:
-        self.graph, self.mesh, self.whole_outputs = graph, mesh, whole_outputs
-        self.options, self.stored, self.known = options, stored, known
+        self.graph, self.mesh, self.options, self.known = graph, mesh, options, known
         self.sizes = tuple(size for _, size in mesh.axes)
         # Micro-batches are the ranks of an axis in time: no device, and no link.
         self.in_time = tuple(name == MICROBATCH and size > 1 for name, size in mesh.axes)
         devices = tuple(1 if name == MICROBATCH else size for name, size in mesh.axes)
         self.pace = hardware.at_pace_of(math.prod(devices) * shares.ranks)
         self.links = hardware.links(devices)
-        self.shares = shares
         self.groups, self.only, self.modes = groups, only, modes
         # By these, states are the same but for the order of axes.
         self.equal = groups or equal_axes(self.sizes, self.links, self.in_time)
@@ -173,9 +163,6 @@ class _Builder:
         self.network.weights = frozenset(self.weights)
         self.inert = inert_calls(graph)
         self.saved: SavedActivations | None = None
-        self.storage_choices: dict[Any, tuple[ParameterStorage, ...]] = {}
-        self.update_tables: dict[Any, tuple[Table, ProducerLayouts]] = {}
-        self.parameters: dict[str, ProducerLayouts] = {}
         self.states: dict[str, CallStates] = {}
 
     def build(self) -> CostNetwork:
@@ -194,9 +181,9 @@ class _Builder:
         # On several axes states are pairs and triples: splits that no product asks for are left
         # out, or their number would multiply.
         several = sum(size > 1 for size in self.sizes) > 1
-        known = self.known.splits if self.known is not None else {}
+        splits = self.known.splits if self.known is not None else {}
         splits_by_size = {
-            size: known.get((size, several))
+            size: splits.get((size, several))
             or CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
             if not in_time
@@ -211,7 +198,13 @@ class _Builder:
             for size, in_time in zip(self.sizes, self.in_time, strict=True)
         ]
         if self.options.memory_limit is not None:
-            self.saved = SavedActivations(self.graph, rules)
+            # What calls save depends on the device, and not on the mesh.
+            known, device = self.known, self.pace.device
+            same = known is not None and known.graph is self.graph and known.matched is self.matched
+            saved = known.activations if known is not None and same else None
+            fits = saved is not None and saved.device == device
+            self.saved = saved if fits else SavedActivations(self.graph, rules, device)
+            self.network.activations = self.saved
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph,
             rules,
@@ -219,6 +212,7 @@ class _Builder:
             self.options.recompute,
             None if self.saved is None else self.saved.saved,
             self.modes,
+            self.pace.device,
         )
         if self.saved is not None:
             peak_call, freed = self.saved.peak_call(self.mesh.world_size, self.recomputation.place)
@@ -226,14 +220,17 @@ class _Builder:
             self.network.peak_call = peak_call
             self.network.fixed_nbytes = sum(nbytes(node.result) for node in resident) - freed
         self.add_calls()
+        parameters = ParameterStates(
+            self.network, self.splits, self.in_time, self.pace, self.equal, self.groups
+        )
         for node in self.graph.nodes:
             if node.kind == "parameter":
-                self.add_parameter(node)
-        self.add_outputs()
+                parameters.add(node)
+        add_outputs(self.network, self.splits, self.in_time, self.equal, self.groups)
         NetworkFactors(
             self.network,
             self.states,
-            self.parameters,
+            parameters.layouts,
             self.recomputation,
             self.saved,
             self.invariant,
@@ -356,162 +353,6 @@ class _Builder:
         assert states.usage is not None
         gradients = [self.saved.gradient_nbytes(node, joint, self.sizes) for joint in states.joints]
         return states.usage + np.array(gradients)
-
-    def add_parameter(self, node: Node) -> None:
-        """Add the ways to store one parameter, with the seconds and bytes of its update."""
-        value = node.result
-        if node.target in self.stored:
-            choices: tuple[ParameterStorage, ...] = (
-                ParameterStorage.as_used(self.stored[node.target]),
-            )
-        else:
-            shards = tuple(
-                tuple(splits.shards[value.name]) if size > 1 and not in_time else ()
-                for size, splits, in_time in zip(self.sizes, self.splits, self.in_time, strict=True)
-            )
-            key = (value.shape, value.dtype, value.requires_grad, shards)
-            if key not in self.storage_choices:
-                # ZeRO is a form of data parallelism. Scattered gradients save memory and nothing
-                # else: they are candidates where memory is counted.
-                zero = self.options.data_parallel
-                # Micro-batches add their gradients up before these are reduced.
-                scattered = zero and self.edges.memory and not any(self.in_time)
-                several = tuple(
-                    1 if in_time else size
-                    for size, in_time in zip(self.sizes, self.in_time, strict=True)
-                )
-                self.storage_choices[key] = tuple(
-                    self.over_time(choice, value.requires_grad)
-                    for choice in storage_choices(value, shards, several, zero, scattered)
-                )
-            choices = self.storage_choices[key]
-            if self.only is not None:
-                wanted = self.only[node.name]
-                choices = tuple(
-                    choice for choice in choices if arranged_storage(choice, self.equal) in wanted
-                )
-        every, choices = choices, self.arranged_choices(choices)
-        self.network.storages[node.name] = choices
-        priced = (value.shape, value.dtype, value.requires_grad, choices)
-        if priced not in self.update_tables:
-            self.update_tables[priced] = self.update_table(node, choices, every)
-        self.network.updates[node.name], self.parameters[node.name] = self.update_tables[priced]
-
-    def arranged_choices(
-        self, choices: tuple[ParameterStorage, ...]
-    ) -> tuple[ParameterStorage, ...]:
-        """Return the ways to store a parameter, in one order where that is left open."""
-        if not self.groups:
-            return choices
-        return tuple(dict.fromkeys(arranged_storage(choice, self.groups) for choice in choices))
-
-    def over_time(self, stored: ParameterStorage, grad: bool) -> ParameterStorage:
-        """Return a way to store a parameter that all micro-batches read as it is.
-
-        Each of them adds its own summand to the gradient, as ranks do for a Replicate: nobody
-        reduces these, because autograd adds up the gradients of one tensor.
-        """
-        if not (grad and any(self.in_time)):
-            return stored
-        return ParameterStorage(
-            *(
-                tuple(
-                    Replicate() if in_time else placement
-                    for placement, in_time in zip(layout, self.in_time, strict=True)
-                )
-                for layout in (stored.storage, stored.gradient, stored.state)
-            )
-        )
-
-    def update_table(
-        self,
-        node: Node,
-        choices: tuple[ParameterStorage, ...],
-        every: tuple[ParameterStorage, ...],
-    ) -> tuple[Table, ProducerLayouts]:
-        """Return seconds and bytes of each way to store a parameter, and the layouts it has.
-
-        every: the ways in all orders of axes, of which the least counts.
-        """
-        value = node.result
-        costs, usage = [], []
-        for choice in every:
-            parts = stored_bytes(value, choice, self.sizes, self.options.optimizer)
-            updated = nbytes(value) * layout_fraction(value.shape, choice.state, self.sizes)
-            seconds = update_seconds(updated, updated, parts[2], self.pace)
-            seconds += update_gather_seconds(value, choice, self.edges.links, self.sizes)
-            seconds += exchange_seconds(value, choice, self.edges.links, self.sizes)
-            costs.append(seconds * self.shares.once if value.requires_grad else 0.0)
-            usage.append(sum(parts) / self.shares.in_flight)
-        if not self.groups:
-            layouts = ProducerLayouts(
-                tuple(choice.storage for choice in choices), choices, resident=True
-            )
-            return Table(np.array(costs), np.array(usage)), layouts
-        place = {choice: number for number, choice in enumerate(choices)}
-        least = np.full((2, len(choices)), np.inf)
-        numbers = [place[arranged_storage(choice, self.groups)] for choice in every]
-        for row, values in zip(least, (costs, usage), strict=True):
-            np.minimum.at(row, numbers, values)
-        layouts = ProducerLayouts(
-            tuple(arranged_layout(choice.storage, self.groups) for choice in choices),
-            choices,
-            resident=True,
-        )
-        return Table(least[0], least[1]), layouts
-
-    def add_outputs(self) -> None:
-        """Add the layouts in which a value may be returned: whole; beside a loss, also split.
-
-        A caller that takes a loss trains; one that takes no loss reads the outputs, which must then
-        be whole. Only plain shards are returned (no blocks), as a caller would expect them.
-        """
-        values = [self.graph.values[name] for name in self.graph.outputs]
-        has_loss = any(not value.shape and value.requires_grad for value in values)
-        for value in values:
-            free = bool(has_loss and value.shape and not self.whole_outputs)
-            plain: list[tuple[Placement, ...]] = []
-            for size, splits, in_time in zip(self.sizes, self.splits, self.in_time, strict=True):
-                shards = tuple(
-                    shard
-                    for shard in (splits.shards[value.name] if size > 1 else ())
-                    if shard.blocks == shard.unit == shard.repeat == 1
-                )
-                # Who runs the micro-batches puts together what they return, however it lies.
-                if in_time:
-                    same = Replicate() if value.requires_grad else Invariant()
-                    plain.append((same, *shards, Partial()))
-                else:
-                    plain.append((Invariant(), *(shards if free else ())))
-            layouts = tuple(
-                layout
-                for layout in product(*plain)
-                if is_nested(value.shape, layout, self.sizes) and not self.is_mixed(layout)
-            )
-            if self.groups:
-                layouts = tuple(
-                    dict.fromkeys(arranged_layout(layout, self.groups) for layout in layouts)
-                )
-            elif self.only is not None:
-                wanted = self.only[f"return:{value.name}"]
-                layouts = tuple(
-                    layout for layout in layouts if arranged_layout(layout, self.equal) in wanted
-                )
-            self.network.outputs[value.name] = layouts
-
-    def is_mixed(self, layout: Layout) -> bool:
-        """Return whether ranks hold a part of every micro-batch along the dim of the batch: put
-        together, these are no part that a caller would expect.
-        """
-        cuts = {
-            placement.dim
-            for placement, in_time in zip(layout, self.in_time, strict=True)
-            if in_time and isinstance(placement, Shard)
-        }
-        return any(
-            isinstance(placement, Shard) and placement.dim in cuts and not in_time
-            for placement, in_time in zip(layout, self.in_time, strict=True)
-        )
 
 
 def _is_possible_in_time(

@@ -29,6 +29,7 @@ from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.recompute_modes import Recomputation
 from autoparallel.strategy.redistribution import RedistributionTable, RedistributionTables
 from autoparallel.strategy.rule_matching import MatchedCall
+from autoparallel.strategy.saved_activations import SavedActivations
 from autoparallel.strategy.stage_shares import WHOLE_MODEL, StageShares
 from planners import Factor, Problem, Solution, Variable
 
@@ -57,6 +58,7 @@ class CostNetwork:
     come from parameters alone.
     peak_call: the call during whose backward the bytes are counted, "" for after the forward pass.
     fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
+    activations: what calls save, None where memory is not limited.
     only: the states that there are, see `build_network`; None for all.
     matched, splits: what every call is, and the splits that it may have, by the size of an axis and
     whether there are several. They serve other networks of the same graph. alike: the states of
@@ -94,6 +96,7 @@ class CostNetwork:
     peak_call: str = ""
     fixed_nbytes: float = 0.0
     shares: StageShares = WHOLE_MODEL
+    activations: SavedActivations | None = None
     only: Mapping[str, frozenset[Any]] | None = None
 
     @property

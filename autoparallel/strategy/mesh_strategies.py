@@ -123,7 +123,8 @@ def _together(rule: ShardingRule, parts: tuple[Strategy, ...], sizes: tuple[int,
             return False
         if tile.loop != second.tile.loop:
             continue
-        if tile != second.tile or any(p.kernel and not p.kernel.wraps for p in (first, second)):
+        both = [part.kernel for part in (first, second) if part.kernel is not None]
+        if tile != second.tile or any(not each.wraps or each.alone for each in both):
             return False
     for part, size in zip(parts, sizes, strict=True):
         if part.tile is not None:

@@ -34,7 +34,7 @@ class Recomputation:
     regions that the model checkpoints; or, whatever it checkpoints, one of MODES for all blocks (a
     block without products of activations has nothing to select, and saves all), or "auto" for a
     choice between all modes that a block has. decided: the mode of each block in order, where it is
-    decided already.
+    decided already. device: as of Hardware.
     blocks: the repeated blocks, or the regions. modes: per block, the modes to choose between.
     groups: per block and mode, the names of the ops run again together. made: per block, the ops
     that its mode "selective" makes again one by one, views of what they make among them; remade:
@@ -49,8 +49,9 @@ class Recomputation:
         requested: str,
         saved: SavedTensors | None = None,
         decided: Sequence[str] = (),
+        device: str = "cpu",
     ) -> None:
-        self.saved = saved
+        self.saved, self.device = saved, device
         self.graph, self.rules, self.weights = graph, rules, weights
         self.blocks = _blocks(graph, requested)
         self.modes: list[tuple[str, ...]] = []
@@ -155,7 +156,7 @@ class Recomputation:
 
     def _able(self, nodes: tuple[Node, ...]) -> frozenset[int]:
         """Return the places of ops whose results need not be saved, and of views of these."""
-        saved = self.saved = self.saved or SavedTensors(self.graph, self.rules)
+        saved = self.saved = self.saved or SavedTensors(self.graph, self.rules, device=self.device)
         inside = {node.name for node in nodes}
         able: set[int] = set()
         made: set[str] = set()

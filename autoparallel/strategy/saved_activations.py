@@ -18,13 +18,15 @@ class SavedActivations:
     """The tensors that every op saves for its backward pass: operands, results, and internal ones.
 
     rules: per call node. Views save nothing themselves: a saved view keeps alive the tensor that it
-    is a view of, and is counted there. viewed: per result that is a view, whether something saves
-    it. roots: the values whose memory is held by some call.
+    is a view of, and is counted there. device: as of Hardware. viewed: per result that is a view,
+    whether something saves it. roots: the values whose memory is held by some call.
     """
 
-    def __init__(self, graph: Graph, rules: Mapping[str, ShardingRule | None]) -> None:
-        self.graph, self.rules = graph, rules
-        self.saved = SavedTensors(graph, rules)
+    def __init__(
+        self, graph: Graph, rules: Mapping[str, ShardingRule | None], device: str = "cpu"
+    ) -> None:
+        self.graph, self.rules, self.device = graph, rules, device
+        self.saved = SavedTensors(graph, rules, device=device)
         self.of = self.saved.of
         self.viewed: dict[str, bool] = {}
         # Backwards, because a view is saved where a view of it is.

@@ -13,13 +13,16 @@ def default_cache_folder() -> Path:
     """Return the folder for what is worth keeping between runs. It need not exist.
 
     The first of: the environment's AUTOPARALLEL_CACHE, XDG_CACHE_HOME/autoparallel (the XDG Base
-    Directory rule), ~/.cache/autoparallel.
+    Directory rule), ~/.cache/autoparallel. Raises FileNotFoundError where none is known.
     """
     chosen_by_user = os.environ.get("AUTOPARALLEL_CACHE")
     if chosen_by_user:
         return Path(chosen_by_user)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "autoparallel"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "autoparallel"
+    except RuntimeError:  # of a user without a home, as containers run programs
+        raise FileNotFoundError("there is no home folder: set AUTOPARALLEL_CACHE") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -9,7 +9,7 @@ from autoparallel.graph.graph import Graph, Node
 from autoparallel.placement import Partial
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.registry import signature
-from autoparallel.rules.rule import Dims, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Kernel, OpCall, ShardingRule
 from autoparallel.threads.all_threads import Threads
 from autoparallel.threads.factors import Factors
 from autoparallel.threads.thread import Birth, Passage, Place, Thread, Treatment
@@ -123,8 +123,8 @@ class _Search:
         if rule is not None:
             for loop, factor in self.loops[name].items():
                 operands, results = _where(rule.operands, loop), _where(rule.results, loop)
-                kernel = rule.kernels.get(loop)
-                if loop in rule.whole:
+                kernel = rule.kernels.get(loop) or _together(rule, loop)
+                if loop in rule.whole and kernel is None:
                     treatment = Treatment.WHOLE
                 elif kernel is not None:
                     treatment = Treatment.KERNEL
@@ -172,6 +172,14 @@ class _Search:
                             birth = Birth(node.kind, node.name, path, dim)
                             births.setdefault(number, []).append(birth)
         return births
+
+
+def _together(rule: ShardingRule, loop: str) -> Kernel | None:
+    """Return the kernel that splits a loop with another one, and not by itself; None for none."""
+    if loop not in rule.whole:
+        return None
+    exchanges = rule.exchanges.values()
+    return next((each.kernel for each in exchanges if loop in each.loops), None)
 
 
 _STORED = ("parameter", "buffer")

@@ -115,6 +115,8 @@ class Namer:
                 whole_numbers = not (value.dtype.is_floating_point or value.dtype.is_complex)
                 if dim == index == 0:
                     names[number] = "batch"
+                elif any(map(self._runs_windows, self._products(number))):
+                    names[number] = "places"
                 elif dim != 1:
                     continue
                 elif whole_numbers and len(value.shape) == 2 and "sequence" not in names.values():
@@ -313,14 +315,21 @@ class Namer:
         return self.nodes[passage.call].results[0].name in self.weights
 
     def _is_window(self, passage: Passage) -> bool:
-        """Return whether a product is one of windows: its result has places that nothing else has,
-        as what lies below windows that overlap is no loop.
+        """Return whether a product is one of windows: its rule says so, or its result has places
+        that nothing else has.
         """
         rule = self.rules[passage.call]
         if rule is None or not rule.flops:
             return False
+        if rule.windows:
+            return True
         read = {loop for dims in rule.operands for names in dims for loop in names}
         return any(loop not in read for dims in rule.results for names in dims for loop in names)
+
+    def _runs_windows(self, passage: Passage) -> bool:
+        """Return whether windows of a product move along the thread."""
+        rule = self.rules[passage.call]
+        return rule is not None and passage.loop in rule.windows
 
     def _from_inputs(self) -> set[str]:
         """Return the values that follow from inputs, and from no parameter."""

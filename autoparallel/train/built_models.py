@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.support.json_text import read_other_json
 from autoparallel.train.choice_model import BertForChoices
 from autoparallel.train.config import TrainingError
 from autoparallel.train.models import GPT, Bert, BertConfig, GPTConfig
@@ -134,7 +134,7 @@ def _of_transformers(name: str, options: Mapping[str, Any], vocabulary: int, seq
         file = Path(name).expanduser()
         architecture = _architecture(file)
         kind = _class_of(transformers, architecture)
-        table = {**json.loads(file.read_text()), **options}
+        table = {**read_other_json(file.read_text()), **options}
         table.pop("architectures", None)
         return kind(kind.config_class.from_dict({**table, "vocab_size": vocabulary}))
     kind = _class_of(transformers, name)
@@ -174,7 +174,7 @@ def _class_of(transformers: Any, name: str) -> Any:
 def _architecture(file: Path) -> str:
     """Return the class that a config.json is of."""
     try:
-        rows = json.loads(file.expanduser().read_text())
+        rows = read_other_json(file.expanduser().read_text())
         return str(rows["architectures"][0])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise TrainingError(

@@ -85,7 +85,7 @@ def _read_file(file: str) -> tuple[str, dict[str, Any]]:
             why=error.strerror or str(error),
             fix="name a TOML file",
         ) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise TrainingError(
             f"the configuration {file!r} is no TOML",
             why=str(error),
@@ -113,7 +113,7 @@ def _override(text: str) -> tuple[list[str], Any]:
         path = ["model", "kind"]
     try:
         return path, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return path, value  # A text need no quotes here.
 
 

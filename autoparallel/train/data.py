@@ -194,13 +194,14 @@ def _read_cache(file: Path) -> tuple[Tensor, Tensor, str] | None:
     """Return what _write_cache wrote, or None if there is nothing that can be read."""
     try:
         with safetensors.safe_open(file, framework="pt") as stored:
-            return (
-                stored.get_tensor("train"),
-                stored.get_tensor("held_out"),
-                stored.metadata()["tokenizer"],
-            )
-    except (OSError, safetensors.SafetensorError):
+            tokenizer = stored.metadata()["tokenizer"]
+            tokens = (stored.get_tensor("train"), stored.get_tensor("held_out"))
+        tokenizers.Tokenizer.from_str(tokenizer)
+    except Exception:  # tokenizers raises plain exceptions for a text that is none
         return None
+    if any(row.dtype != torch.int32 or row.ndim != 1 for row in tokens):
+        return None
+    return (*tokens, tokenizer)
 
 
 def _write_cache(file: Path, train: Tensor, held_out: Tensor, tokenizer_json: str) -> None:

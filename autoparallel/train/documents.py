@@ -5,7 +5,6 @@ They come one by one, in a fixed order, so that a text need not fit into memory.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import sysconfig
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autoparallel.errors import AutoParallelError
+from autoparallel.support.json_text import read_other_json
 
 __all__ = ["CorpusError", "Document", "TextSource", "corpus_files"]
 
@@ -157,7 +157,7 @@ class TextSource:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = read_other_json(line)
                 except ValueError as error:
                     raise CorpusError(
                         f"{file}, line {number} is no JSON",

@@ -6,7 +6,6 @@ loss, so that the logits stay split; where a token has to be the likeliest, logi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import tokenizers
 import torch
 from torch import Tensor, nn
 
+from autoparallel.support.json_text import read_other_json
 from autoparallel.train.config import TrainingError
 from autoparallel.train.models import IGNORED_LABEL
 from autoparallel.train.outputs import logits_of, loss_of, whole
@@ -208,7 +208,7 @@ def read_texts(file: Path) -> list[str]:
         lines = [line for line in file.read_text().split("\n") if line.strip()]
         if file.suffix != ".jsonl":
             return lines
-        return [str(json.loads(line)["text"]) for line in lines]
+        return [str(read_other_json(line)["text"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"no passages in {file}",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.support.json_text import read_other_json
 from autoparallel.train.documents import CorpusError
 from autoparallel.train.evaluation import Score
 from autoparallel.train.outputs import whole
@@ -226,13 +227,13 @@ def _passages(path: Path) -> Iterator[tuple[Any, str]]:
         try:
             text = file.read_text(encoding="utf-8")
             if file.suffix != ".jsonl":
-                yield json.loads(text), where
+                yield read_other_json(text), where
                 continue
             # Only this ends a line: a text may hold others that splitlines knows, such as U+2028.
             for number, line in enumerate(text.split("\n"), 1):
                 where = f"{file}, line {number}"
                 if line.strip():
-                    yield json.loads(line), where
+                    yield read_other_json(line), where
         except (OSError, ValueError) as error:
             raise CorpusError(
                 f"{where} is no passage with questions",

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autoparallel.support.cache_files import write_whole
+from autoparallel.support.json_text import read_other_json
 from autoparallel.support.units import seconds_text
 from autoparallel.train.config import TrainingError
 from autoparallel.train.run_config import LogConfig
@@ -161,7 +162,7 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of a metrics.jsonl; a last line that was cut short is passed over."""
     for line in file.read_text().splitlines():
         try:
-            row = json.loads(line)
+            row = read_other_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:

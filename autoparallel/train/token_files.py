@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 
 from autoparallel.support.cache_files import default_cache_folder
+from autoparallel.support.json_text import read_json
 from autoparallel.train.documents import CorpusError, Document, TextSource
 from autoparallel.train.run_config import DataConfig
 
@@ -38,6 +39,8 @@ __all__ = [
 FORMAT = 1  # Raised when the files change their meaning.
 # A tokenizer is trained on so much of the text at most, from its beginning.
 TRAINED_BYTES = 200_000_000
+# The types of numbers in which tokens are written, by how many there are.
+_DTYPES = ("uint16", "uint32")
 _BATCH = 256  # documents that are tokenized at once
 BYTE_ALPHABET = 256
 
@@ -106,7 +109,7 @@ def prepare_tokens(config: DataConfig, say: Say = lambda text: None) -> Path:
     Example: `open_tokens(prepare_tokens(DataConfig())).vocabulary`
     """
     source = text_source(config)
-    cache = Path(config.cache).expanduser() if config.cache else default_cache_folder() / "tokens"
+    cache = _cache_folder(config)
     folder = cache / _key(config, source)
     if (folder / "contents.json").exists():
         return folder
@@ -138,11 +141,26 @@ def prepare_tokens(config: DataConfig, say: Say = lambda text: None) -> Path:
     return folder
 
 
+def _cache_folder(config: DataConfig) -> Path:
+    """Return the folder of all token files."""
+    try:
+        named = Path(config.cache).expanduser() if config.cache else None
+        return named or default_cache_folder() / "tokens"
+    except (OSError, RuntimeError) as error:
+        raise CorpusError(
+            "there is no folder for the token files",
+            why=str(error),
+            fix="give one: data.cache, or AUTOPARALLEL_CACHE",
+        ) from error
+
+
 def open_tokens(folder: Path) -> TokenFiles:
     """Return the token files in a folder. Raises CorpusError where they cannot be read."""
     try:
-        contents = json.loads((folder / "contents.json").read_text())
+        contents = read_json((folder / "contents.json").read_text())
         tokenizer_json = (folder / "tokenizer.json").read_text()
+        if contents["dtype"] not in _DTYPES:
+            raise ValueError(f"tokens of {contents['dtype']!r:.40}")
         dtype = np.dtype(contents["dtype"])
         train, held_out = (
             np.memmap(folder / name, dtype=dtype, mode="r") for name in ("train", "held_out")
@@ -205,7 +223,7 @@ def _write(config: DataConfig, source: TextSource, folder: Path, say: Say) -> No
     tokenizer = _tokenizer(config, source, say)
     marks = marks_of(tokenizer, config.tokenizer)
     vocabulary = tokenizer.get_vocab_size()
-    dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+    dtype = np.dtype(_DTYPES[0] if vocabulary <= 2**16 else _DTYPES[1])
     digest = hashlib.sha256()
     counts, nbytes = {"train": 0, "held_out": 0}, 0
     files = {name: (folder / name).open("wb") for name in counts}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from autoparallel.api import apply_plan
 from autoparallel.parallel.checkpoint import load_checkpoint
+from autoparallel.support.json_text import read_other_json
 from autoparallel.train.built_models import build_model, objective_of
 from autoparallel.train.config import Checkpoints, TrainingError
 from autoparallel.train.config_text import read_config
@@ -138,7 +138,7 @@ def _of_hugging_face(folder: Path, mesh: str) -> Trained:
     """Return the model in a folder as save_pretrained writes it."""
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        rows = json.loads((folder / "config.json").read_text())
+        rows = read_other_json((folder / "config.json").read_text())
         vocabulary = int(rows["vocab_size"])
         begin, ends = _marks_beside(folder, tokenizer)
     except Exception as error:  # the library raises plain exceptions for what is no tokenizer
@@ -167,7 +167,7 @@ def _marks_beside(
     """
     added = tokenizer.get_added_tokens_decoder()
     files = [
-        json.loads(file.read_text()) if file.exists() else {}
+        read_other_json(file.read_text()) if file.exists() else {}
         for name in ("tokenizer_config.json", "config.json", "generation_config.json")
         for file in [folder / name]
     ]

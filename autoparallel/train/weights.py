@@ -20,6 +20,7 @@ from autoparallel.errors import CheckpointError
 from autoparallel.parallel.checkpoint_files import is_first_rank, together
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.whole_values import whole_value
+from autoparallel.support.json_text import read_other_json
 from autoparallel.train.config import TrainingError
 
 __all__ = ["export_weights", "import_weights"]
@@ -166,13 +167,20 @@ def _files_of(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor. Raises CheckpointError where there are no weights."""
     try:
         if (folder / INDEX).exists():
-            rows = json.loads((folder / INDEX).read_text())["weight_map"]
+            rows = read_other_json((folder / INDEX).read_text())["weight_map"]
             # A name with a folder in it would lead out of this one.
             return {name: folder / Path(file).name for name, file in rows.items()}
         file = folder if folder.is_file() else folder / "model.safetensors"
         with safetensors.safe_open(file, framework="pt") as content:
             return dict.fromkeys(content.keys(), file)
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        safetensors.SafetensorError,
+    ) as error:
         raise CheckpointError(
             f"no weights in {folder}",
             why=f"{type(error).__name__}: {error}",

@@ -96,7 +96,7 @@ def measure_step(step: Callable[[], object], *, warmups: int = 2) -> MeasuredSte
     """
     for _ in range(warmups):
         step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler, _marked_lines():
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler, _marked_lines():
         step()
     events = list(profiler.events() or ())
     read = _Profile(events)

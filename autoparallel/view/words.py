@@ -37,6 +37,11 @@ __all__ = [
 
 # How a split parameter is called where a kernel of ours runs the op that reads it.
 _KERNELS = {"embedding_rows": "rows of the table"}
+# What ranks send each other in kernels of ours that run an op on parts.
+_EXCHANGED = {
+    "attention_ring": "keys passed round",
+    "convolution_edges": "edges exchanged",
+}
 # The kinds of values that no op makes, by the prefixes that the graph gives to their names.
 _KINDS = {"b_": "buffer", "c_": "constant"}
 _PHRASES = {"column": "column: output dim", "row": "row: input dim"}
@@ -259,21 +264,24 @@ class Words:
         """
         for position, value in enumerate(op.reads):
             split = isinstance(op.operands[position][axis], Shard)
-            known = op.whole_flops or op.kernels[axis]
+            known = op.whole_flops or op.kernel(axis)
             if split and known and self.origin(value) in self.parameters:
                 name = self._split(op, position, axis)
                 return f"{name}-parallel" if name in _PHRASES else name
         if not op.whole_flops:
             return ""
         result = op.results[0][axis]
-        return f"split along dim {result.dim}" if isinstance(result, Shard) else ""
+        if not isinstance(result, Shard):
+            return ""
+        how = _EXCHANGED.get(op.kernels[axis] if op.kernels else "", "")
+        return f"split along dim {result.dim}" + (how and f", {how}")
 
     def _split(self, op: OpChoice, position: int, axis: int) -> str:
         """Return "row" or "column" where the split of an operand is one of these, else a phrase."""
         placement = op.operands[position][axis]
         assert isinstance(placement, Shard)
-        if op.kernels[axis]:
-            return _KERNELS.get(op.kernels[axis], f"dim {placement.dim}")
+        if kernel := op.kernel(axis):
+            return _KERNELS.get(kernel, f"dim {placement.dim}")
         if all(isinstance(result[axis], Partial) for result in op.results):
             return "row"
         # A bias is split as the product that it is added to; an expert's weight, as its tokens.

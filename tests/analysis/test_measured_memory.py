@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from broad_cases import broad
 
 ROOT = Path(__file__).parents[2]
 
 # One of two ranks, whose collectives return at once. Gradients that are kept between steps, as for
 # accumulation, and a caller that holds what the model returned are what a plan counts.
 STEP = """
-import gc, json
+import gc, json, sys
 import torch
 from autoparallel.support.torch_private import fake_process_group
 fake_process_group(0, 2)
@@ -26,7 +27,7 @@ config = GPTConfig(layers=2, hidden=64, heads=4, vocabulary=512, positions=64, d
 tokens = torch.randint(512, (8, 64))
 inputs = {"input_ids": tokens, "labels": tokens}
 found = {}
-for sequence_parallel in (True, False):
+for sequence_parallel in json.loads(sys.argv[1]):
     model = autoparallel.autoparallelize(
         GPT(config), 2, example_inputs=inputs, sequence_parallel=sequence_parallel, check_inputs=0
     )
@@ -57,12 +58,17 @@ print(json.dumps(found))
 """
 
 
-def test_a_step_takes_the_memory_that_is_predicted() -> None:
+@pytest.mark.parametrize("ways", ["[true]", *broad("[false]")])
+def test_a_step_takes_the_memory_that_is_predicted(ways: str) -> None:
     """Where gradients are cleared before each step and outputs let go, it takes less by these."""
     paths = [ROOT, ROOT / "benchmarks"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(
-        [sys.executable, "-c", STEP], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", STEP, ways],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     for total, gradients, (kept, cleared) in json.loads(done.stdout.splitlines()[-1]).values():
         assert kept == pytest.approx(total, rel=0.01)

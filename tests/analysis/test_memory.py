@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from alive import Alive
+from broad_cases import broad
 from calls import Call
 from families import Float64
 from kept import Kept, watching
@@ -69,7 +70,7 @@ def compare(
     assert (found.activations, found.assumed) == (max(kept.nbytes.values()), ())
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [*broad(1, 2), 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_predicted_is_what_autograd_keeps(
     name: str, world_size: int, monkeypatch: pytest.MonkeyPatch
@@ -94,9 +95,9 @@ def test_several_axes_and_blocks_that_run_again(
     ("name", "mesh"),
     # 3 rows: a part for each
     [
-        ("deepseek-v3", Mesh(tp=1)),
+        *broad(("deepseek-v3", Mesh(tp=1))),
         pytest.param("vit", Mesh(tp=3), marks=attention_in_float64_without_data),
-        pytest.param("llama", Mesh(dp=3, tp=2), marks=attention_in_float64_without_data),
+        *broad(("llama", Mesh(dp=3, tp=2))),
     ],
     ids=str,
 )
@@ -182,7 +183,7 @@ def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == max(kept.nbytes.values()), strategy
 
 
-@pytest.mark.parametrize("sample", CALLS[::7], ids=str)
+@pytest.mark.parametrize("sample", CALLS[::14], ids=str)
 def test_every_strategy_keeps_what_it_should(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     compare_strategies(sample, monkeypatch)
 

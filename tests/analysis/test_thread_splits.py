@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import cache
 
 import pytest
 import torch
 import zoo
+from broad_cases import share_of
 
 import autoparallel
 from autoparallel.analysis.communication import transfers
@@ -25,12 +25,11 @@ FAMILIES = [
 ]
 
 
-@cache
 def plan_of(name: str) -> Plan:
     return autoparallel.make_plan(zoo.build(name, 2), 2, example_inputs=zoo.inputs_for(name))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", share_of(FAMILIES, 2))
 def test_what_runs_is_what_threads_predict(name: str) -> None:
     """Forward and backward on two ranks make so many collectives of each kind, also in kernels."""
     plan = plan_of(name)
@@ -42,7 +41,7 @@ def test_what_runs_is_what_threads_predict(name: str) -> None:
     assert +predicted == Counter(simulation.collectives)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", share_of(FAMILIES, 2))
 def test_each_collective_has_its_cause(name: str) -> None:
     """Value by value, on each axis of two, with data parallelism: none is missing or too many."""
     mesh = autoparallel.Mesh(dp=2, tp=2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import share_of
 from split_ranks import as_unsplit
 from torch import nn
 
@@ -88,7 +89,7 @@ LEFT: dict[str, tuple[Callable[[Any, torch.Tensor], Any], Callable[[Any], Any]]]
 }
 
 
-@pytest.mark.parametrize("kind", LEFT)
+@pytest.mark.parametrize("kind", share_of(LEFT, 2))
 def test_what_is_left_is_seen_after_each_call(kind: str) -> None:
     """It can go into the loss, other inputs leave other values, and settings stay the user's."""
     leave, see = LEFT[kind]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from block_stacks import LAYERS, WIDTH, Block, Stack, both, instances, numbered, sample, stack
+from broad_cases import broad, share_of
 from families import TRANSFORMERS, build, inputs_for
 from torch import nn
 
@@ -18,7 +19,7 @@ FAMILY_LAYERS = 4
 
 
 @pytest.mark.parametrize(
-    ("name", "training"), [*((name, True) for name in TRANSFORMERS), ("gpt", False)]
+    ("name", "training"), share_of([*((name, True) for name in TRANSFORMERS), ("gpt", False)], 2)
 )
 def test_families_are_folded(name: str, training: bool) -> None:
     """The first block is copied to all but the last, which is traced as a check."""
@@ -29,7 +30,7 @@ def test_families_are_folded(name: str, training: bool) -> None:
     assert instances(captured) == [FAMILY_LAYERS - 1]
 
 
-@pytest.mark.parametrize("name", ["hf-gpt2", "hf-llama"])
+@pytest.mark.parametrize("name", [*broad("hf-gpt2"), "hf-llama"])
 def test_a_cache_is_captured(name: str) -> None:
     """Blocks that append keys and values to a cache: the graph returns those of every layer."""
     model = build(name, layers=3).eval()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from families import relative_error, worst_gradient
 from split_ranks import as_unsplit, programs_of
 from torch import nn
@@ -88,7 +89,7 @@ def parity(model: nn.Module, made: Simulation, x: torch.Tensor) -> None:
     assert worst_gradient(dict(made.gradients), gradients)[0] < 1e-12
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_the_way_of_the_example_is_one_program(
     way: Callable[..., torch.Tensor], world_size: int

@@ -7,6 +7,7 @@ from functools import cache
 import container_models
 import pytest
 import torch
+from broad_cases import broad, one_of_each, share_of
 from container_models import KINDS, Model, sample
 from families import relative_error, worst_gradient
 
@@ -35,8 +36,8 @@ def unsplit(model: Model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return loss.detach(), {path: p.grad for path, p in named if p.grad is not None}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
+@pytest.mark.parametrize("kind", share_of(KINDS, 2))
 def test_nothing_is_lost(kind: str, world_size: int) -> None:
     """Loss and every gradient equal the unsplit model's."""
     one = traced(kind)
@@ -50,7 +51,7 @@ def test_nothing_is_lost(kind: str, world_size: int) -> None:
     assert error < TOLERANCE, where
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", one_of_each(KINDS, list(KINDS)[::4].__contains__))
 def test_no_constant_is_a_weight(kind: str) -> None:
     """The program is the one of the full trace, and has no constants."""
     captured = traced(kind).captured
@@ -60,7 +61,7 @@ def test_no_constant_is_a_weight(kind: str) -> None:
     assert str(captured.graph) == str(run_passes(full.graph))
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[::3])
+@pytest.mark.parametrize("kind", share_of(KINDS, 9))
 def test_on_the_meta_device(kind: str) -> None:
     """The same graph without weights, also where objects keep the tensors of another device."""
     captured = traced(kind).captured

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from releases import applied_by_keyword, tried_under_autocast
 from torch import nn
@@ -17,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 import autoparallel
 from autoparallel.capture.custom_functions import function_op
 from autoparallel.errors import UnsupportedOpError
-
-WORLD_SIZES = (2, 3)
 
 
 def planned(model: nn.Module, world_size: int, x: torch.Tensor) -> Any:
@@ -240,7 +239,7 @@ def functions_of(plan: Any) -> list[str]:
     return [operation.name for operation in operations if operation is not None]
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, marks=applied_by_keyword if kind == "keyword" else ()) for kind in CARRIED],
@@ -359,7 +358,7 @@ def written_view(h: torch.Tensor) -> torch.Tensor:
     return h * view
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_no_op_can_say_stays_python(kind: str, world_size: int) -> None:
     use, why = REFUSED[kind]

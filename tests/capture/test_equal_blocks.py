@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from block_stacks import LAYERS, WIDTH, Block, Stack, both, instances, numbered, sample, stack
+from broad_cases import share_of
 from torch import nn
 
 from autoparallel.capture.export import capture
@@ -289,7 +290,7 @@ ODD_ONES = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_ONES)
+@pytest.mark.parametrize("name", share_of(ODD_ONES, 2))
 def test_what_cannot_be_folded_is_traced(name: str) -> None:
     """Blocks that look the same and are not, or are looked into: no block is copied."""
     model = ODD_ONES[name]()

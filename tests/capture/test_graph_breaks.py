@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import share_of
 from broken_models import LAYERS, MIDDLES, WIDTH, build, inputs
 from families import relative_error, worst_gradient
 from torch import nn
@@ -17,7 +18,7 @@ import autoparallel
 from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError, PlanError
 from autoparallel.mesh import Mesh
-from autoparallel.parallel.uncaptured_python import common_numbers
+from autoparallel.parallel.common_numbers import common_numbers
 from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
 from autoparallel.runtime.groups import thread_groups
@@ -98,7 +99,7 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("name", MIDDLES)
+@pytest.mark.parametrize("name", share_of(MIDDLES, 3))
 def test_what_can_be_traced_is_split(name: str) -> None:
     """Loss and every gradient in float64; the largest traceable modules are the parts."""
     batch = inputs()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from torch import nn
 
 import autoparallel
@@ -97,7 +98,7 @@ def compared(model: nn.Module, world_size: int) -> Any:
     return plan
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [*broad(1, 2), 3])
 @pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_hook_in_the_forward(kind: str, world_size: int) -> None:
     torch.manual_seed(0)
@@ -110,7 +111,7 @@ def test_a_hook_in_the_forward(kind: str, world_size: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*backward hook:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*backward hook:FutureWarning")
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [*broad(1, 2), 3])
 @pytest.mark.parametrize("kind", ON_MODULES)
 def test_a_hook_on_a_module(kind: str, world_size: int) -> None:
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from broad_cases import broad, share_of
 from families import Float64, relative_error, worst_gradient
 from planned_models import (
     SETTING_UP,
@@ -68,7 +69,7 @@ def plan_in_every_way(model: nn.Module, inputs: Any) -> None:
             call()
 
 
-@pytest.mark.parametrize("kind", [*SETTING_UP, Disturbs])
+@pytest.mark.parametrize("kind", share_of([Disturbs, *SETTING_UP], 2))
 def test_planning_leaves_the_model_as_it_was(kind: type[Base]) -> None:
     """Every dict of every module, every tensor bit for bit, torch's state and random numbers."""
     model, x = build(kind), batches()[0]
@@ -105,7 +106,7 @@ def check_family(name: str) -> None:
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit", "lstm"])
+@pytest.mark.parametrize("name", ["gpt2", *broad("vit", "lstm")])
 def test_planning_leaves_published_models_as_they_were(name: str) -> None:
     check_family(name)
 

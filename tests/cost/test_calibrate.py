@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from broad_cases import broad
 
 from autoparallel import make_plan
 from autoparallel.analysis.timeline import timeline
@@ -33,6 +34,8 @@ from autoparallel.cost.matmul import product_seconds
 from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.placement import Collective
 from autoparallel.train.models import GPT, GPTConfig
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(1, n, n, n) for n in (256, 512, 1024, 2048, 4096)] + [
@@ -217,7 +220,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(
     assert "measuring" not in told
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, *broad(2)])
 def test_the_command_writes_what_plans_take(processes: int, tmp_path: Path) -> None:
     """End to end; of two processes also the collectives."""
     file = tmp_path / "my-machine.json"

@@ -184,3 +184,24 @@ def test_short_arrays_are_in_the_cache() -> None:
     cost = priced(add, "d0", hardware=cached)
     assert cost.forward == pytest.approx(3072 / (8 * MEMORY) + LAUNCH)
     assert cost.seconds == pytest.approx(2 * cost.forward)
+
+
+@pytest.mark.parametrize("peak", [1000.0, 10.0], ids=["waits", "hidden"])
+def test_what_is_passed_round_hides_behind_products(peak: float) -> None:
+    """Two ranks pass keys and values of 128 bytes once, and back with as many of gradients.
+
+    A part of 64 bytes takes 1 s to start, 1 s on the way and 6.4 s to send; backward 12.8 s. At the
+    end, gradients go to whom they belong. Each rank has half of 192 bytes to put together, twice.
+    """
+    call = call_of("aten.scaled_dot_product_attention.default", [(1, 1, 8, 2)] * 3, (1, 1, 8, 2))
+    rule = rule_of(call)
+    options = strategies(rule, [LoopSplit("s")], (True,) * 3, (True,), 2)
+    (ring,) = [each for each in options if each.kernel is not None]
+    hardware = replace(PLAIN, flops_per_second=((4, peak),))
+    joints = [(ring,), (replace(ring, kernel=None),)]
+    cost, alone = op_costs(call, rule, joints, [(2, hardware.inside)], hardware)
+    there, back = 8.4, 14.8
+    forward, backward = alone.forward, alone.seconds - alone.forward
+    waits = max(there - forward / 2, 0) + max(back - backward / 2, 0)
+    assert bool(waits) == (peak == 1000.0)
+    assert cost.communication == pytest.approx(192 / MEMORY + waits + back - there)

@@ -183,6 +183,22 @@ def test_tensors_of_no_device_tell_the_same(sample: Call) -> None:
     assert told[0].assumed or told[0] == told[1]
 
 
+@pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
+def test_gpus_keep_a_factor_for_each_row_of_a_norm(weighted: bool) -> None:
+    """Their kernel keeps what it reads and a factor in float32; CPUs keep the rows in float32."""
+    rows, weight = (fixed(*shape).bfloat16().requires_grad_() for shape in ((4, 6), (6,)))
+    sample = call("rms_norm.default", rows, (6,), *([weight] if weighted else []))
+    graph = sample.example().graph
+    rules = {"y": rule_of(sample)}
+    found = {device: SavedTensors(graph, rules, device=device).of("y") for device in ("gpu", "cpu")}
+    on_gpu = found["gpu"]
+    assert (on_gpu.operands, on_gpu.results) == ((True,) * (1 + weighted), (False,))
+    assert [item.nbytes for item in on_gpu.internal] == [4 * 4]
+    assert on_gpu.internal_nbytes(dict.fromkeys(on_gpu.internal[0].loops, 0.5)) == 8.0
+    assert found["cpu"].internal_nbytes({}) >= 4 * rows.numel()
+    assert not found["cpu"].operands[0]
+
+
 def test_what_cannot_be_run_keeps_all() -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError

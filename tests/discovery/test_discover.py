@@ -10,6 +10,7 @@ from pathlib import Path
 import custom_ops
 import pytest
 import torch
+from broad_cases import broad, share_of
 from calls import Call, ints, truth, x
 from torch import nn
 
@@ -95,7 +96,7 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("call", "words"), FOUND, ids=lambda item: str(item)[:60])
+@pytest.mark.parametrize(("call", "words"), share_of(FOUND, 2), ids=lambda item: str(item)[:60])
 def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
     """Equal sizes do not forge loops; what is found is sound on 4 ranks and at the call's sizes."""
     example = call.example()
@@ -169,7 +170,7 @@ class Mixer(nn.Module):
         return self.out(torch.ops.probed.gated(self.gates(y)))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_a_model_of_unknown_ops_is_split(world_size: int) -> None:
     """All products are, and outputs and gradients equal those of the unsplit model."""
     torch.manual_seed(0)
@@ -254,7 +255,7 @@ def test_offenders_are_listed_with_their_reasons(detached: bool) -> None:
     assert "entropy" not in text
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_an_op_of_which_no_rule_is_found_stays_whole(world_size: int) -> None:
     """The rest is split around it, and the plan says why it is whole."""
     torch.manual_seed(0)

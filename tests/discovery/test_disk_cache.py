@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import custom_ops
 import pytest
+from broad_cases import share_of
 from calls import Call, x
 
 from autoparallel.discovery import unknown_ops as unknown
 from autoparallel.discovery.discover import discover
 from autoparallel.discovery.discovered_rule import DiscoveredRule
-from autoparallel.discovery.disk_cache import key_of, load, store
+from autoparallel.discovery.disk_cache import (
+    key_of,
+    load,
+    load_refusal,
+    store,
+    store_refusal,
+)
 from autoparallel.discovery.probe_processes import rule_of
 from autoparallel.rules import registry
 from autoparallel.rules.rule import OpCall
@@ -88,7 +96,9 @@ def test_the_key_is_of_the_op_and_its_arguments(monkeypatch: pytest.MonkeyPatch)
     assert len(keys) == 5
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "{}\n" * 3, "[" * 10**6])
+@pytest.mark.parametrize(
+    "text", share_of(["", "{", "[]", '{"key": 1}', "{}\n" * 3, "[" * 10**6], 2)
+)
 def test_a_broken_file_is_as_good_as_none(text: str, cache: Path, probes: list[str]) -> None:
     """It is written anew, whole."""
     words(gated(4, 5, 14))
@@ -186,6 +196,13 @@ def test_where_the_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert default_cache_folder() == Path("/desktop/autoparallel")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_folder() == Path.home() / ".cache" / "autoparallel"
+    # A user without a home, as containers run programs, has no files, and is not stopped.
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+    with pytest.raises(FileNotFoundError, match="set AUTOPARALLEL_CACHE"):
+        default_cache_folder()
+    store_refusal("[1]", "some words", False)
+    assert load("[1]") is None
+    assert load_refusal("[1]") is None
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("AUTOPARALLEL_CACHE", str(blocked))

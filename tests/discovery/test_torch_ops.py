@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from broad_cases import share_of
 from calls import Call, fixed, ints, x
 
 from autoparallel.discovery.discover import ProbeError, discover
@@ -69,7 +70,9 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), CALLS, ids=lambda item: str(item[0])[:40])
+@pytest.mark.parametrize(
+    ("arguments", "words"), share_of(CALLS, 2), ids=lambda item: str(item[0])[:40]
+)
 def test_rules_of_ops_of_torch(arguments: tuple[object, ...], words: str) -> None:
     """They are right at the call's own sizes too, on 2 and 3 ranks."""
     target, *args = arguments

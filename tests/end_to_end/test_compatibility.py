@@ -12,7 +12,7 @@ from habits.table import WORLD_SIZES, cell, cells, reason
 
 TABLE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 # One row of so many is run by `make test`, and all of them by `make broad`.
-SHARE = 12
+SHARE = 24
 world_sizes = pytest.mark.parametrize("world_size", WORLD_SIZES)
 
 

@@ -67,6 +67,7 @@ def test_a_model_is_one_graph_on_two_ranks() -> None:
     assert rows == [[("gpt", True, 1, 0)]] * 2
 
 
+@pytest.mark.broad
 def test_a_model_is_one_graph_on_several_axes() -> None:
     """Gradients are summed over one of them outside of the graph, in their bucket."""
     rows = run_processes(compared, 4, ("mlp",), "aot_eager", {"mesh": Mesh(dp=2, tp=2)})

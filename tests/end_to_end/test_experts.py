@@ -8,6 +8,7 @@ from typing import Any
 import expert_families
 import pytest
 import torch
+from broad_cases import share_of
 from families import Float64, relative_error, worst_gradient
 from processes import run_processes
 from torch._dynamo.utils import counters
@@ -77,7 +78,7 @@ def compare(name: str, kinds: tuple[str, ...], mesh: Mesh) -> None:
     assert error < TOLERANCE, where
 
 
-@pytest.mark.parametrize(("name", "kinds", "mesh"), CASES, ids=str)
+@pytest.mark.parametrize(("name", "kinds", "mesh"), share_of(CASES, 2), ids=str)
 def test_split_experts_equal_the_users(name: str, kinds: tuple[str, ...], mesh: Mesh) -> None:
     """Every family, sent by 2, 3, 4 and 8 ranks; on two axes, and beside other splits."""
     compare(name, kinds, mesh)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import expert_families
 import pytest
 import torch
+from broad_cases import broad
 from families import relative_error, worst_gradient
 from torch import nn
 
@@ -81,7 +82,7 @@ def inner(expert: Expert, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("made", "joined"),
-    [(headed, 1), (gated, 1), (scaled, 1), (shifted, 1), (normed, 0), (inner, 0)],
+    [(headed, 1), *broad((gated, 1), (scaled, 1), (shifted, 1)), (normed, 0), *broad((inner, 0))],
 )
 def test_experts_with_parameters_of_few_dims(made: Made, joined: int) -> None:
     """Split as one op, or left as they are where an op reads more than rows by rows."""

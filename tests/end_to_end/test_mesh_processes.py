@@ -11,6 +11,7 @@ from changed_plans import copies_again, spread
 from processes import run_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
+from traces import traced_once
 
 import autoparallel
 from autoparallel.mesh import Mesh
@@ -73,8 +74,9 @@ def three_steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) 
 
 
 def plan_all() -> None:
-    for mesh in (Mesh(dp=2, tp=2), Mesh(tp=4)):
-        planned(mesh)
+    with traced_once():
+        for mesh in (Mesh(dp=2, tp=2), Mesh(tp=4)):
+            planned(mesh)
 
 
 def on_the_mesh(rank: int, folder: Path) -> dict[str, Any]:

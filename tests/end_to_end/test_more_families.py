@@ -12,6 +12,7 @@ from functools import cache
 import family_checks as checks
 import more_families
 import pytest
+from broad_cases import share_of
 
 from autoparallel.mesh import Mesh
 
@@ -42,7 +43,7 @@ def _one_family_at_a_time(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("name", "ranks"), SMOKE, ids=str)
+@pytest.mark.parametrize(("name", "ranks"), share_of(SMOKE, 2), ids=str)
 def test_some_of_each_kind(name: str, ranks: int | Mesh) -> None:
     """The quick ones of the sweep below, in `make test`."""
     test_split_equals_the_users_module(name, ranks)

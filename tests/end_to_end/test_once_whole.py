@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from any_plans import any_plans, network_of
+from broad_cases import broad, share_of
 from torch import nn
 from torch.nn import functional
 
@@ -136,7 +137,7 @@ def require_right(model: nn.Module, plan: Plan, x: torch.Tensor) -> None:
         torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-10, msg=key)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", share_of(CASES, 2))
 def test_any_plan_is_right(name: str) -> None:
     """On 2 and 3 ranks and on 2 by 2, drawn at random, and with the op split."""
     function, shapes, target = CASES[name]
@@ -167,7 +168,7 @@ class OneHead(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v).square().mean()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_attention_with_one_head_is_split_along_queries(world_size: int) -> None:
     """Not every rank computes all of it, though no weight says how to split it."""
     attention = "aten.scaled_dot_product_attention.default"

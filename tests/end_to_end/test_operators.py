@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 TABLE = Path(__file__).parents[2] / "docs" / "operators.md"
 # One op of so many is run by `make test`, and all of them by `make opinfo`.
-SHARE = 10
+SHARE = 40
 # Those whose process dies would take this one with it.
 NAMES = [name for name, kind in kinds_in(TABLE.read_text()).items() if kind != "dead"]
 

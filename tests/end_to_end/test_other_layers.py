@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from broad_cases import broad
 from split_models import split_as_whole
 from torch import nn
 from torch.nn import functional as F
@@ -157,7 +158,7 @@ WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("data_parallel", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_equals_whole(kind, world_size, data_parallel):
     inputs = sample(kind)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad, share_of
 from families import (
     FAMILIES,
     Float64,
@@ -31,7 +32,7 @@ from autoparallel.planning.search import search
 TOLERANCE = 1e-10
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", share_of(FAMILIES, 2))
 def test_eight_simulated_ranks(name: str) -> None:
     """Vocabulary 211 and a sequence of 10 do not divide by 8. Without sequence parallelism and with
     it, planned from one trace.
@@ -52,7 +53,7 @@ def test_eight_simulated_ranks(name: str) -> None:
             assert worst_gradient(dict(result.gradients), expected)[0] < TOLERANCE
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [*broad(2, 3), 5])
 def test_head_counts_that_do_not_divide(world_size: int) -> None:
     """Six heads: parts of unequal size, or whole where there are too few."""
     model = build("gpt", hidden=36, heads=6)
@@ -120,7 +121,7 @@ def compare_processes(rank: int, world_size: int) -> dict[tuple[str, bool], Erro
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [*broad(2), 4])
 def test_gloo_processes(world_size: int) -> None:
     """All families, with and without sequence parallelism, in one launch, planned before it."""
     cases = [(name, split) for name in FAMILIES for split in (False, True)]
@@ -163,6 +164,7 @@ def train_three_ways(rank: int) -> list[list[float]]:
     return curves
 
 
+@pytest.mark.broad
 def test_twenty_steps_give_the_same_three_curves() -> None:
     """Automatic, by hand and plain, from the same weights on the same batches."""
     for automatic, manual, plain in run_processes(train_three_ways, 2):

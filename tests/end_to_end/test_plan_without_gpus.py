@@ -10,6 +10,8 @@ import pytest
 
 from autoparallel.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = ["--layers", "2", "--hidden", "256", "--heads", "4", "--batch", "16", "--sequence", "256"]
 

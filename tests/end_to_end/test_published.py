@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
+from broad_cases import broad
 
 from benchmarks import published
 from benchmarks.published import Line
@@ -16,14 +19,16 @@ def lines(table: str) -> list[Line]:
     return list(published.TABLES[table]())
 
 
-def test_iteration_times() -> None:
+@pytest.mark.parametrize("count", [2, *broad(8)])
+def test_iteration_times(count: int) -> None:
     """Eight steps of Megatron-LM on V100 and A100, tensor parallel, within 5%."""
-    found = lines("iteration_times")
-    assert len(found) == 8
+    found = list(islice(published.TABLES["iteration_times"](), count))
+    assert len(found) == count
     for line in found:
         assert abs(line.error) < 0.05, str(line)
 
 
+@pytest.mark.broad
 def test_weak_scaling() -> None:
     """Efficiencies of four models within 4 points, on one replica and on 64."""
     baseline, *found = lines("weak_scaling")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from families import HIDDEN, TRANSFORMERS, VOCABULARY, build, inputs_for, loss_and_logits
 from processes import run_processes
 from releases import attention_without_heads
@@ -130,7 +131,7 @@ def planned(name: str, world_size: int, options: Options, **demands: Any) -> Pla
     return search(plan.captured, plan.model, Mesh(tp=world_size), options, **demands)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [*broad(2), 4])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_weights_are_split_as_published(name: str, world_size: int) -> None:
     """Column then row, heads, fused weights in three blocks, the tied table by vocabulary."""
@@ -250,13 +251,11 @@ def hugging_face(name: str, layers: int) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("GPTJ", 1),
-        ("GPTNeoX", 1),
+        *broad(("GPTJ", 1), ("GPTNeoX", 1)),
         ("Falcon", 1),
-        ("Gemma3", 2),
+        *broad(("Gemma3", 2)),
         pytest.param("Llama", 2, marks=attention_without_heads),
-        ("OPT", 2),
-        ("Phi3", 2),
+        *broad(("OPT", 2), ("Phi3", 2)),
     ],
 )
 def test_all_reduces_of_a_layer_of_other_families(name: str, expected: int) -> None:

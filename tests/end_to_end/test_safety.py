@@ -10,7 +10,7 @@ from safety.table import lines_of
 
 TABLE = Path(__file__).parents[2] / "docs" / "safety.md"
 # One row of so many is tried by `make test`, and all of them by `make broad`.
-SHARE = 10
+SHARE = 20
 quiet = pytest.mark.filterwarnings("ignore")
 
 

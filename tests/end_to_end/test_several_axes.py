@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import share_of
 from changed_plans import blocks_again, copies_again, spread
 from families import build, inputs_for, loss_and_logits, relative_error, worst_gradient
 from torch import nn
@@ -50,7 +51,7 @@ def ways(plan: Plan) -> Iterator[tuple[str, Plan]]:
     yield "all again", blocks_again(copies_again(plan), 5)
 
 
-@pytest.mark.parametrize(("name", "mesh"), SEVERAL, ids=str)
+@pytest.mark.parametrize(("name", "mesh"), share_of(SEVERAL, 2), ids=str)
 def test_gradients_are_those_of_one_device(name: str, mesh: Mesh) -> None:
     """With dropout, in uneven parts, under the planner's choice and with the memory spared."""
     model, inputs = dropping(name), inputs_for(name)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from broad_cases import broad
 from processes import run_processes
 from small_classifier import plain, rows
 from torch.utils.data import DataLoader, TensorDataset
@@ -130,7 +131,7 @@ def bare_losses() -> list[float]:
     return losses[1::2]
 
 
-@pytest.mark.parametrize("name", ["with_own_loop", "with_hugging_face", "with_lightning"])
+@pytest.mark.parametrize("name", ["with_own_loop", *broad("with_hugging_face", "with_lightning")])
 def test_example(name: str, tmp_path: Path) -> None:
     """One recipe in three trainers on two processes, which go on from their own checkpoints."""
     if name == "with_lightning" and importlib.util.find_spec("lightning") is None:

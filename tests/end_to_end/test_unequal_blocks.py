@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import share_of
 from families import relative_error
 from processes import run_processes
 from torch import nn
@@ -144,7 +145,7 @@ def split_ways(plan: Plan) -> set[str]:
     return ways | {"shared" for shard in shards if shard.repeat != 1}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", share_of(KINDS, 2))
 def test_gradients_are_those_of_one_device_and_nothing_is_exchanged(kind: str) -> None:
     """At 2 to 8 ranks, and at 3, which divide by no number of heads."""
     model, ids = build(kind), tokens()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from families import Float64
 from processes import run_processes
 from torch import nn
@@ -146,7 +147,7 @@ def run_transformers(name: str, entries: str, folder: str, found: Loaded) -> Non
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("GPT2LMHeadModel", 1), ("LlamaForCausalLM", 15), ("GPT", None)],
+    [*broad(("GPT2LMHeadModel", 1)), ("LlamaForCausalLM", 15), ("GPT", None)],
 )
 def test_exports_compute_what_the_model_does(name: str, split: int | None, tmp_path: Path) -> None:
     """Loaded into the real thing. split: the parameters that transformers splits."""

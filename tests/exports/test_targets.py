@@ -29,6 +29,8 @@ from autoparallel.exports.targets import TARGETS, export
 from autoparallel.plan import Plan
 from autoparallel.train.models import GPT, GPTConfig
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 HEADS = 4
 
 

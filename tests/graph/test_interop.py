@@ -7,6 +7,7 @@ from typing import Any
 import networkx
 import pytest
 import torch
+from broad_cases import share_of
 from families import (
     FAMILIES,
     Float64,
@@ -28,12 +29,14 @@ from autoparallel.graph.interop import dataflow, graph_module
 from autoparallel.rules.lookup import find_rule
 from autoparallel.support.pytree import flatten, rebuild
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 def flat(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
     return flatten(dict(bind_inputs(model, (), inputs).arguments))[0]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", share_of(FAMILIES, 3))
 def test_the_module_equals_the_model(name: str) -> None:
     """Up to the order of sums, which passes change: a loss over (b, v, s) adds up otherwise than
     one over (b s, v).

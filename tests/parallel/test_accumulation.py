@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from torch import nn
 
@@ -17,6 +18,8 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.accumulation import no_sync
 from autoparallel.runtime.collective_counter import CollectiveCounter
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 CUT = (0, 3, 4, 8)  # rows of the passes, not equally many
 
@@ -68,7 +71,7 @@ def on_ranks(rank: int, axes: dict[str, int], demands: tuple[str, ...]) -> dict[
 @pytest.mark.parametrize(
     ("axes", "demands", "fewer"),
     [
-        ({"dp": 2}, ("* is whole",), True),
+        *broad(({"dp": 2}, ("* is whole",), True)),
         ({"dp": 3}, ("first.weight is split", "last.weight is split"), False),
         ({"dp": 2, "tp": 2}, ("* on dp is whole", "first.weight on tp is split 0"), True),
     ],

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import share_of
 from split_ranks import as_unsplit, programs_of
 from torch import nn
 
 import autoparallel
 from autoparallel.errors import PlanError
+
+pytestmark = pytest.mark.usefixtures("one_first_trace")
 
 
 class Config:
@@ -165,7 +168,7 @@ def script(change: Any) -> Any:
     return run
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", share_of(CHANGES, 2))
 def test_a_change_is_followed(kind: str) -> None:
     """One program before, and one more afterwards, however often it is called."""
     x = torch.ones(3, 8, dtype=torch.float64)

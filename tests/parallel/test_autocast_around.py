@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from split_ranks import as_unsplit, programs_of
 from torch import nn
 from torch.nn import functional as F
@@ -79,7 +80,9 @@ def script(*kinds: torch.dtype | None) -> Any:
     return run
 
 
-@pytest.mark.parametrize(("model", "world_size"), [(Model, 1), (Model, 3), (Broken, 2)])
+@pytest.mark.parametrize(
+    ("model", "world_size"), [*broad((Model, 1)), (Model, 3), *broad((Broken, 2))]
+)
 def test_it_is_as_unsplit(model: Any, world_size: int) -> None:
     kinds = (torch.bfloat16, None, torch.bfloat16, torch.float16)
     # Sums of rounded numbers are added in another order: some units in the last place of bfloat16.

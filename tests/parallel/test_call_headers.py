@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from processes import run_processes
-from unlike_calls import calls, headers_of_hosts, results_of_python
+from unlike_calls import (
+    calls,
+    headers_of_hosts,
+    headers_without_hosts,
+    host_that_left,
+    results_of_python,
+)
 
 from autoparallel.parallel.call_headers import checksum
 
@@ -62,3 +68,26 @@ def test_headers_between_hosts_are_looked_at_one_call_later(world_size: int) -> 
         assert [bool(text) for text in said] == [True, False, False, True, False]
         assert "the modes of modules" in said[0]
         assert said[0] == said[3]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_group_of_hosts_is_of_all_ranks_or_of_none(world_size: int) -> None:
+    """A rank that cannot have it, when it tries alone or with the others, is not waited for."""
+    last, what = world_size - 1, "the ranks do not compare how they are called: no gloo group"
+    results = run_processes(headers_without_hosts, world_size, world_size, timeout_seconds=60.0)
+    for rank, (alone, together, made) in enumerate(results):
+        assert made == (True, [])
+        assert not alone[0]
+        assert not together[0]
+        cause = {0: [f"{what} on rank {last}"], last: [f"{what} on rank {last}: no such network"]}
+        assert alone[1] == cause.get(rank, [])
+        if rank == last:
+            assert together[1] == cause[last]
+        else:  # they have waited for it in vain
+            assert together[1][0].startswith(f"{what} on rank {rank}: ")
+
+
+def test_a_host_that_is_gone_is_named() -> None:
+    for said in run_processes(host_that_left, 3, 3)[:-1]:
+        assert "2 did not answer" in said.splitlines()[0]
+        assert "all_gather of ranks 0, 1, 2, before a call, where the ranks compare" in said

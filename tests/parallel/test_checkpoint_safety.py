@@ -15,7 +15,8 @@ from torch import nn
 
 import autoparallel
 from autoparallel.errors import AutoParallelError, CheckpointError
-from autoparallel.parallel import checkpoint_files
+from autoparallel.parallel import background_checkpoint, checkpoint_files
+from autoparallel.parallel.background_checkpoint import BackgroundCheckpoints
 from autoparallel.parallel.checkpoint import load_checkpoint, save_checkpoint
 from autoparallel.train.config import Checkpoints, TrainConfig
 from autoparallel.train.loop import train
@@ -341,6 +342,14 @@ def failing(rank: int, folder: Path) -> list[str]:
     except AutoParallelError as error:
         found.append(f"{type(error).__name__}: {error}")
     attempt(7)
+    # A rank that cannot be in a group of gloo, which writes beside the training.
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(background_checkpoint, "require_gloo", fail)
+        try:
+            BackgroundCheckpoints()
+        except (AutoParallelError, OSError) as error:
+            found.append(f"{type(error).__name__}: {error}")
     return found
 
 
@@ -355,6 +364,7 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
         ("is a file", "is a file"),
         ("damaged", "damaged"),
         ("saved", "saved"),
+        ("CheckpointError: making a group of gloo failed on rank 1", "OSError: no space left"),
     ]
     assert len(first) == len(second) == len(expected)
     for own, other, texts in zip(first, second, expected, strict=True):

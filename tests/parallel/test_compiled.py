@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 import autoparallel
 from autoparallel.errors import CaptureError, WrappedModelError
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 INDUCTOR = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++"),

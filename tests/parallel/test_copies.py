@@ -11,6 +11,7 @@ from typing import Any
 import broken_models
 import pytest
 import torch
+from broad_cases import broad
 from families import build, inputs_for
 from processes import run_processes
 from torch import nn
@@ -20,6 +21,8 @@ import autoparallel
 from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.state_dicts import full_state_dict
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def step(model: Any, batch: dict[str, Any], optimizer: torch.optim.Optimizer) -> float:
@@ -99,7 +102,7 @@ def copies_of(rank: int, name: str) -> None:
         assert "save_checkpoint" in error.value.fix
 
 
-@pytest.mark.parametrize("name", ["gpt", "Branches"])
+@pytest.mark.parametrize("name", [*broad("gpt"), "Branches"])
 def test_a_copy_trains_by_itself(name: str) -> None:
     run_processes(copies_of, 2, name)
 

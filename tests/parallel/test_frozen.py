@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from split_ranks import as_unsplit, programs_of
 from torch import nn
 
 import autoparallel
 from autoparallel import Mesh
+
+pytestmark = pytest.mark.usefixtures("one_first_trace")
 
 
 class Model(nn.Module):
@@ -68,7 +71,7 @@ def script(first: dict[str, bool], *then: dict[str, bool]) -> Any:
     return run
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [*broad(1, 2), 3])
 @pytest.mark.parametrize("model", [Model, Broken])
 def test_frozen_when_planned_and_trained_later(model: Any, world_size: int) -> None:
     frozen = model()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from broad_cases import broad
 from changed_plans import spread
 from processes import run_processes
 from torch import nn
@@ -27,6 +28,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
 from autoparallel.plan import Plan
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 class Tied(nn.Module):
@@ -318,7 +321,7 @@ def on_a_mesh(rank: int, world_size: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_every_way_on_processes(world_size: int) -> None:
     expected = {
         (kind, name): check(lambda *before, kind=kind: unsplit(kind, *before))

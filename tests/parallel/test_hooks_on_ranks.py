@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad, share_of
 from split_ranks import as_unsplit
 from torch import nn
 
 import autoparallel
+
+pytestmark = pytest.mark.usefixtures("one_first_trace")
 
 
 class Layer(nn.Module):
@@ -108,13 +111,13 @@ def script(kind: str, place: str) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "place"),
-    [*((kind, "layer") for kind in HOOKS), ("forward", "leaf"), ("backward", "leaf")],
+    share_of([*((kind, "layer") for kind in HOOKS), ("forward", "leaf"), ("backward", "leaf")], 2),
 )
 def test_registered_after_planning(kind: str, place: str) -> None:
     as_unsplit(Model(), 2, (torch.ones(3, 8, dtype=torch.float64),), script(kind, place))
 
 
-@pytest.mark.parametrize("kind", ["forward that keeps", "before, with kwargs", "backward"])
+@pytest.mark.parametrize("kind", ["forward that keeps", *broad("before, with kwargs"), "backward"])
 def test_in_parts(kind: str) -> None:
     as_unsplit(Broken(), 3, (torch.ones(3, 8, dtype=torch.float64),), script(kind, "layer"))
 

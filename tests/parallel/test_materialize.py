@@ -28,6 +28,8 @@ from autoparallel.runtime.axis_parts import join_parts, take_part
 from autoparallel.runtime.ranks import thread_ranks
 from autoparallel.support.module_copy import on_meta
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 SEED = 21
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad, share_of
 from planned_models import WAYS, WIDTH, Base, Momentum
 from processes import run_processes
 from torch import nn
@@ -87,8 +88,8 @@ def require_equal(results: list[Result], expected: Result) -> None:
             assert torch.allclose(own_parameters[path], value, rtol=0, atol=TOLERANCE), path
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("world_size", [*broad(1, 2), 3])
+@pytest.mark.parametrize("how", share_of(WAYS, 2))
 def test_writes_reach_the_split_parameters(how: str, world_size: int) -> None:
     """Of split, unevenly split and whole ones; the optimizer goes on with what was written."""
     plan = autoparallel.make_plan(build(how), world_size, example_inputs=batches()[0])
@@ -119,6 +120,7 @@ def in_processes(rank: int) -> list[float]:
     return every
 
 
+@pytest.mark.broad
 def test_writes_on_two_processes() -> None:
     first, second = run_processes(in_processes, 2, timeout_seconds=900)
     assert first == second

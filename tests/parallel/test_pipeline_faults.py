@@ -131,7 +131,7 @@ def on_two(rank: int) -> dict[str, Any]:
         (halves(half_rows()) * scale).backward()
         found["scaled"].append(gradients(halves))
         halves.zero_grad()
-    found["failed"] = _SAID
+    found["failed"], found["waited"] = _SAID, _WAITED
     return found
 
 
@@ -152,13 +152,37 @@ def failing(rank: int, folder: str) -> bytes:
     return message(lambda: model(**wrong)).encode()
 
 
+# What the first rank said of a neighbour that never answers.
+_WAITED: list[str] = []
+
+
+def waiting(rank: int, folder: str) -> bytes:
+    """Return what the first rank says where the second one hangs before its stage."""
+    store = torch.distributed.FileStore(f"{folder}/hung", 2)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=15)
+    )
+    faults._PATIENCE_SECONDS = 0.5
+    model = autoparallel.apply_plan(Rows().double(), planned("rows"), check_inputs=0)
+    if rank:
+        # It would hang for ever, but for the test to end.
+        store.wait(["told"], timedelta(seconds=200))
+        return b""
+    told = message(lambda: model(**batch()))
+    store.set("told", "yes")
+    return told.encode()
+
+
 def before_all() -> None:
     plan_all()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(4) as pool:
         answers = pool.map(
-            lambda rank: run_in_fork(lambda: failing(rank, folder), Limits()), range(2)
+            lambda case: run_in_fork(lambda: case[0](case[1], folder), Limits()),
+            [(failing, 0), (failing, 1), (waiting, 0), (waiting, 1)],
         )
-        _SAID.extend(answer.decode() for answer in answers)
+        told = [answer.decode() for answer in answers]
+        _SAID.extend(told[:2])
+        _WAITED.append(told[2])
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +242,15 @@ def test_a_stage_that_fails_is_named(said: list[dict[str, Any]]) -> None:
     assert told.startswith("rank 1 has failed, and this one waited for it")
     assert "between stages" in told
     assert "out of bounds" in told
+
+
+def test_a_neighbour_that_hangs_is_named(said: list[dict[str, Any]]) -> None:
+    """After the time limit of the process group, and where this rank waited."""
+    (told,) = said[0]["waited"]
+    assert told.startswith("this rank waited, and rank 1 did not answer")
+    assert "between stages" in told
+    assert "no word from 1" in told
+    assert "fix:" in told
 
 
 def test_more_stages_than_ops_is_refused() -> None:

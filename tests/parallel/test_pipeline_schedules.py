@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from pipeline_models import MODELS, batch_of
 from processes import run_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
-from traces import traced_once
+from traces import trace_ahead
 
 import autoparallel
 from autoparallel.errors import PlanError
@@ -104,10 +104,18 @@ def planned(name: str) -> Plan:
     )
 
 
-def plan_all() -> None:
-    with traced_once():
-        for name in CASES:
-            planned(name)
+@cache
+def reference(kind: str, steps: int) -> dict[str, Any]:
+    """What one process trains."""
+    one = autoparallel.autoparallelize(model_of(kind), 1, example_inputs=batch(kind))
+    return trained(one, kind, steps)
+
+
+def prepare() -> None:
+    """Plan all cases, and train what one process trains: ranks evaluate by the same traces."""
+    for name, (kind, *_) in CASES.items():
+        planned(name)
+        reference(kind, MORE_STEPS.get(name, STEPS))
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -141,11 +149,15 @@ def trained(model: nn.Module, kind: str, steps: int) -> dict[str, Any]:
     return {"losses": losses, "gradients": gradients}
 
 
-def on_two(rank: int) -> dict[str, Any]:
+def on_two(rank: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """What this rank trains, and what one process does, by the names of cases."""
     found = {}
     for name, (kind, *_) in CASES.items():
-        model = autoparallel.apply_plan(model_of(kind), planned(name))
-        found[name] = trained(model, kind, MORE_STEPS.get(name, STEPS))
+        model, steps = (
+            autoparallel.apply_plan(model_of(kind), planned(name)),
+            MORE_STEPS.get(name, STEPS),
+        )
+        found[name] = trained(model, kind, steps), reference(kind, steps)
     return found
 
 
@@ -160,15 +172,15 @@ SPLIT: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
 }
 
 
-def plan_split() -> None:
+def prepare_split() -> None:
     CASES.update(SPLIT)
-    with traced_once():
-        for name in SPLIT:
-            planned(name)
+    for name in SPLIT:
+        planned(name)
+    reference("Language", 1)
 
 
 def on_four(rank: int) -> dict[str, Any]:
-    found = {}
+    found = {"one process": reference("Language", 1)}
     for name, (kind, *_) in SPLIT.items():
         found[name] = trained(autoparallel.apply_plan(model_of(kind), planned(name)), kind, 1)
     return found
@@ -176,34 +188,28 @@ def on_four(rank: int) -> dict[str, Any]:
 
 def test_halves_of_split_stages() -> None:
     """Stages of two ranks each, whose backward passes communicate in either half."""
-    one = autoparallel.autoparallelize(model_of("Language"), 1, example_inputs=batch("Language"))
-    reference = trained(one, "Language", 1)
-    for found in run_processes(on_four, 4, before=plan_split):
+    for found in run_processes(on_four, 4, before=partial(trace_ahead, prepare_split)):
+        one = found["one process"]
         for name in SPLIT:
             torch.testing.assert_close(
-                found[name]["losses"], reference["losses"], rtol=TOLERANCE, atol=TOLERANCE
+                found[name]["losses"], one["losses"], rtol=TOLERANCE, atol=TOLERANCE
             )
             for path, gradient in found[name]["gradients"][0].items():
-                expected = reference["gradients"][0][path]
+                expected = one["gradients"][0][path]
                 torch.testing.assert_close(gradient, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_schedules() -> None:
     """Losses and every gradient of some steps, and evaluation, with every schedule."""
-    results = run_processes(on_two, 2, before=plan_all)
-    references = {}
-    for name, (kind, *_) in CASES.items():
-        key = kind, MORE_STEPS.get(name, STEPS)
-        if key not in references:
-            one = autoparallel.autoparallelize(model_of(kind), 1, example_inputs=batch(kind))
-            references[key] = trained(one, *key)
-        reference = references[key]
+    results = run_processes(on_two, 2, before=partial(trace_ahead, prepare))
+    for name in CASES:
+        one = results[0][name][1]
         for found in results:
             torch.testing.assert_close(
-                found[name]["losses"], reference["losses"], rtol=TOLERANCE, atol=TOLERANCE, msg=name
+                found[name][0]["losses"], one["losses"], rtol=TOLERANCE, atol=TOLERANCE, msg=name
             )
-        for step, expected in reference["gradients"].items():
-            held = [found[name]["gradients"][step] for found in results]
+        for step, expected in one["gradients"].items():
+            held = [found[name][0]["gradients"][step] for found in results]
             assert {path for some in held for path in some} == set(expected), name
             for path, gradient in expected.items():
                 for some in held:

@@ -21,6 +21,8 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 TOLERANCE = 1e-11
 STEPS = 4
 Losses = list[tuple[float, float]]

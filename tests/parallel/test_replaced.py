@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from split_ranks import as_unsplit
 from torch import nn
 
 import autoparallel
+
+pytestmark = pytest.mark.usefixtures("one_first_trace")
 
 
 class Block(nn.Module):
@@ -109,7 +112,7 @@ def script(change: Any) -> Any:
     return run
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [*broad(1), 2])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_it_is_as_on_the_unsplit_model(change: Any, world_size: int) -> None:
     x = torch.ones(3, 8, dtype=torch.float64)
@@ -117,7 +120,7 @@ def test_it_is_as_on_the_unsplit_model(change: Any, world_size: int) -> None:
     as_unsplit(Model(), world_size, (x,), script(change), close=close)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("world_size", [*broad(1), 3])
 @pytest.mark.parametrize("change", [head, added, deleted])
 def test_in_parts(change: Any, world_size: int) -> None:
     x = torch.ones(3, 8, dtype=torch.float64)

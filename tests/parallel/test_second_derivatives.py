@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from any_plans import any_plans, network_of
+from broad_cases import broad
 from changed_plans import blocks_again, copies_again, spread
 from torch import nn
 from torch.autograd.functional import hvp, jacobian
@@ -159,7 +160,7 @@ def ways(kind: type[nn.Module], norms: bool, mesh: Mesh) -> Iterator[tuple[str, 
         yield f"drawn plan {number}", drawn
 
 
-@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
+@pytest.mark.parametrize("mesh", [*broad(Mesh(tp=2), Mesh(dp=2, tp=2)), Mesh(tp=3)], ids=str)
 @pytest.mark.parametrize("step", [forces, penalty, residual, trace, ready_made])
 @pytest.mark.parametrize("kind", [Potential, Critic])
 def test_derivatives_of_gradients(kind: type[nn.Module], step: Step, mesh: Mesh) -> None:

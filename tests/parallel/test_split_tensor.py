@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -409,7 +410,7 @@ def split_results(world_size: int) -> dict[str, Any]:
     return run_processes(on_a_group, world_size, world_size)[0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize("name", HABITS)
 def test_a_habit_gives_what_it_gives_unsplit(name: str, world_size: int) -> None:
     actual = split_results(world_size)[name]
@@ -417,7 +418,7 @@ def test_a_habit_gives_what_it_gives_unsplit(name: str, world_size: int) -> None
     alike(actual, outcome(HABITS[name], plain()))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_what_cannot_be_right_is_refused(world_size: int) -> None:
     results = split_results(world_size)
     assert results["split"]

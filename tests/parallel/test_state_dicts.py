@@ -26,6 +26,8 @@ from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.state_dicts import full_state_dict
 from autoparallel.placement import Invariant, Shard
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 WHOLE = StateDictOptions(full_state_dict=True)
 FROM_FIRST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 

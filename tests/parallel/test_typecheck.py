@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+import attends
 import expert_families
+import image_decoder
 import pytest
 import spmd_types
+import torch
 import torch.distributed as dist
+from broad_cases import share_of
 from families import TRANSFORMERS, build, inputs_for
+from forced_kernels import only_by
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoparallel
@@ -28,7 +33,7 @@ def fake_processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", share_of(TRANSFORMERS, 2))
 @pytest.mark.usefixtures("fake_processes", "one_trace")
 def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bool) -> None:
     """Each conversion in turn is replaced by its operand, each product that is summed over ranks by
@@ -68,6 +73,23 @@ def test_types_of_split_experts_fit(kind: str) -> None:
         plan = autoparallel.make_plan(model, mesh=Mesh(ep=2), example_inputs=inputs)
     assert any(kind in op.kernels for op in plan.ops)
     typecheck_plan(model, plan, (), inputs)
+
+
+@pytest.mark.parametrize(
+    "kernel", ["attention_ring", "attention_queries", "convolution_edges", "nearest_edges"]
+)
+@pytest.mark.usefixtures("fake_processes")
+def test_types_of_exchanged_parts_fit(kernel: str) -> None:
+    if "attention" in kernel:
+        model, inputs = attends.case("causal")
+        arguments: tuple[torch.Tensor, ...] = tuple(inputs.values())
+    else:
+        model = image_decoder.Decoder((4, 2), groups=2, blocks=1)
+        arguments = (torch.ones(1, 4, 3, 4), torch.ones(1, 3, 6, 8))
+    with only_by(kernel, ranks=2):
+        plan = autoparallel.make_plan(model, mesh=Mesh(cp=2), example_inputs=arguments)
+    assert any(kernel in op.kernels for op in plan.ops)
+    typecheck_plan(model, plan, arguments, {})
 
 
 @pytest.fixture

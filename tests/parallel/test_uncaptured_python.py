@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from typing import Any
 
 import numpy
@@ -15,12 +16,13 @@ from processes import run_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from traces import trace_ahead
 
 import autoparallel
+from autoparallel.parallel.common_numbers import common_numbers
 from autoparallel.parallel.module import parallel_module
 from autoparallel.parallel.module_state import state_of
 from autoparallel.parallel.parameters import whole_tensor
-from autoparallel.parallel.uncaptured_python import common_numbers
 from autoparallel.planning.replan import Replanner
 from autoparallel.runtime.groups import thread_groups
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
@@ -38,11 +40,22 @@ def whole_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+NAMES = ("Branches", "Drops", "Reads", "Packed", "Counts")
+
+
+def begun() -> None:
+    """Trace what each rank would, in training and in evaluation."""
+    for name in NAMES:
+        one = autoparallel.autoparallelize(build(name), 1, example_inputs=inputs())
+        with torch.no_grad():
+            one.eval()(**inputs())
+
+
 def train(rank: int) -> list[float]:
     """Some steps of each model beside the plain one; then saving, loading and evaluating."""
     torch.set_num_threads(1)
     losses = []
-    for name in ("Branches", "Drops", "Reads", "Packed", "Counts"):
+    for name in NAMES:
         model, batch = build(name), inputs()
         torch.manual_seed(0)
         parallel = autoparallel.autoparallelize(model, 2, example_inputs=batch)
@@ -154,7 +167,7 @@ def test_numbers_of_python_and_numpy_are_the_users_where_ranks_agree() -> None:
 
 def test_two_processes() -> None:
     """Training, clipping, state dicts and evaluation; both ranks go the same way."""
-    first, second = run_processes(train, 2, timeout_seconds=900)
+    first, second = run_processes(train, 2, before=partial(trace_ahead, begun))
     assert first == second
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broad_cases import share_of
 from processes import run_processes
 from torch import nn
 from unseen import Base, Case, X, after_backward, differences, follows
@@ -310,7 +311,7 @@ CASES = [
 ALONE = [written_slot, counted_in_the_class, list_of_an_object, iterators, random_generators]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", share_of(CASES, 2))
 def test_objects_are_followed(case: Any) -> None:
     follows(case, 2)
 

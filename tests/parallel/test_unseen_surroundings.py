@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad, share_of
 from processes import run_processes
 from torch import nn
 from torch.autograd import forward_ad
@@ -86,7 +87,7 @@ READ: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("kind", share_of(READ, 2))
 def test_what_a_forward_reads_around_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = READ[kind]
     monkeypatch.delenv("UNSEEN_SCALE", raising=False)
@@ -187,7 +188,7 @@ def _alone(rank: int) -> dict[str, str]:
     return differences(rank, {case.__name__: case for case in ALONE})
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_hooks_and_forward_gradients_on_processes(world_size: int) -> None:
     assert run_processes(_alone, world_size) == [{}] * world_size
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad, share_of
 from split_ranks import as_unsplit, programs_of
 from torch import nn
 
@@ -204,8 +205,8 @@ def script(model: Any) -> Any:
     return programs_of(model)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [*broad(1), 2])
+@pytest.mark.parametrize("kind", share_of(KINDS, 2))
 def test_it_is_written_as_by_the_unsplit_model(kind: Any, world_size: int) -> None:
     made = as_unsplit(kind(), world_size, (torch.ones(3, 8, dtype=torch.float64),), script)
     assert kind not in TRACED or made == 2

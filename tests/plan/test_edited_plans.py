@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.placement import parse_layout
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.planning.plan_model import with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
 
 MESHES: dict[str, tuple[Mesh, dict[str, Any]]] = {
     "one": (Mesh(tp=2), {}),
@@ -69,10 +71,17 @@ def test_edits_are_refused_or_right(edited: Edited) -> None:
 def test_many_edits_are_refused_or_right(edited: Edited) -> None:
     count = int(os.environ.get("FUZZ_PROGRAMS", "2000"))
     seed = int(os.environ.get("FUZZ_SEED") or int.from_bytes(os.urandom(4), "big"))
+    bad = {}
     for words, text in edited.edits(seed, count):
-        outcome = edited.tried(text)
-        assert outcome in Edited.GOOD, (seed, words, outcome)
-    print(dict(edited.counts))
+        try:
+            outcome = edited.tried(text)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            outcome = f"{type(error).__name__}: {error}, {Path(place.filename).name}:{place.lineno}"
+        if outcome not in Edited.GOOD:
+            bad[words] = outcome
+    print(seed, dict(edited.counts))
+    assert not bad, (seed, bad)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_many_edits_are_refused_or_right(edited: Edited) -> None:
         ("embedding results 0", "P"),
         ("dropout results 0", "I"),
         ("cross_entropy_loss operands 0", "S(1)"),
-        ("add operands 0", "S(0)"),
+        ("add operands 0", "P"),
     ],
 )
 def test_a_layout_that_no_rule_allows_is_refused_by_name(
@@ -108,11 +117,12 @@ def test_a_layout_that_no_rule_allows_is_refused_by_name(
 @pytest.mark.parametrize(
     ("place", "content", "why"),
     [
-        ("ops 5 reads", [], "it reads, or makes, other values"),
+        ("ops 5 reads 0", "other", "it reads, or makes, other values"),
         ("ops 5 name", "other", "its ops are not those of the model"),
         ("parameters 1 path", "other", "its parameters are not those of the model"),
         ("parameters 1 shape", [7], "it is "),
-        ("conversions 0 value", "other", "there is no such one"),
+        ("conversions 0 value", "other", "nothing reads it so"),
+        ("outputs 1", "R | I", "there is none, and return reads it so"),
         ("outputs", [], "it returns 2 tensors"),
     ],
 )
@@ -120,6 +130,7 @@ def test_a_plan_with_stages_is_checked_by_name(
     edited: Edited, place: str, content: Any, why: str
 ) -> None:
     rows = json.loads(edited.text)
+    del rows["returned"]  # as in older texts, or outputs would be compared with it
     *way, last = [int(step) if step.isdecimal() else step for step in place.split()]
     owner = rows
     for step in way:

@@ -6,6 +6,7 @@ import doctest
 import json
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ def gpt() -> nn.Module:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return autoparallel.make_plan(gpt(), mesh=Mesh(dp=2, tp=2), hardware="dgx-a100")
+
+
+@pytest.fixture(scope="module")
+def staged() -> Plan:
+    return autoparallel.make_plan(gpt(), mesh=Mesh(pp=2, tp=1), microbatches=4, schedule="1f1b")
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +160,74 @@ def test_a_text_with_other_sizes_than_dims_is_refused(plan: Plan, sizes: str) ->
     rows["inputs"][0][sizes] = rows["inputs"][0][sizes][1:]
     with pytest.raises(PlanError, match="sizes"):
         Plan.from_json(json.dumps(rows))
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "why"),
+    [
+        ("ops 3 operands 0", "I", "a tensor of op"),
+        ("ops 3 makes", [], "layouts for more or fewer tensors"),
+        ("ops 3 kernels", [""], "has 1 kernels on Mesh"),
+        ("parameters 0 state", "I | S(2)", "and has 2 dims"),
+        ("parameters 0 state", "I", "parameter "),
+        ("conversions 0 target", "S(0) | S(1)", ", not to S(0) | S(1)"),
+        ("conversions 0 steps 0", [1, "P", "R"], "step 1: P -> R of value"),
+        ("conversions 0 steps 0", [2, "I", "R"], "step 2: I -> R of value"),
+        ("conversions 1 shape", "", "and has 0 dims"),
+        ("returned", ["a", "b", "c"], "there are 3 names of what is returned"),
+    ],
+)
+def test_a_text_that_contradicts_itself_is_refused(
+    plan: Plan, place: str, content: object, why: str
+) -> None:
+    """It would be shown without its model, and what is told would be wrong, or fail."""
+    rows = json.loads(plan.to_json())
+    _write(rows, place, content)
+    with pytest.raises(PlanError, match="not a plan") as caught:
+        Plan.from_json(json.dumps(rows))
+    assert why in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "why"),
+    [
+        ("ranks", 0, "0 ranks do not share 2 stages"),
+        ("stages", 3, "2 ranks do not share 3 stages"),
+        ("microbatches", 0, "no micro-batches"),
+        ("schedule", "fast", "there is no schedule 'fast'"),
+        ("starts", ["a"], "starts has 1 entries for 2 stages"),
+        ("seconds", [], "seconds has 0 entries for 2 stages"),
+        ("weight_seconds", [0.5], "weight_seconds has 1 entries for 2 stages"),
+        ("in_flight", [1, 1, 1], "in_flight has 3 entries for 2 stages"),
+        ("memory", [1], "memory has 1 entries for 2 ranks"),
+    ],
+)
+def test_stages_that_contradict_themselves_are_refused(
+    staged: Plan, place: str, content: object, why: str
+) -> None:
+    rows = json.loads(staged.to_json())
+    _write(rows, f"pipeline {place}", content)
+    with pytest.raises(PlanError, match="not a plan") as caught:
+        Plan.from_json(json.dumps(rows))
+    assert why in caught.value.why
+
+
+def test_what_an_older_text_does_not_tell_is_left_out(staged: Plan) -> None:
+    rows = json.loads(staged.to_json())
+    for name in "forward_seconds weight_seconds once_seconds back_nbytes in_flight memory".split():
+        del rows["pipeline"][name]
+    for op in rows["ops"]:
+        del op["kernels"]
+    read = Plan.from_json(json.dumps(rows))
+    assert read.pipeline is not None
+    assert not read.pipeline.memory
+    assert "1f1b" in plan_text(read)
+
+
+def _write(rows: Any, place: str, content: object) -> None:
+    """Write one place of nested rows. place: the way to it, as keys and numbers."""
+    *way, last = [int(step) if step.isdecimal() else step for step in place.split()]
+    for step in way:
+        rows = rows[step]
+    assert rows[last] != content
+    rows[last] = content

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import networkx
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from planners import (
     exact,
     exhaustive,
 )
+from planners.greedy_orders import greedy_order, hubs_of
 from planners.interaction_graph import (
     components,
     interaction_graph,
@@ -190,14 +193,16 @@ def test_each_part_may_take_the_order_that_it_needs(monkeypatch: pytest.MonkeyPa
 
     network = reduce(joined(grid(3, 3, 2, "a"), grid(3, 3, 2, "b")), Memo())
     first, second = components(network_graph(network))
-    plain = ordering.greedy_order
+    plain = greedy_order
 
-    def picky(network: Network, classes: dict[int, int], score: str, limit: int) -> list[int]:
+    def picky(
+        network: Network, classes: dict[int, int], score: str, limit: int, hubs: Sequence[int]
+    ) -> list[int]:
         """One part is too wide by weight, the other by all else."""
         bad = first if score == "weight" else second
         if any(variable in classes for variable in bad):
             raise TooWideError(2 * limit, limit)
-        return plain(network, classes, score, limit)
+        return plain(network, classes, score, limit, hubs)
 
     monkeypatch.setattr(ordering, "greedy_order", picky)
     plan = schedule(network, 2**10)
@@ -207,6 +212,75 @@ def test_each_part_may_take_the_order_that_it_needs(monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(TooWideError):
         schedule(network, 2**10)
+
+
+def blocks_with_modes(blocks: int, inside: int, seed: int) -> Problem:
+    """A chain of equal blocks; each has one more variable, which shares a table with all others."""
+    generator = np.random.default_rng(seed)
+    inner = [generator.random((4, 3)) for _ in range(inside)]
+    near = [generator.random((4, 4)) for _ in range(inside)]
+    variables, factors = [], []
+    for block in range(blocks):
+        names = [f"{block}.{place}" for place in range(inside)]
+        variables += [Variable(name, np.arange(4.0)) for name in names]
+        variables.append(Variable(f"mode {block}", np.array([0.0, 0.5, 1.0])))
+        for place, name in enumerate(names):
+            factors.append(Factor((name, f"mode {block}"), inner[place]))
+            if block or place:
+                before = names[place - 1] if place else f"{block - 1}.{inside - 1}"
+                factors.append(Factor((before, name), near[place]))
+    return Problem(tuple(variables), tuple(factors))
+
+
+def test_hubs_are_set_aside_and_come_back_where_they_cost_least() -> None:
+    """A mode touches all of its block: with it in its own place, no table holds two modes."""
+    problem = blocks_with_modes(blocks=6, inside=24, seed=3)
+    network = reduce(problem, Memo())
+    hubs = hubs_of(network)
+    assert [problem.names[hub] for hub in hubs] == [f"mode {block}" for block in range(6)]
+    alone = {variable: variable for variable in range(len(network.sizes))}
+    for score in ("weight", "balance", "fill"):
+        order = greedy_order(network, alone, score, 2**20, hubs)
+        assert sorted(order) == sorted(alone)
+        # A block is left by one of its variables and its mode.
+        assert width_of_order(network_graph(network), order) <= 3
+    optimum = exact.solve(problem)
+    assert optimum.cost == pytest.approx(conditioning.solve(problem).cost, rel=1e-12)
+    # The limit on tables holds for hubs, too.
+    with pytest.raises(TooWideError):
+        greedy_order(network, alone, "weight", 8, hubs)
+
+
+def test_an_order_by_one_score_is_not_taken_for_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for by all scores where these are asked for; then it is known."""
+    from planners import ordering
+
+    monkeypatch.setattr(ordering, "_ENTRIES_PER_VARIABLE", 0)
+    sought: list[str] = []
+
+    def told(
+        network: Network, classes: dict[int, int], score: str, limit: int, hubs: Sequence[int]
+    ) -> list[int]:
+        sought.append(score)
+        return greedy_order(network, classes, score, limit, hubs)
+
+    monkeypatch.setattr(ordering, "greedy_order", told)
+    network, orders = reduce(grid(4, 4, 3), Memo()), Memo().orders
+    schedule(network, 2**20, orders, ordering.SCORES[:1])
+    assert set(sought) == {"weight"}
+    sought.clear()
+    best = schedule(network, 2**20, orders)
+    assert set(sought) == set(ordering.SCORES)
+    sought.clear()
+    # A network with a few more variables takes the order, and puts these in their places.
+    more = reduce(grid(4, 4, 3, seed=1), Memo())
+    assert schedule(more, 2**20, orders).work == best.work
+    fewer = [step.variable for step in best.steps if step.variable != 5]
+    orders[next(reversed(orders))] = (fewer, best.work)
+    known = schedule(more, 2**20, orders)
+    assert sorted(step.variable for step in known.steps) == list(range(16))
+    assert known.work <= 1.5 * best.work
+    assert not sought
 
 
 def test_components_are_networkx_own() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 
 import autoparallel
 from autoparallel import Mesh
@@ -168,7 +169,7 @@ def test_amounts_of_memory() -> None:
     assert bytes_text(3 * 2**19) == "1.5 MiB"
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_limit": "30MiB"}], ids=str)
+@pytest.mark.parametrize("options", [{}, *broad({"memory_limit": "30MiB"})], ids=str)
 def test_a_plan_is_an_assignment(options: dict[str, Any]) -> None:
     """Read back into states it costs what it says, and planning may begin with it."""
     plan = planned(**options)

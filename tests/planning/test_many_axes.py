@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broad_cases import broad
 from torch import nn
 
 import autoparallel
@@ -81,7 +82,7 @@ def options_of(machine: str, **more: Any) -> Options:
 
 @pytest.mark.parametrize(
     ("name", "machine", "limit"),
-    [("mixed", "cpu", None), ("gated", "dgx-a100", "1GiB")],
+    [*broad(("mixed", "cpu", None)), ("gated", "dgx-a100", "1GiB")],
 )
 def test_what_any_order_costs_is_a_bound(name: str, machine: str, limit: str | None) -> None:
     """Plain sums, with bytes charged, and sums that bound steps: none is above the real optimum."""
@@ -163,7 +164,7 @@ def test_states_in_any_order_cost_the_same() -> None:
                 assert len(orders) == 1
 
 
-@pytest.mark.parametrize("limit", [None, 0.8])
+@pytest.mark.parametrize("limit", [None, *broad(0.8)])
 def test_on_four_axes_the_module_computes_the_same(limit: float | None) -> None:
     """A step on 16 ranks, with a limit below what the best plan without one takes, and without."""
     torch.manual_seed(0)

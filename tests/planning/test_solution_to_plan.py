@@ -106,7 +106,10 @@ def as_it_begins(network: CostNetwork, plan: Plan) -> int:
     return stays + int(Liveness(walk).backward[at]) - walk.moments[at].backward
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "recompute",
+    ["none", pytest.param("selective", marks=broad), pytest.param("full", marks=broad)],
+)
 def test_the_bytes_of_the_best_plans(recompute: str) -> None:
     """What is returned, what the loss keeps, its gradients, and what goes into ops that are run
     again, views too. To the byte, but for token ids that are cut out again for the backward pass.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from pipeline_models import MODELS, Block, Language, batch_of
 from torch import nn
 
@@ -18,7 +19,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.parallel.simulate import Simulation
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.plan_model import trace_model
 from autoparallel.rewrite.stages import cut_plan
 from autoparallel.support.pytree import flatten
 
@@ -40,13 +42,13 @@ def unsplit(kind: str) -> Simulation:
 @pytest.mark.parametrize(
     ("kind", "axes", "microbatches", "options"),
     [
-        ("Language", {"pp": 2}, 4, {}),  # of 6 rows: two, two, two and none
+        *broad(("Language", {"pp": 2}, 4, {})),  # of 6 rows: two, two, two and none
         ("Language", {"pp": 2, "tp": 2}, 3, WEIGHTS),
-        ("Language", {"pp": 2, "dp": 2}, 3, {}),
+        *broad(("Language", {"pp": 2, "dp": 2}, 3, {})),
         ("Language", {"pp": 3, "dp": 2, "tp": 2}, 2, {"recompute": "full"}),
-        ("Masked", {"pp": 4}, 2, {}),
+        *broad(("Masked", {"pp": 4}, 2, {})),
         ("Masked", {"pp": 2, "tp": 2}, 2, WEIGHTS),
-        ("Skips", {"pp": 4}, 3, {}),
+        *broad(("Skips", {"pp": 4}, 3, {})),
         ("Normalized", {"pp": 2, "tp": 2}, None, {}),
         ("Contrastive", {"pp": 2}, 2, {}),
         ("Frozen", {"pp": 3}, 3, {}),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broad_cases import broad
 from torch import nn
 
 import autoparallel
@@ -149,7 +150,7 @@ def test_no_seed_is_shorter_anywhere(name: str, mesh: Mesh, machine: str) -> Non
     check(name, mesh, machine)
 
 
-@pytest.mark.parametrize("name", ["gpt", "vision"])
+@pytest.mark.parametrize("name", [*broad("gpt"), "vision"])
 def test_parts_add_up(name: str) -> None:
     """All kinds together are the sum, and no step is shorter than its kinds allow."""
     captured, network = problem_of(name, TWO_AXES, "dgx-a100")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from torch import nn
 
 import autoparallel
@@ -64,7 +65,7 @@ def tokens() -> torch.Tensor:
     return torch.randint(31, (3, SEQUENCE), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [*broad(2), 3])
 def test_the_split_model_is_the_unsplit_one(ranks: int) -> None:
     """With dropout, whose mask does not depend on the order in memory."""
     model, inputs = gpt(), {"input_ids": tokens(), "labels": tokens()}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from any_plans import any_plans, network_of
+from broad_cases import broad
 from families import Float64, build, inputs_for
 from torch import nn
 
@@ -83,7 +84,7 @@ def compare(model: nn.Module, plan: Plan, captured: Captured, inputs: dict[str, 
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("name", ["mlp", "gpt", "hf-llama"])
-@pytest.mark.parametrize("mesh", [Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
+@pytest.mark.parametrize("mesh", [*broad(Mesh(tp=3)), Mesh(dp=2, tp=2)], ids=str)
 def test_outputs_gradients_and_buffers_are_the_programs_own(name: str, mesh: Mesh) -> None:
     """On one axis and on two."""
     with Float64():
@@ -127,7 +128,7 @@ def test_ops_that_are_made_again_are_modules_of_their_own() -> None:
         assert "remade" in compare(model, plan, plan.captured, inputs)
 
 
-@pytest.mark.parametrize("seeds", [range(4), range(4, 8)], ids=str)
+@pytest.mark.parametrize("seeds", [range(4), *broad(range(4, 8))], ids=str)
 def test_plans_that_nobody_would_choose(seeds: range) -> None:
     """Random states of the cost network: kernels, copies that are dropped, all conversions."""
     model, inputs = build("gpt"), inputs_for("gpt")

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from broad_cases import broad
 from torch import nn
 from torch.nn import functional
 
@@ -100,7 +101,7 @@ def planned(name: str, mesh: Mesh, sequence_parallel: bool) -> Plan:
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("mesh", [Mesh(dp=2), Mesh(tp=3), Mesh(dp=2, tp=2)], ids=str)
+@pytest.mark.parametrize("mesh", [*broad(Mesh(dp=2), Mesh(tp=3)), Mesh(dp=2, tp=2)], ids=str)
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("name", LOSSES)
 def test_labels_that_do_not_count(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from families import relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -332,7 +333,7 @@ def drawn_by(
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("kind", [GPT, Bert])
+@pytest.mark.parametrize("kind", [GPT, *broad(Bert)])
 def test_dropout_does_not_depend_on_the_plan(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import custom_ops
 import pytest
 import torch
+from broad_cases import broad, share_of
 from calls import Call, x
 from sample_calls import CALLS
 from torch import nn
@@ -59,7 +60,7 @@ def short_calls(sample: Call) -> Iterator[tuple[Example, int]]:
         yield example, too_many_ranks(size)
 
 
-@pytest.mark.parametrize("sample", CALLS, ids=str)
+@pytest.mark.parametrize("sample", share_of(CALLS, 3), ids=str)
 def test_no_number_of_a_stand_in_counts(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every strategy of every op that refuses nothing is right on ranks that hold nothing, also
     where each number of a stand-in is none: in results, pending sums and all gradients."""
@@ -151,8 +152,8 @@ HEADS: dict[str, Callable[[Head, torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("mesh", [Mesh(dp=3), Mesh(dp=3, tp=2), Mesh(tp=2, dp=3)], ids=str)
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("mesh", [*broad(Mesh(dp=3), Mesh(dp=3, tp=2)), Mesh(tp=2, dp=3)], ids=str)
+@pytest.mark.parametrize("name", share_of(HEADS, 2))
 def test_a_rank_without_rows(name: str, mesh: Mesh, sequence_parallel: bool) -> None:
     """It adds exactly nothing to the gradient of a weight that all have, though on zeros the
     derivative is no number; and to a pending sum."""

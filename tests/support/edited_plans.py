@@ -22,7 +22,9 @@ from autoparallel.options import Options
 from autoparallel.parallel.simulate import Simulation
 from autoparallel.plan import Plan
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.plan_model import trace_model
+from autoparallel.view.report import plan_text
 
 __all__ = ["Edited", "Mixed", "edit_one"]
 
@@ -108,14 +110,16 @@ class Edited:
             plan = Plan.from_json(text)
             if plan == self.plan:
                 return "equal"
+            # It is shown without its model, too.
+            repr(plan)
+            plan_text(plan)
             if plan.world_size > 8:
                 return "right"  # as many threads would say nothing more
             plan = with_graphs(plan, self.traced)
             require_sound(plan, self.model)
         except PlanError:
             return "refused"
-        str(plan)
-        repr(plan)
+        plan_text(plan)
         autoparallel.timeline(plan)
         try:
             made = self.run(plan)
@@ -149,7 +153,7 @@ class Edited:
         """Write the conversions that an edited plan needs."""
         assert self.plan.captured is not None
         graph = self.plan.captured.graph
-        whole = " | ".join("I" for _ in self.mesh.axes)
+        whole = " | ".join("I" for _ in self.plan.mesh.axes)
         made = {node.result.name: whole for node in graph.nodes if node.kind != "call"}
         made.update((choice["name"], choice["storage"]) for choice in rows["parameters"])
         wanted: dict[tuple[str, str], dict[str, None]] = {}

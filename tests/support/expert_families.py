@@ -181,7 +181,7 @@ def only(*kinds: str) -> Iterator[None]:
     def chosen(rule: ShardingRule, *more: Any) -> tuple[Strategy, ...]:
         made = strategies(rule, *more)
         kind = wanted.get(more[-1], "")
-        if not rule.exchanges or not kind:
+        if rule.inner is None or not kind:
             return made
         return tuple(
             each

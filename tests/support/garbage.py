@@ -8,11 +8,11 @@ __all__ = ["collect_rarely"]
 
 
 def collect_rarely() -> None:
-    """Makes Python look for cycles fifty times less often, and never again in what is there now.
+    """Makes Python look for cycles 300 times less often, and never again in what is there now.
 
     A trace makes millions of objects that live until it ends. By default Python looks through all
     of them again and again: a fifth of the time of a test that plans.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(35_000, 20, 50)
+    gc.set_threshold(200_000, 20, 50)

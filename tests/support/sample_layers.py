@@ -190,6 +190,8 @@ def attention() -> list[Call]:
         call(name, *grouped, enable_gqa=True),
         call(name, *grouped, truth(12, 1, 7) | True, enable_gqa=True),
         call(name, *grouped, enable_gqa=True, symbolic={12: "s0", 3: "s1"}),
+        # With as many keys as queries all ranks have the same work under a causal mask.
+        call(name, x(2, 4, 9, 3), x(2, 2, 9, 3), x(2, 2, 9, 3), None, 0.0, True, enable_gqa=True),
         call(name, x(6, 5, 8), x(6, 7, 8), x(6, 7, 8)),
         call(name, x(5, 7, 8, 6), x(5, 7, 8, 6), x(5, 7, 8, 6), symbolic={5: "s0", 8: "s1"}),
         call(name, x(4, 5, 8, 6), x(4, 5, 8, 6), x(4, 5, 8, 6), symbolic={4: "s0", 8: "s1"}),
@@ -347,6 +349,13 @@ def convolution() -> list[Call]:
             3,
             symbolic=three,
         ),
+        # Windows with gaps, and such as reach over more than the next part.
+        call("conv2d.default", x(2, 3, 11, 8), x(4, 3, 3, 3), x(4), (2, 2), (1, 1), (2, 1)),
+        call("conv1d.default", x(2, 3, 11), x(4, 3, 5), x(4), (3,), (4,)),
+        call("conv_transpose1d.default", x(2, 3, 5), x(3, 4, 2), None, (4,), (0,), (2,)),
+        call("max_pool2d.default", x(2, 3, 9, 8), (3, 3), (2, 2), (1, 1), (1, 1)),
+        call("avg_pool2d.default", x(2, 3, 9, 8), (3, 3), (1, 2), (1, 0)),
+        call("upsample_nearest2d.vec", x(2, 3, 5, 7), None, (2.0, 3.0)),
         call("conv3d.default", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3)),
         call("conv3d.padding", x(2, 4, 5, 6, 7), x(5, 4, 2, 2, 3), x(5)),
         call("conv2d.default", x(5, 6, 7, 8), x(8, 6, 3, 2), x(8), (2, 1), padding=(1, 1)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import pytest
@@ -17,34 +18,44 @@ from autoparallel.support.pytree import flatten
 
 __all__ = ["trace_ahead", "traced_once"]
 
+# So many traces are kept, those that were made last.
+MOST = 32
+
 
 @contextmanager
-def traced_once() -> Iterator[None]:
+def traced_once(again: bool = True) -> Iterator[None]:
     """While this lasts, equal models are traced once for inputs of equal shapes and kinds.
 
     Models are equal that have one class, print alike, have parameters and buffers of the same
-    shapes and kinds, an equal config, and equal numbers, texts and the like in attributes. It is
-    for tests of what is planned of a graph, and not for models that go by values of their inputs or
-    by other objects.
+    shapes and kinds, an equal config, equal numbers, texts and the like in attributes, and the same
+    functions there and as hooks. It is for tests of what is planned of a graph, and not for models
+    that go by values of their inputs or by other objects. again: also where a split module traces
+    its model anew, as it does when something about it has changed.
     """
-    traces: dict[Any, Any] = {}
-    trace, again = autoparallel.api.trace_model, replan.trace_whole
+    # With each trace its model: a function that a key names by its number is that function as long
+    # as somebody holds it.
+    traces: dict[Any, tuple[Any, nn.Module]] = {}
+    trace, trace_again = autoparallel.api.trace_model, replan.trace_whole
+
+    def kept(key: Any, model: Any, make: Callable[[], Any]) -> Any:
+        if key not in traces:
+            traces[key] = make(), model
+            if len(traces) > MOST:
+                del traces[next(iter(traces))]
+        return traces[key][0]
 
     def remembered(model: Any, args: Any, kwargs: Mapping[str, Any], options: Any) -> Any:
         key = "whole", options.strict_capture, _call_of(model, args, kwargs)
-        if key not in traces:
-            traces[key] = trace(model, args, kwargs, options)
-        return traces[key]
+        return kept(key, model, lambda: trace(model, args, kwargs, options))
 
     def remembered_again(model: Any, args: Any, kwargs: Mapping[str, Any], ways: Any) -> Any:
         key = "again", repr(ways), _call_of(model, args, kwargs)
-        if key not in traces:
-            traces[key] = again(model, args, kwargs, ways)
-        return traces[key]
+        return kept(key, model, lambda: trace_again(model, args, kwargs, ways))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoparallel.api, "trace_model", remembered)
-        patch.setattr(replan, "trace_whole", remembered_again)
+        if again:
+            patch.setattr(replan, "trace_whole", remembered_again)
         yield
 
 
@@ -81,11 +92,19 @@ def _looks_of(model: nn.Module) -> tuple[Any, ...]:
         (path, places.setdefault(id(tensor), len(places)), _kind_of(tensor))
         for path, tensor in tensors
     )
-    settings = tuple(
-        tuple((name, repr(value)) for name, value in vars(module).items() if _is_plain(value))
-        for module in model.modules()
-    )
+    settings = tuple(tuple(_settings_of(module)) for module in model.modules())
     return type(model), repr(model), repr(getattr(model, "config", None)), settings, rows
+
+
+def _settings_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Values of attributes, and functions by their numbers."""
+    for name, value in vars(module).items():
+        if _is_plain(value):
+            yield name, repr(value)
+        elif isinstance(value, (FunctionType, BuiltinFunctionType, MethodType)):
+            yield name, (id(value), id(getattr(value, "__func__", None)))
+        elif name.endswith("_hooks") and value:
+            yield name, tuple(map(id, value.values()))
 
 
 def _is_plain(value: Any) -> bool:

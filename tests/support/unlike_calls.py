@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,12 +14,18 @@ from torch import nn
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
-from autoparallel.parallel import call_headers
+from autoparallel.parallel import call_headers, host_group
 from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.runtime.groups import ProcessGroup
 from autoparallel.support.pytree import flatten
 
-__all__ = ["calls", "headers_of_hosts", "results_of_python"]
+__all__ = [
+    "calls",
+    "headers_of_hosts",
+    "headers_without_hosts",
+    "host_that_left",
+    "results_of_python",
+]
 
 
 class Scores(nn.Module):
@@ -114,3 +122,65 @@ def headers_of_hosts(rank: int, world_size: int) -> list[str]:
         except AutoParallelError as error:
             said.append(str(error))
     return said
+
+
+def headers_without_hosts(rank: int, world_size: int) -> list[tuple[bool, list[str]]]:
+    """Have the last rank fail to make a group of hosts: by itself, with the others, and not at all.
+
+    Return for each whether there is a group, after a call in which the last rank is in another
+    mode, and what this rank has logged.
+    """
+    call_headers.communication_device = lambda: "cuda"  # type: ignore[assignment]
+    # No test waits for minutes.
+    host_group._CONNECTING = timedelta(seconds=2)  # type: ignore[misc]
+    make = host_group.gloo_ranks
+    tried, notes = [], Notes()
+    logging.getLogger("autoparallel").addHandler(notes)
+    for failing in (1, world_size, 0):
+
+        def double(store: Any, rank: int, size: int, patience: Any, failing: int = failing) -> Any:
+            if dist.get_rank() == world_size - 1 and size == failing:
+                raise RuntimeError("no such network")
+            return make(store, rank, size, patience)
+
+        host_group.gloo_ranks = double
+        headers = CallHeaders(ProcessGroup(dist.group.WORLD), "Scores", awaited=0)
+        inputs, skeleton = flatten({"x": torch.ones(2, 3)})
+        headers.compare((rank == 0,), inputs, skeleton, (), 0, ["x"])
+        tried.append((headers.hosts is not None, notes.taken()))
+        dist.barrier()
+    return tried
+
+
+def host_that_left(rank: int, world_size: int) -> str:
+    """Return what is said of the last rank, which closes its connections after a call."""
+    call_headers.communication_device = lambda: "cuda"  # type: ignore[assignment]
+    headers = CallHeaders(ProcessGroup(dist.group.WORLD), "Scores", awaited=1)
+    inputs, skeleton = flatten({"x": torch.ones(2, 3)})
+    headers.compare((True,), inputs, skeleton, (), 0, ["x"])
+    if rank == world_size - 1:
+        headers.hosts = None
+        dist.barrier()
+        return ""
+    dist.barrier()
+    try:
+        for _ in range(2):
+            headers.compare((True,), inputs, skeleton, (), 0, ["x"])
+    except AutoParallelError as error:
+        return str(error)
+    return "nothing"
+
+
+class Notes(logging.Handler):
+    """It keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def taken(self) -> list[str]:
+        texts, self.texts = self.texts, []
+        return texts

@@ -8,6 +8,7 @@ from math import prod
 import pytest
 import torch
 import zoo
+from image_decoder import Decoder
 from torch import nn
 
 import autoparallel
@@ -193,3 +194,14 @@ def test_models_in_parts_are_told_by_their_parts() -> None:
     with pytest.raises(PlanError, match="in parts"):
         plan.threads()
     assert plan.parts[0].plan.threads().threads
+
+
+def test_windows_are_told_by_what_they_move_along() -> None:
+    """Images keep their places through convolutions, pools and growth: each is one thread."""
+    inputs = torch.zeros(1, 4, 3, 4), torch.zeros(1, 3, 6, 8)
+    threads = autoparallel.trace_threads(Decoder((4, 2), 2, 1), example_inputs=inputs)
+    kinds = {each.name.partition(" ")[0] for each in threads.threads}
+    assert {"channels", "window", "places"} <= kinds
+    assert "experts" not in kinds
+    passed = [each for each in threads.threads if each.name.startswith("places")]
+    assert not any(each.treated(Treatment.WHOLE) for each in passed)

@@ -21,6 +21,8 @@ from autoparallel.train.run_log import RunLog
 from autoparallel.train.schedule import rate_factor
 from autoparallel.train.train_command import train_command
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 # The papers' numbers of parameters, in millions: of Shoeybi et al. 2019, tables 2 and 5.
 SIZES = {
     "gpt2-small": 124, "gpt2-355m": 355, "gpt2-2.5b": 2500, "gpt2-8.3b": 8300,

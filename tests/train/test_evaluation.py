@@ -23,6 +23,8 @@ from autoparallel.train.evaluation import (
 )
 from autoparallel.train.models import GPT, GPTConfig
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 @pytest.mark.parametrize("shifts", [False, True])
 @pytest.mark.parametrize("stride", [1, 3])

@@ -16,6 +16,8 @@ from autoparallel.train.config import TrainingError
 from autoparallel.train.generation import Sampling, generate
 from autoparallel.train.models import GPT, GPTConfig
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 WAYS = (Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.95, seed=3))
 COUNT = 8
 

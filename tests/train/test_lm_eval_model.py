@@ -22,6 +22,8 @@ from autoparallel.train.lm_eval_model import LanguageModel
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.train.trained import Trained, open_trained
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 RIGHT, WRONG = math.log(0.5), math.log(0.05)
 TEXT = "a b c d e f g h xy a b"  # twelve tokens; "a" does not come after "y"
 

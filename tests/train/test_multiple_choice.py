@@ -179,6 +179,7 @@ def learned(_: int, config: RunConfig, source: str) -> tuple[tuple[float, ...], 
     return result.losses, result.held_out, score.value
 
 
+@pytest.mark.broad
 def test_fine_tuning(race: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A body that comes from elsewhere, with dropout: split over ranks it learns the same."""
     alone = config_of(race, tmp_path / "one")

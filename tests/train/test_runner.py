@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from safetensors.torch import load_file
 from training_runs import metrics_of, run_on, small_config, write_text
@@ -40,10 +41,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "ranks", "split"),
     [
-        ((), 2, ("--parallel.mesh=tp",)),
-        ((), 2, ("--parallel.mesh=dp", "--training.accumulate=2")),
+        *broad(((), 2, ("--parallel.mesh=tp",))),
+        *broad(((), 2, ("--parallel.mesh=dp", "--training.accumulate=2"))),
         (BERT, 4, ("--parallel.mesh=dp=2,tp", "--training.accumulate=4")),
-        (EXPERTS, 2, ("--parallel.mesh=ep", '--parallel.constraints=["*experts.* is split 0"]')),
+        *broad(
+            (EXPERTS, 2, ("--parallel.mesh=ep", '--parallel.constraints=["*experts.* is split 0"]'))
+        ),
     ],
     ids=["tp", "dp", "bert-dp-tp", "experts"],
 )

@@ -11,6 +11,8 @@ from training_runs import small_config, write_text
 from autoparallel.cli import main
 from autoparallel.train.runner import run_training
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:

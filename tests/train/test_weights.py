@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from broad_cases import broad
 from processes import run_processes
 from traces import trace_ahead
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -18,6 +19,8 @@ from autoparallel.train import weights
 from autoparallel.train.config import TrainingError
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.train.weights import export_weights, import_weights
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def gpt(seed: int) -> GPT:
@@ -56,7 +59,9 @@ def exported(rank: int, folder: Path, shard_bytes: int) -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("shard_bytes", [10_000, 5_000_000], ids=["several files", "one file"])
+@pytest.mark.parametrize(
+    "shard_bytes", [10_000, *broad(5_000_000)], ids=["several files", "one file"]
+)
 def test_weights_go_out_and_come_in(tmp_path, shard_bytes):
     for states in run_processes(
         exported, 3, tmp_path, shard_bytes, before=partial(trace_ahead, traced)

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from broad_cases import broad
 from rich.console import Console
 from torch import nn
 
@@ -155,7 +156,9 @@ def plan_in_parts() -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("make", [plain_plan, mesh_plan, limited_plan, plan_in_parts])
+@pytest.mark.parametrize(
+    "make", [*broad(plain_plan), mesh_plan, limited_plan, *broad(plan_in_parts)]
+)
 def test_a_plan_that_was_read_prints_what_the_plan_printed(make: Callable[[], Plan]):
     """Nothing is computed while printing that needs the graph."""
     plan = make()

@@ -52,7 +52,7 @@ def row(where: str) -> Row:
         ("hidden", "whole", "layer norm needs all of it"),
         ("head size", "whole", "needs all of it"),
         ("batch", "free", "data parallelism"),
-        ("sequence", "free", "elsewhere it is free to be split"),
+        ("sequence", "free", "free forward but for scaled dot product attention"),
     ],
 )
 def test_the_verdict_on_a_thread(name: str, kind: str, words: str) -> None:

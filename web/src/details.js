@@ -67,7 +67,7 @@ function op(model, element, item) {
   return `<h2>${text(element.t)} <small>${text(element.n)}</small></h2>${facts(rows)}` +
     section("Why", list(element.why || [])) +
     section("Reads", tensors(element.in)) + section("Makes", tensors(element.out)) +
-    section("Alternatives", alternatives(element)) +
+    section("Alternatives", alternatives(model, element)) +
     section("What it does with its threads", loops(element)) +
     section("Parameters", parameters(model, element.params || []));
 }
@@ -78,9 +78,16 @@ function threads(model, element) {
     .filter(Boolean).join(", ");
 }
 
-function alternatives(element) {
+// A plan of a small model is made as if its products took longer, and its costs are told so.
+function weighted(model) {
+  const { weight } = model.data;
+  return weight === 1 ? "" : `<p class="quiet">Seconds of alternatives are weighted as the plan's
+    cost: a matrix product counts up to ${text(String(weight))} times.</p>`;
+}
+
+function alternatives(model, element) {
   if (!element.alt || !element.alt.length) return "";
-  return table(element.alt.map(([what, seconds, anew, why]) => [
+  return weighted(model) + table(element.alt.map(([what, seconds, anew, why]) => [
     text(what), more(seconds), anew === null ? "" : more(anew), text(why),
   ]), ["instead", "all else as planned", "all planned anew", "why it lost"]);
 }
@@ -121,7 +128,7 @@ function parameters(model, numbers) {
         : ""];
   });
   const rest = numbers.length - shown.length;
-  return table(rows, ["parameter", "split", "instead, all planned anew"]) +
+  return weighted(model) + table(rows, ["parameter", "split", "instead, all planned anew"]) +
     (rest > 0 ? `<p>and ${rest} more</p>` : "");
 }
 
@@ -143,11 +150,11 @@ function sync(model, element, item) {
     phase, axis, kind, bytesText(nbytes)]), ["phase", "axis", "collective", "size"]);
   return `<h2>${text(element.t)} <small>${text(element.n)}</small></h2>${facts(rows)}` +
     section("Why", list(element.why)) + section("What crosses the links", moves) +
-    section("Alternatives", without(element.alt || []));
+    section("Alternatives", without(model, element.alt || []));
 }
 
-function without(rows) {
-  return rows.length ? table(rows.map(([what, anew]) => [
+function without(model, rows) {
+  return rows.length ? weighted(model) + table(rows.map(([what, anew]) => [
     text(what), anew === null ? "no plan has that" : anewText(anew)]), ["instead", "all planned anew"]) : "";
 }
 

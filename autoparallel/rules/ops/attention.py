@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from autoparallel.graph.graph import Dim, hint
+from autoparallel.graph.graph import Dim, hint, numel_hint
+from autoparallel.placement import Collective, Partial
 from autoparallel.rules.registry import rule
-from autoparallel.rules.rule import Dims, Loops, OpCall, ShardingRule
+from autoparallel.rules.rule import Dims, Exchange, Kernel, Loops, OpCall, ShardingRule
 from autoparallel.support import torch_versions
 
 # Fused kernels leave out blocks of so many keys and queries that a causal mask hides.
 _BLOCK = 128
+# Bytes of the numbers that gradients are added up in, at least.
+_PRECISE = 4
 
 
 @rule("aten.scaled_dot_product_attention.default")
 def attention(call: OpCall) -> ShardingRule:
     """y[.., n, s, e] = sum_t softmax_t(sum_d q[.., n, s, d] k[.., n, t, d]) v[.., n, t, e].
 
-    Batch and heads are free, and so are queries unless the causal mask counts from the first one.
-    Keys would need a kernel, and e would leave the first product whole. With grouped heads, n = (g,
-    m): keys and values have g alone. Of a part without elements, torch gives no gradient to a mask,
-    and some releases cannot run without heads.
+    Batch and heads are free, and so are queries; where a causal mask counts from the first one, a
+    kernel knows where a part begins. Keys can be split together with queries, and are passed round;
+    e would leave the first product whole. With grouped heads, n = (g, m): keys and values have g
+    alone. Of a part without elements, torch gives no gradient to a mask, and some releases cannot
+    run without heads.
     """
     query, key, value = call.operands[:3]
     rank = len(query.shape)
@@ -74,8 +78,13 @@ def attention(call: OpCall) -> ShardingRule:
             row[at] = q[head]
         operands.append(tuple(row))
     width, depth = hint(query.shape[-1]), hint(value.shape[-1])
-    # is_causal masks by the place in the part, which is not the place in the whole.
-    whole = {"d", "e", "t"} | ({"s"} if causal else set())
+    kernels, exchanges = {}, {}
+    if "s" in sizes and causal and not call.argument(4, "dropout_p", 0.0):
+        # is_causal masks by the place in the part, which is not the place in the whole.
+        kernels["s"] = Kernel("attention_queries", Partial(), _dealt(call, (0,)))
+    if {"s", "t"} <= {*sizes} and _can_pass(call, operands):
+        exchanges["s"] = Exchange(_ring(call, operands, causal), ("t",))
+    whole = {"d", "e", "t"} | ({"s"} if causal and not kernels else set())
     return ShardingRule(
         tuple(operands),
         (tuple(y),),
@@ -89,8 +98,71 @@ def attention(call: OpCall) -> ShardingRule:
         exponentials=1 / (width * depth),
         skipped=_above_diagonal(hint(query.shape[-2]), hint(key.shape[-2])) if causal else 0.0,
         takes_empty=not any(mask.requires_grad for mask in call.operands[3:]),
+        kernels=kernels,
+        exchanges=exchanges,
         occupied=frozenset(q[head] if torch_versions.ATTENTION_NEEDS_HEADS and head >= 0 else ()),
     )
+
+
+def _can_pass(call: OpCall, operands: list[Dims]) -> bool:
+    """Return whether keys and values can be passed round: all have the batch and a head for each
+    group of the queries', nothing is dropped out, and a mask of the keys alone is a constant.
+    """
+    query, key, value = (operand.shape for operand in call.operands[:3])
+    if call.argument(4, "dropout_p", 0.0) or key[:-2] != value[:-2]:
+        return False
+    grouped = bool(call.node.keyword("enable_gqa", False))
+    apart = 3 if grouped else 2
+    masks = zip(call.operands[3:], operands[3:], strict=True)
+    return (
+        len(query) == len(key) >= 2
+        and query[:-apart] == key[:-apart]
+        and not any(mask.requires_grad and _is_of_keys(dims) for mask, dims in masks)
+    )
+
+
+def _is_of_keys(mask: Dims) -> bool:
+    """Return whether a mask hides keys from all queries alike."""
+    return "t" in mask[-1] and not any("s" in names for names in mask)
+
+
+def _ring(call: OpCall, operands: list[Dims], causal: bool) -> Kernel:
+    """Return the kernel that passes keys and values round, with what it sends.
+
+    Backward they are passed round once more, and their gradients with them, in single precision at
+    least.
+    """
+    pair = call.operands[1:3]
+    there = sum(numel_hint(value.shape) * value.dtype.itemsize for value in pair)
+    back = sum(numel_hint(value.shape) * max(value.dtype.itemsize, _PRECISE) for value in pair)
+    sent = [(Collective.RING_PASS, there)]
+    if any(operand.requires_grad for operand in call.operands[:3]):
+        sent.append((Collective.RING_PASS, there + back))
+    masks = list(zip(call.operands[3:], operands[3:], strict=True))
+    sent += [
+        (Collective.ALL_GATHER, numel_hint(mask.shape) * mask.dtype.itemsize)
+        for mask, dims in masks
+        if _is_of_keys(dims)
+    ]
+    of_keys = any(_is_of_keys(dims) for _, dims in masks)
+    return Kernel(
+        "attention_ring",
+        Partial(),
+        (*sent, *(_dealt(call, (0, 1, 2)) if causal else ())),
+        arguments=(("masked", "keys"),) if of_keys else (),
+        # What is known so far is read, what is new is added, and the sum is written.
+        merged=numel_hint(call.results[0].shape) * 3 * _PRECISE,
+    )
+
+
+def _dealt(call: OpCall, operands: tuple[int, ...]) -> tuple[tuple[Collective, int], ...]:
+    """Return what is sent to give all ranks the same work under a causal mask: operands and the
+    result, and backward their gradients.
+    """
+    values = (*(call.operands[at] for at in operands), call.results[0])
+    sizes = [numel_hint(value.shape) * value.dtype.itemsize for value in values]
+    again = [size for size, value in zip(sizes, values, strict=True) if value.requires_grad]
+    return tuple((Collective.ALL_TO_ALL, size) for size in (*sizes, *again))
 
 
 def _above_diagonal(queries: int, keys: int) -> float:

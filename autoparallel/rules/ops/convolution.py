@@ -1,14 +1,20 @@
-"""Rules of convolutions, pooling and resampling: windows over the last dims, which stay whole."""
+"""Rules of convolutions, pooling and resampling: windows over the last dims, of which a split takes
+the edges of the neighbours.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from autoparallel.graph.graph import Dim, Sym
-from autoparallel.placement import Partial
+from autoparallel.graph.graph import Dim, Sym, Value, hint, numel_hint
+from autoparallel.placement import Collective, Partial
 from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
+
+Kernels = Mapping[int, Kernel]
 
 
 def _spatial(target: str) -> int:
@@ -76,7 +82,8 @@ def convolution(call: OpCall) -> ShardingRule:
     The weight of a transposed one is w[g i, o, k]. Batch, groups and output channels are free.
     Input channels are summed, for which a bias must count once. With several groups, a part of each
     group's output channels needs a kernel, because the number of groups does not follow from the
-    result's shape; of a transposed one it follows from no shape.
+    result's shape; of a transposed one it follows from no shape. Places s are split where the
+    windows' edges are sent to the neighbours.
     """
     x, weight = call.operands[:2]
     spatial = _spatial(call.node.target)
@@ -101,11 +108,15 @@ def convolution(call: OpCall) -> ShardingRule:
     batch = ("b",) if len(x.shape) == spatial + 2 else ()
     first, second = ("g i", "o") if transposed else ("g o", "i")
     bias = len(call.operands) > 2
-    operands = [dims(*batch, "g i", *[""] * spatial), dims(first, second, *kernel)]
+    by_edges, free = _convolution_edges(call, places)
+    # Of a split dim, parts of the input go with parts of the result, whatever the sizes.
+    split = [place if place in by_edges or place in free else "" for place in places]
+    operands = [dims(*batch, "g i", *split), dims(first, second, *kernel)]
     if bias:
         operands.append(dims("g o"))
-    whole = {*kernel, *places} | ({"o"} if groups != 1 and transposed else set())
-    kernels: dict[str, Kernel] = {}
+    kernels = {place: each for place, each in by_edges.items() if place in sizes}
+    whole = {*kernel, *places} - {*kernels, *free}
+    whole |= {"o"} if groups != 1 and transposed else set()
     if bias and "i" in sizes:
         options = (("transposed", transposed),)
         kernels["i"] = Kernel("convolution_inputs", Partial(), arguments=options)
@@ -123,25 +134,157 @@ def convolution(call: OpCall) -> ShardingRule:
         flops=2,
         kernels=kernels,
         local_args=_local_groups,
+        windows=frozenset(places) & sizes.keys(),
     )
 
 
-def _leading(call: OpCall, linear: bool) -> ShardingRule:
-    """Return a rule with a loop for each dim before the windows, which have none.
-
-    linear: in the operand.
+def _convolution_edges(call: OpCall, places: list[str]) -> tuple[dict[str, Kernel], list[str]]:
+    """Return the kernels that split places, and the places that need none, as windows of one
+    element do not.
     """
-    count = len(call.operands[0].shape) - _spatial(call.node.target)
-    names = " ".join([f"d{index}" for index in range(count)])
-    windows = " ".join(["1"] * _spatial(call.node.target))
-    results = ", ".join([f"{names} {windows}"] * len(call.results))
-    return ShardingRule.parse(
-        f"{names} {windows} -> {results}", call, linear=[{0}] if linear else []
+    x, weight = call.operands[:2]
+    spatial, transposed = len(places), "transpose" in call.node.target
+    at_dilation = 7 if transposed else 5
+    strides = _numbers(call.argument(3, "stride", 1), spatial)
+    dilations = _numbers(call.argument(at_dilation, "dilation", 1), spatial)
+    padding = call.argument(4, "padding", 0)
+    borders = [0] * spatial if isinstance(padding, str) else _numbers(padding, spatial)
+    kernels, free = {}, []
+    for at, place in enumerate(places):
+        widths = weight.shape[2 + at], strides[at], dilations[at]
+        if x.shape[at - spatial] == 1 or not all(isinstance(each, int) for each in widths):
+            continue
+        reach = (hint(widths[0]) - 1) * hint(dilations[at])
+        if not reach and strides[at] == 1 and not borders[at] and not transposed:
+            free.append(place)
+            continue
+        # Of a transposed convolution, an input adds to `reach` results, `stride` for each input.
+        rows = -(-reach // hint(strides[at])) if transposed else reach
+        arguments = (("at", at), ("transposed", True)) if transposed else (("at", at),)
+        kernels[place] = _edge_kernel("convolution_edges", x, at - spatial, rows, arguments)
+    return kernels, free
+
+
+def _numbers(given: Any, count: int) -> list[Any]:
+    """Return an option of an op for each dim that its windows run over."""
+    numbers = list(given) if isinstance(given, tuple | list) else [given]
+    return numbers * count if len(numbers) == 1 else numbers
+
+
+def _edge_kernel(
+    name: str, x: Value, dim: int, rows: int, arguments: tuple[tuple[str, Any], ...]
+) -> Kernel:
+    """Return a kernel that sends edges to the neighbours: in all so many rows of a dim.
+
+    The part is written anew with its edges, and so are gradients.
+    """
+    whole = numel_hint(x.shape) * x.dtype.itemsize
+    edges = whole // max(hint(x.shape[dim]), 1) * rows
+    times = 2 if x.requires_grad else 1
+    return Kernel(
+        name,
+        Partial(),
+        ((Collective.EDGE_EXCHANGE, edges),) * times if edges else (),
+        arguments,
+        wraps=True,
+        moved=2 * whole,
+        alone=True,
     )
+
+
+def _leading(call: OpCall, linear: bool, kernels: Kernels | None = None) -> ShardingRule:
+    """Return a rule with a loop for each dim before the windows; those that the windows run over
+    have one where a kernel splits them.
+
+    linear: in the operand. kernels: by the number of the dim that the windows run over.
+    """
+    spatial, by_dim = _spatial(call.node.target), kernels or {}
+    count = len(call.operands[0].shape) - spatial
+    names = " ".join([f"d{index}" for index in range(count)])
+    windows = " ".join([f"s{at}" if at in by_dim else "1" for at in range(spatial)])
+    # Of sizes that differ, that of the result is the loop's.
+    rule = ShardingRule.parse(
+        f"{names} {windows} -> " + ", ".join([f"{names} {windows}"] * len(call.results)),
+        call,
+        linear=[{0}] if linear else [],
+        kernels={f"s{at}": kernel for at, kernel in by_dim.items()},
+    )
+    sizes = {f"s{at}": call.results[0].shape[at - spatial] for at in by_dim}
+    return replace(rule, sizes={**rule.sizes, **sizes})
+
+
+def _pool_kernels(call: OpCall, kind: str) -> Kernels:
+    """Return the kernels that split dims of a pool: none where windows may hang over the end, or
+    where what is padded does not count.
+    """
+    x, spatial = call.operands[0], _spatial(call.node.target)
+    # The pools of the average have no dilation, and say whether what is padded counts.
+    at_ceil = 5 if kind == "max" else 4
+    kernel = _numbers(call.argument(1, "kernel_size"), spatial)
+    padding = _numbers(call.argument(3, "padding", 0), spatial)
+    dilation = _numbers(call.argument(4, "dilation", 1) if kind == "max" else 1, spatial)
+    counted = kind == "max" or call.argument(5, "count_include_pad", True) or not any(padding)
+    if call.argument(at_ceil, "ceil_mode", False) or not counted or call.node.kwargs:
+        return {}
+    result, kernels = call.results[0], {}
+    for at in range(spatial):
+        long = x.shape[at - spatial] != 1 and result.shape[at - spatial] != 1
+        if long and all(isinstance(each, int) for each in (kernel[at], dilation[at])):
+            rows = (kernel[at] - 1) * dilation[at]
+            arguments = (("at", at), ("spatial", spatial), ("kind", kind))
+            kernels[at] = _edge_kernel("pool_edges", x, at - spatial, rows, arguments)
+    return kernels
+
+
+def _nearest_kernels(call: OpCall) -> Kernels:
+    """Return the kernels that split dims of a resampling to the nearest element, which repeats each
+    a whole number of times.
+    """
+    x, spatial = call.operands[0], _spatial(call.node.target)
+    factors: list[int] = []
+    # The scales say it where the inputs decide the sizes.
+    scales = call.argument(2, "scale_factors")
+    for at in range(spatial):
+        before, after = (value.shape[at - spatial] for value in (x, call.results[0]))
+        if isinstance(scales, tuple) and all(scale == int(scale) for scale in scales):
+            factors.append(int(scales[at]))
+        elif isinstance(before, int) and isinstance(after, int) and before and not after % before:
+            factors.append(after // before)
+        else:
+            return {}
+    mode = "nearest-exact" if "exact" in call.node.target else "nearest"
+    kernels = {}
+    for at in range(spatial):
+        if x.shape[at - spatial] != 1:
+            arguments = (("at", at), ("factors", tuple(factors)), ("mode", mode))
+            kernels[at] = _edge_kernel("nearest_edges", x, at - spatial, 0, arguments)
+    return kernels
+
+
+@rule(*(f"aten.max_pool{n}d.default" for n in (1, 2, 3)), takes_empty=False)
+def windows_max(call: OpCall) -> ShardingRule:
+    """The largest number of each window, whose edges may lie on another rank."""
+    return _leading(call, linear=False, kernels=_pool_kernels(call, "max"))
+
+
+@rule(*(f"aten.avg_pool{n}d.default" for n in (1, 2, 3)), takes_empty=False)
+def windows_mean(call: OpCall) -> ShardingRule:
+    """The mean of each window, whose edges may lie on another rank."""
+    return _leading(call, linear=True, kernels=_pool_kernels(call, "avg"))
 
 
 @rule(
-    *(f"aten.{kind}_pool{n}d.default" for kind in ("max", "adaptive_max") for n in (1, 2, 3)),
+    *(f"aten.upsample_nearest{n}d.vec" for n in (1, 2, 3)),
+    *(f"aten._upsample_nearest_exact{n}d.vec" for n in (1, 2, 3)),
+    takes_empty=False,
+)
+def nearest(call: OpCall) -> ShardingRule:
+    """Elements repeated along the last dims, linear in the operand."""
+    return _leading(call, linear=True, kernels=_nearest_kernels(call))
+
+
+@rule(
+    *(f"aten.adaptive_max_pool{n}d.default" for n in (1, 2, 3)),
     "aten.max_pool2d_with_indices.default",
     takes_empty=False,
 )
@@ -153,21 +296,19 @@ def max_pool(call: OpCall) -> ShardingRule:
 
 
 _INTERPOLATIONS = (
-    *(f"nearest{n}d" for n in (1, 2, 3)),
     "linear1d",
     "bilinear2d",
     "bicubic2d",
     "trilinear3d",
 )
 _MORE_INTERPOLATIONS = (
-    *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
     "_upsample_bilinear2d_aa",
     "_upsample_bicubic2d_aa",
 )
 
 
 @rule(
-    *(f"aten.{kind}_pool{n}d.default" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)),
+    *(f"aten.adaptive_avg_pool{n}d.default" for n in (1, 2, 3)),
     *(f"aten.upsample_{kind}.vec" for kind in _INTERPOLATIONS),
     *(f"aten.{kind}.vec" for kind in _MORE_INTERPOLATIONS),
     takes_empty=False,

@@ -102,7 +102,8 @@ _MANY_GROUPS = 8
 @rule("aten.group_norm.default", takes_empty=False)
 def group_norm(call: OpCall) -> ShardingRule:
     """y[b, g c, s] = (x - mean_(c, s)) / deviation_(c, s) * w[g c] + bias[g c]:
-    b and g are free. Few groups may be fewer than the ranks: c is split by a kernel then.
+    b and g are free. Few groups may be fewer than the ranks: c is split by a kernel then; and so
+    are places s, of which each rank has some of an image.
     """
     groups = call.node.args[1]
     by_channel = _channels(call, "cs")
@@ -122,11 +123,17 @@ def group_norm(call: OpCall) -> ShardingRule:
         args = call.node.args
         return (args[0], shapes[0][1] * groups // channels, *args[2:])
 
-    kernels: dict[str, Kernel] = {}
+    x = call.operands[0]
+    once = (Collective.ALL_REDUCE, numel_hint(x.shape[:1]) * groups * x.dtype.itemsize)
+    arguments = (("channels", channels // groups),)
+    kernels = {
+        f"s{dim - 2}": Kernel(
+            "group_norm_split", Invariant(), (once,) * 4, (*arguments, ("split", dim))
+        )
+        for dim in range(2, len(x.shape))
+        if f"s{dim - 2}" in by_channel.sizes
+    }
     if groups < _MANY_GROUPS and "c" in channel_sizes:
-        x = call.operands[0]
-        once = (Collective.ALL_REDUCE, numel_hint(x.shape[:1]) * groups * x.dtype.itemsize)
-        arguments = (("channels", channels // groups),)
         kernels["c"] = Kernel("group_norm_split", Invariant(), (once,) * 4, arguments)
     return replace(
         by_channel,

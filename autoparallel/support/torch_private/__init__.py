@@ -2,13 +2,13 @@
 
 A new release of torch may move any of them without notice; then a file of this package changes, and
 no other. Everything is imported from the package itself; its files are by subject.
-tests/support/test_torch_private.py says of each name how it must behave, and reads the sources for
-others.
+tests/support/torch_private/ has a file for each, which says of each name how it must behave;
+test_adapter.py there reads the sources for others.
 
 Three kinds of names are read where they are used, because they are attributes of objects and torch
 documents them: `Tensor._version`; the dictionaries of a module (`_parameters`, `_buffers`,
 `_modules`, `_non_persistent_buffers_set`); the keys of `Node.meta` of an exported program (`val`,
-`nn_module_stack`, `stack_trace`). The same file of tests says how these behave.
+`nn_module_stack`, `stack_trace`). test_documented_attributes.py says how these behave.
 """
 
 from __future__ import annotations
@@ -54,12 +54,19 @@ from autoparallel.support.torch_private.distributed_tensors import (
     strided_shard,
     strided_split_factor,
 )
+from autoparallel.support.torch_private.fused_attention import (
+    attention_and_sums,
+    attention_gradients,
+    has_attention_sums,
+)
 from autoparallel.support.torch_private.process_groups import (
     default_store,
     fake_process_group,
     flattened_group,
     functional_collectives,
+    gloo_ranks,
     pipeline_order,
+    set_patience,
 )
 from autoparallel.support.torch_private.stack_traces import keeping_frames
 from autoparallel.support.torch_private.symbolic_memory import remembering_arithmetic
@@ -164,6 +171,8 @@ __all__ = [
     "as_if_exported",
     "assert_on_device",
     "at_end_of_backward",
+    "attention_and_sums",
+    "attention_gradients",
     "backward_pass",
     "bare_programs",
     "break_graph",
@@ -187,9 +196,11 @@ __all__ = [
     "functional_collectives",
     "get_proxy_mode",
     "global_call_hooks",
+    "gloo_ranks",
     "gradient_hooks_of",
     "guards_of",
     "handle_distributed",
+    "has_attention_sums",
     "has_backward",
     "has_meta_kernel",
     "has_torch_binding",
@@ -222,6 +233,7 @@ __all__ = [
     "saved_tensors_hooks_are_set",
     "schema_of",
     "set_frame_compiler",
+    "set_patience",
     "share_local_part",
     "storage_key",
     "strided_shard",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ __all__ = [
     "fake_process_group",
     "flattened_group",
     "functional_collectives",
+    "gloo_ranks",
     "pipeline_order",
+    "set_patience",
 ]
 
 
@@ -66,6 +69,27 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def gloo_ranks(store: Any, rank: int, world_size: int, patience: timedelta) -> Any:
+    """Return gloo's own group of the ranks that meet in a store: it is none of torch's list.
+
+    Torch names the groups of its list by how many a process has, which may differ between ranks.
+    patience: how long this waits for the others, and then each collective, but see `set_patience`.
+    """
+    return torch.distributed.ProcessGroupGloo(store, rank, world_size, patience)
+
+
+def set_patience(backend: Any, group: Any, least: timedelta) -> None:
+    """Have the collectives of gloo's own group wait as long as those of torch's group do.
+
+    least: how long they wait where those wait less, or do not tell.
+    """
+    waits = [least]
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        waits.append(getattr(options, "_timeout", least))
+    backend._set_default_timeout(max(waits))
 
 
 def flattened_group(devices: DeviceMesh) -> Any:

@@ -41,6 +41,7 @@ def page_data(
         "model": plan.model,
         "mesh": [list(axis) for axis in plan.whole_mesh.axes],
         "about": _about(plan, step),
+        "weight": plan.product_weight,
         "tree": _tree_rows(tree),
         "elements": [element.row for element in drawn.elements],
         "edges": drawn.edges,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from broad_cases import broad
 from split_models import split_as_whole
 from torch import nn
 
@@ -139,7 +140,7 @@ class Runs(nn.Module):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_split_programs_give_what_the_original_gives(
     program: Callable[[Tensor], Tensor], world_size: int
 ) -> None:

@@ -17,20 +17,24 @@ from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.plan import Plan
-from autoparallel.planning.plan_model import trace_model, with_graphs
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.plan_model import trace_model
+from autoparallel.view.report import plan_text
 
 from .registry import note, row
 
 
 @cache
-def _edited(mesh: Mesh) -> Edited:
+def _edited(mesh: Mesh, schedule: str = "") -> Edited:
+    """Return plans on a mesh. schedule: of those with stages."""
     tokens = torch.randint(10, (4, 6), generator=torch.Generator().manual_seed(0))
-    return Edited(Mixed().double(), tokens, mesh)
+    stages = {"microbatches": 2, "schedule": schedule} if schedule else {}
+    return Edited(Mixed().double(), tokens, mesh, stages)
 
 
-def _edits(draw: random.Random, count: int, mesh: Mesh) -> Counter[str]:
+def _edits(draw: random.Random, count: int, mesh: Mesh, schedule: str = "") -> Counter[str]:
     counts: Counter[str] = Counter()
-    edited = _edited(mesh)
+    edited = _edited(mesh, schedule)
     for _, text in edited.edits(draw.randrange(2**32), count):
         note(counts, partial(edited.tried, text))
     return counts
@@ -44,6 +48,34 @@ def edits(draw: random.Random, count: int) -> Counter[str]:
 @row("one random edit of a plan's JSON, on Mesh(dp=2, tp=2)")
 def edits_on_two_axes(draw: random.Random, count: int) -> Counter[str]:
     return _edits(draw, count, Mesh(dp=2, tp=2))
+
+
+@row("one random edit of the JSON of a plan with stages, on Mesh(pp=2, tp=2)")
+def edits_of_stages(draw: random.Random, count: int) -> Counter[str]:
+    return _edits(draw, count, Mesh(pp=2, tp=2), "1f1b")
+
+
+@row("one random edit of the JSON of a plan with stages, zero bubble on Mesh(pp=2)")
+def edits_of_halves(draw: random.Random, count: int) -> Counter[str]:
+    return _edits(draw, count, Mesh(pp=2), "zero_bubble")
+
+
+@row("one random edit of a plan's JSON, which is then shown without its model")
+def edits_that_are_shown(draw: random.Random, count: int) -> Counter[str]:
+    counts: Counter[str] = Counter()
+
+    def tried(text: str) -> str:
+        try:
+            plan = Plan.from_json(text)
+        except PlanError:
+            return "refused"
+        repr(plan)
+        return "read" if plan_text(plan) else "nothing shown"
+
+    for mesh, schedule in ((Mesh(dp=2, tp=2), ""), (Mesh(pp=2, tp=2), "1f1b")):
+        for _, text in _edited(mesh, schedule).edits(draw.randrange(2**32), count):
+            note(counts, partial(tried, text))
+    return counts
 
 
 @row("a layout of a normalization, a product, a view or a loss that its rule forbids")

@@ -10,7 +10,7 @@ from functools import cache, partial
 
 from processes import run_processes
 from rank_faults import FAILS, launch, said
-from unlike_calls import calls
+from unlike_calls import calls, headers_without_hosts
 
 from .registry import row
 
@@ -47,6 +47,18 @@ for what, name, words in (
     ("gradients off on one rank", "gradients", "whether gradients are recorded"),
 ):
     _differing(f"{what}, after calls in which all were alike", name, words)
+
+
+@row("a rank that cannot make a group of hosts beside NCCL: it, and the others", share=10**6)
+def hosts(draw: random.Random, count: int) -> Counter[str]:
+    """The last rank fails by itself, and then with the others; last, it does not fail."""
+    counts: Counter[str] = Counter()
+    for alone, together, made in run_processes(headers_without_hosts, 2, 2):
+        counts.update(
+            "told" if not has and logged else "silent" for has, logged in (alone, together)
+        )
+        counts["right" if made == (True, []) else "wrong"] += 1
+    return counts
 
 
 def _fault(what: str, name: str, is_told: Callable[[str, str], bool]) -> None:

@@ -1,0 +1,41 @@
+"""Attention in blocks, and its gradients, are as the adapter says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autoparallel.support import torch_private
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_blocks_is_put_together_by_its_sums(masked: bool) -> None:
+    """A block's gradients are right with the result and the sums of all keys."""
+    torch.manual_seed(0)
+    query, key, value, grad = (torch.randn(2, 3, n, 4).double() for n in (5, 7, 7, 5))
+    mask = torch.randn(1, 1, 5, 7).double() if masked else None
+    assert torch_private.has_attention_sums(query, value)
+    assert not torch_private.has_attention_sums(query, value[..., :3])
+    leaves = [each.requires_grad_() for each in (query, key, value)]
+    whole = torch.nn.functional.scaled_dot_product_attention(*leaves, mask, scale=0.3)
+    scores = query @ key.mT * 0.3 + (0 if mask is None else mask)
+    expected = torch.autograd.grad(whole, leaves, grad)
+    with torch.no_grad():
+        parts = [slice(0, 4), slice(4, 7)]
+        cuts = [None if mask is None else mask[..., part] for part in parts]
+        blocks = [(query, key[..., part, :], value[..., part, :]) for part in parts]
+        pairs = [
+            torch_private.attention_and_sums(block, cut, False, 0.3)
+            for block, cut in zip(blocks, cuts, strict=True)
+        ]
+        sums = torch.logaddexp(pairs[0][1], pairs[1][1])
+        torch.testing.assert_close(sums, scores.logsumexp(-1))
+        result = sum(part * (each - sums).exp().unsqueeze(-1) for part, each in pairs)
+        torch.testing.assert_close(result, whole)
+        gradients = [
+            torch_private.attention_gradients(block, cut, False, 0.3, grad, whole, sums)
+            for block, cut in zip(blocks, cuts, strict=True)
+        ]
+    torch.testing.assert_close(gradients[0][0] + gradients[1][0], expected[0])
+    for at in (1, 2):
+        torch.testing.assert_close(torch.cat([each[at] for each in gradients], 2), expected[at])

@@ -1,0 +1,65 @@
+"""Process groups, and collectives that are functions, are as the adapter says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from autoparallel.support import torch_private
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_fake_process_group_has_ranks_that_do_not_run() -> None:
+    """In a process of its own, because there is one default group in a process."""
+    program = (
+        "import torch, torch.distributed as dist\n"
+        "from autoparallel.support import torch_private\n"
+        "torch_private.fake_process_group(1, 4)\n"
+        "x = torch.ones(3)\n"
+        "dist.all_reduce(x)\n"
+        "print(dist.get_rank(), dist.get_world_size())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["1", "4"]
+
+
+def test_functional_collectives_are_past_autograd(mesh_of_this_process) -> None:
+    """What calls them has a backward pass of its own."""
+    ops, group = torch_private.functional_collectives(), mesh_of_this_process.get_group()
+    x = torch.ones(2, requires_grad=True)
+    result = ops.wait_tensor(ops.all_reduce(x, "sum", group.group_name))
+    assert result.grad_fn is None
+    assert not result.requires_grad
+
+
+def test_functional_collectives_return_what_they_make(mesh_of_this_process) -> None:
+    """One rank: every collective is the identity, and leaves its operand alone."""
+    ops, group = torch_private.functional_collectives(), mesh_of_this_process.get_group()
+    x = torch.arange(6.0).view(1, 6)
+    for made in (
+        ops.all_reduce(x, "sum", group.group_name),
+        ops.all_reduce(x, "max", group.group_name),
+        ops.all_gather_into_tensor(x, 1, group.group_name),
+        ops.reduce_scatter_tensor(x, "sum", 1, group.group_name),
+        ops.all_to_all_single(x.view(-1), [6], [6], group.group_name).view(1, 6),
+    ):
+        result = ops.wait_tensor(made)
+        assert result.data_ptr() != x.data_ptr()
+        assert torch.equal(result, x)
+
+
+def test_pipeline_order() -> None:
+    """Torch's tables of passes, of one stage on each rank and of several, whole or in halves."""
+    looped = torch_private.pipeline_order("ScheduleInterleaved1F1B", 2, 2, 4)
+    assert [len(order) for order in looped] == [16, 16]
+    assert looped[1][:3] == [(1, "F", 0), (1, "F", 1), (3, "F", 0)]
+    halves = torch_private.pipeline_order("ScheduleInterleavedZeroBubble", 2, 1, 3)
+    assert {kind for _, kind, _ in halves[0]} == {"F", "I", "W"}
+    alone = torch_private.pipeline_order("ScheduleGPipe", 2, 1, 2)
+    assert alone[0] == [(0, "F", 0), (0, "F", 1), (0, "B", 0), (0, "B", 1)]

@@ -1,0 +1,102 @@
+"""Modes and subclasses that watch calls can be told and left."""
+
+from __future__ import annotations
+
+import torch
+
+from autoparallel.support import torch_private
+
+
+def test_modes_can_be_left() -> None:
+    """A Function's passes are run without the modes that are at work around them."""
+    with torch_private.FakeTensorMode() as mode:
+        with torch_private.without_modes():
+            assert torch_private.current_dispatch_mode() is None
+            assert type(torch.ones(2)) is torch.Tensor
+        assert torch_private.current_dispatch_mode() is mode
+    seen: list[object] = []
+
+    class Counts(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Counts():
+        with torch_private.without_function_modes():
+            torch.ones(2)
+        assert not seen
+        torch.ones(2)
+        assert seen == [torch.ones]
+
+
+def test_functions_of_subclasses_can_be_left_out() -> None:
+    """The hot path reads attributes of split tensors without asking their class."""
+    seen: list[object] = []
+
+    class Counts(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    tensor = torch.ones(2).as_subclass(Counts)
+    seen.clear()
+    with torch_private.without_function_overrides():
+        assert not tensor.requires_grad
+        assert not seen
+        # Hooks of the user's run within, and compute with such tensors.
+        with torch_private.with_function_overrides():
+            assert not tensor.requires_grad
+        assert len(seen) == 1
+        assert not tensor.requires_grad
+    assert len(seen) == 1
+    assert not tensor.requires_grad
+    assert len(seen) == 2
+
+
+def test_the_innermost_modes_are_told() -> None:
+    """None outside of all modes, and the one that was entered last inside."""
+
+    class Ops(torch_private.TorchDispatchMode):  # type: ignore[name-defined, misc]
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return function(*args, **(kwargs or {}))
+
+    class Calls(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            return function(*args, **(kwargs or {}))
+
+    assert torch_private.current_dispatch_mode() is None
+    assert torch_private.current_function_mode() is None
+    with Ops() as ops, Ops() as inner, Calls() as calls:
+        assert torch_private.current_dispatch_mode() is inner is not ops
+        assert torch_private.current_function_mode() is calls
+
+
+def test_tensors_inside_a_function_transform_are_recognized() -> None:
+    seen = []
+
+    def look(x):
+        seen.append(torch_private.is_functorch_wrapped_tensor(x))
+        seen.append(torch_private.in_function_transform())
+        return x * 2
+
+    torch.func.vmap(look)(torch.ones(3))
+    look(torch.ones(3))
+    assert seen == [True, True, False, False]
+
+
+def test_outside_of_transforms() -> None:
+    """A value that is computed outside is a constant for the transform."""
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        assert torch_private.in_function_transform()
+        with torch_private.outside_transforms():
+            assert not torch_private.in_function_transform()
+            scale = torch.ones(()) * 3
+        return scale * x * x
+
+    x = torch.tensor(2.0)
+    assert float(torch.func.grad(square)(x)) == 12.0
+    assert float(torch.func.jvp(square, (x,), (x,))[1]) == 24.0
+    with torch_private.outside_transforms():
+        assert not torch_private.in_function_transform()
