@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from autoparallel.capture.variable_search import is_own_code
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import ABSENT, Answer, AttributeRead, Where
 
-__all__ = ["Switches", "refusing_contexts", "watching_gradient_mode"]
+__all__ = ["Switches", "refusing_contexts", "untold", "watching_gradient_mode"]
 
 _lock = threading.Lock()
 _records: dict[int, list[list[str]]] = {}
@@ -173,6 +174,62 @@ def _variable(environment: Any, name: str) -> Any:
                 value = ABSENT
             switches.note(name, Answer(partial(_get_variable, environment, name)), value)
     return _get_variable(environment, name)
+
+
+_TRACED = ("is_compiling", "is_exporting", "is_dynamo_compiling")
+_told: dict[str, Callable[[], bool]] = {}
+_untolds = 0
+
+
+class _Untold(threading.local):
+    """How many times a thread is within `untold`."""
+
+    depth = 0
+
+
+_untold = _Untold()
+
+
+def _told_if_library(name: str) -> Callable[[], bool]:
+    """Return a function in place of torch.compiler's of this name."""
+
+    def answer() -> bool:
+        if _untold.depth and is_own_code(_by_user(1)):
+            return False
+        return _told[name]()
+
+    return answer
+
+
+@contextlib.contextmanager
+def untold() -> Iterator[None]:
+    """Have the user's own code not be told, in this thread, that a graph is made of it.
+
+    It is told what is so when the model is called. Libraries ask to leave out checks that no graph
+    has, and are told what torch tells them.
+
+    >>> with untold():
+    ...     torch.compiler.is_compiling()
+    False
+    """
+    global _untolds
+    compiler: Any = torch.compiler
+    with _lock:
+        if not _untolds:
+            _told.update((n, getattr(compiler, n)) for n in _TRACED if hasattr(compiler, n))
+            for name in _told:
+                setattr(compiler, name, _told_if_library(name))
+        _untolds += 1
+    _untold.depth += 1
+    try:
+        yield
+    finally:
+        _untold.depth -= 1
+        with _lock:
+            _untolds -= 1
+            if not _untolds:
+                for name, function in _told.items():
+                    setattr(compiler, name, function)
 
 
 _refusals: dict[int, list[list[CaptureError]]] = {}

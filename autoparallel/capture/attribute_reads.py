@@ -21,7 +21,7 @@ from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where, kept_of
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.object_state import moves_on, own_attributes, random_state
+from autoparallel.support.object_state import is_closed, moves_on, own_attributes, random_state
 
 __all__ = ["AttributeReads", "alike_reads", "moving_error"]
 
@@ -153,7 +153,7 @@ def _moves_on(value: Any, depth: int = 0) -> str:
     """
     numpy = type(value).__module__.startswith("numpy.random")
     iterates = hasattr(type(value), "__next__") or moves_on(value)
-    if numpy or random_state(value) is not None or iterates:
+    if numpy or random_state(value) is not None or iterates or is_closed(value):
         return type(value).__name__
     parts: Iterable[Any] = ()
     if depth < _DEEPEST and isinstance(value, (list, tuple, dict)):

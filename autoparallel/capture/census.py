@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture.asked_switches import untold
 from autoparallel.capture.branch_ways import NO_WAYS, Asked, TakeWays, Ways
 from autoparallel.capture.custom_functions import function_op, is_inside_ops
 from autoparallel.capture.decided_draws import ConstantComparisons
@@ -25,6 +26,7 @@ from autoparallel.capture.forward_contexts import quiet, unprinted
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import named_tensors
+from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.errors import CaptureError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph
@@ -34,7 +36,7 @@ from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import keep_attributes, originals
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
-from autoparallel.support.torch_private import tree_map
+from autoparallel.support.torch_private import as_if_exported, tree_map
 
 __all__ = ["Census", "census_of", "require_agreement"]
 
@@ -70,7 +72,18 @@ class _Forward(nn.Module):
 
 
 class _Checkpoints(CallWatch):
-    """Enters reentrant checkpoints, which hide from autograd what is inside of them."""
+    """Enters reentrant checkpoints, which hide from autograd what is inside of them.
+
+    seen: notes what the forward calls, and nothing of what Functions compute.
+    """
+
+    def __init__(self, seen: SeenCalls) -> None:
+        self.seen = seen
+
+    def function(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Apply a Function."""
+        with self.seen.resting():
+            return super().function(cls, args, kwargs)
 
     def reentrant(self, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
         """Run the region; without gradients where nothing that enters it has one."""
@@ -96,29 +109,34 @@ def census_of(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     part: bool = False,
-    on_meta: bool = False,
+    on: str = "fake",
     ways: Ways = NO_WAYS,
+    seen: SeenCalls | None = None,
 ) -> Census:
-    """Run a model's forward on tensors without data, and return what autograd has recorded.
+    """Run a model's forward once more, and return what autograd has recorded.
 
     args, kwargs: of the call. part: whether the inputs need a gradient because Python calls the
-    model; else those do that say so. on_meta: run on the meta device, which takes two thirds of
-    the time, and not on tensors that say they are on the device where the model is. ways: that the
-    forward goes where it branches on values.
+    model; else those do that say so. on: "fake" for tensors that say they are on
+    the device where the model is, "meta" for that device, which takes two thirds of the time, and
+    "data" for copies of the model's tensors and of the inputs. ways: that the forward goes where it
+    branches on values. seen: gets what the forward calls.
     The model is left as it was. Raises whatever its forward does where it does not run so.
 
     >>> sorted(census_of(nn.Linear(2, 3), (torch.ones(4, 2),), {}).reached)
     ['bias', 'weight']
     """
+    seen = seen or SeenCalls()
     bound = bind_inputs(model, args, kwargs)
     tensors, _ = flatten(dict(bound.arguments))
-    mode, hooks = None if on_meta else fake_mode(allow_non_fake_inputs=True), _Hooks()
+    mode, hooks = fake_mode(allow_non_fake_inputs=True) if on == "fake" else None, _Hooks()
     # A model without weights takes inputs of any device: those on meta stand for all others.
     elsewhere = any(parameter.is_meta for parameter in model.parameters())
 
     def copied(tensor: torch.Tensor, trained: bool) -> torch.Tensor:
-        """Return a leaf without data that looks like a tensor."""
-        if mode is None:
+        """Return a leaf that looks like a tensor."""
+        if on == "data":
+            copy = tensor.detach().clone()
+        elif mode is None:
             copy = torch.empty_like(tensor, device="meta", requires_grad=False)
         else:
             copy = mode.from_tensor(tensor.detach())
@@ -133,6 +151,8 @@ def census_of(
         leaves[id(tensor)] = path
     state = {**dict(forward.named_parameters()), **dict(forward.named_buffers())}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(as_if_exported())
+        stack.enter_context(untold())
         stack.enter_context(quiet())
         stack.enter_context(unprinted())
         stack.enter_context(untouched(model, bound.arguments))
@@ -158,8 +178,9 @@ def census_of(
         stack.enter_context(ConstantComparisons())
         stack.enter_context(idle_conversions())
         stack.enter_context(hooks.installed(operators=False))
-        stack.enter_context(_Checkpoints().installed())
+        stack.enter_context(_Checkpoints(seen).installed())
         stack.enter_context(TakeWays(ways, Asked(), marks=False))
+        stack.enter_context(seen)
         result = torch.func.functional_call(forward, fakes, *inputs)
     returned, _ = flatten(result)
     roots = [tensor for tensor in returned if tensor.requires_grad]
@@ -227,30 +248,45 @@ def require_agreement(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    seen: SeenCalls | None = None,
 ) -> None:
     """Raise CaptureError where a graph and the census of its model differ.
 
-    captured: of the model, after all passes. args, kwargs: of the call that was traced. A forward
-    that does not run on tensors without data has no census.
+    captured: of the model, after all passes. args, kwargs: of the call that was traced. seen: what
+    its forward called, None where only gradients are compared. A forward that does not run on
+    tensors without data has no census.
 
-    Example: `require_agreement(captured, model, (x,), {})`.
+    Example: `require_agreement(captured, model, (x,), {}, seen)`.
     """
     _require_own_constants(captured, model)
     if captured.gradients is False:
         return  # the forward asks whether gradients are recorded, and this is the graph without
     difference: CaptureError | None = None
+    moved = False
     # Some forwards run on their own device alone, and some go another way on another one.
-    for on_meta in (True, False):
+    for on in ("meta", "fake", "data"):
+        if on == "data" and (difference is not None or not moved):
+            break
         try:
-            census = census_of(model, args, kwargs, captured.part, on_meta, captured.ways)
+            again = SeenCalls()
+            census = census_of(model, args, kwargs, captured.part, on, captured.ways, again)
         except Exception as error:  # the forward is anyone's code, and may fail in any way
             _log.info("no census of %s: %r", type(model).__name__, error)
             continue
         difference = _difference(captured, census, type(model).__name__)
-        if difference is None:
+        if seen is not None and difference is None:
+            difference = _moved(seen, again, type(model).__name__)
+            moved = moved or difference is not None
+        # What knows a fake tensor when it sees one goes the way of the trace.
+        if difference is None and not (on == "fake" and moved and _has_data(model)):
             return
     if difference is not None:
         raise difference
+
+
+def _has_data(model: nn.Module) -> bool:
+    """Return whether a model has weights to run with."""
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _difference(captured: Captured, census: Census, name: str) -> CaptureError | None:
@@ -280,6 +316,23 @@ def _difference(captured: Captured, census: Census, name: str) -> CaptureError |
                 "own, which then stays Python",
             )
     return None
+
+
+def _moved(seen: SeenCalls, again: SeenCalls, name: str) -> CaptureError | None:
+    """Return the error for a forward that calls something else when it runs again, None if it does
+    not. seen, again: what it called in the trace, and now. name: of the model.
+    """
+    first, second = seen.difference(again), again.difference(seen)
+    if not first and not second:
+        return None
+    calls = f"{first or 'nothing'}, and {second or 'nothing'} when it runs again"
+    return CaptureError(
+        f"{name}.forward computes something else when it runs again: {calls}",
+        why="it asks for something that a trace does not see, and a graph would have the answer of "
+        "this one run for ever",
+        fix="pass what it asks for as an argument, or ask in a module without parameters, which "
+        "stays Python",
+    )
 
 
 def _first_names(aliases: Mapping[str, str]) -> Callable[[Iterable[str]], frozenset[str]]:

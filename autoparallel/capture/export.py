@@ -39,6 +39,7 @@ from autoparallel.capture.intricate_sizes import (
 )
 from autoparallel.capture.module_tensors import first_paths
 from autoparallel.capture.refused_models import export_failure
+from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.capture.side_effects import (
     refuse_backward_hooks,
 )
@@ -83,6 +84,7 @@ def capture(
     around: nn.Module | None = None,
     find_ways: Callable[[], Ways] | None = None,
     likely: Ways = NO_WAYS,
+    seen: SeenCalls | None = None,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval) into a graph.
 
@@ -94,7 +96,7 @@ def capture(
     part: Python calls the model and may look at all that it does: side effects are refused.
     around: the model that this is a part of. find_ways: returns the ways that an example run goes
     where the forward branches on values; it is called only where it does, and where it is left out,
-    that is an error. likely: ways that these will probably be.
+    that is an error. likely: ways that these will probably be. seen: gets what the forward calls.
     Raises CaptureError, with the user's source line, where the model cannot be traced; AliasError
     where no part of it may run as it is.
 
@@ -108,11 +110,11 @@ def capture(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     # A guess is good for nothing where no example run can confirm it.
     guesses = find_ways is not None and not any(tensor.is_meta for tensor in tensors)
-    outer = OuterVariables(model)
+    outer = OuterVariables.of(model)
     wanted = Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), outer, outer.asking()),
-        *(Switches(), NO_WAYS, Asked(guesses, likely)),
+        *(Switches(), NO_WAYS, Asked(guesses, likely), seen or SeenCalls()),
     )
     asked = wanted.asked
     while True:

@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -17,21 +18,32 @@ __all__ = ["plain_surroundings", "quiet", "unprinted"]
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
+_TORCH = str(Path(torch.__file__).parent)
 
 
 @contextlib.contextmanager
 def unprinted(name: str = "") -> Iterator[None]:
-    """Keep a forward that is tried out from printing: it is not the user who calls it.
+    """Keep a forward that is tried out from printing and warning: it is not the user who calls it.
 
-    name: of the model whose forward is traced. What it prints is no part of its program, of which a
-    warning tells, once for each text.
+    name: of the model whose forward is traced. What it prints, and warns of in Python's way, is no
+    part of its program, of which a warning tells, once for each text.
 
     >>> with unprinted():
     ...     print("a tensor of size s0")
     """
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always" if name else "ignore")
         yield
+    for warning in warned if name else ():
+        text = f"{name}.forward: {warning.message}"
+        # A forward warns in the name of its caller, and torch for itself.
+        if text not in _told and not warning.filename.startswith(_TORCH):
+            _told.add(text)
+            _log.warning(
+                "%s.forward warns %r: its program does not; warn outside of the forward, or in a "
+                "forward hook", name, str(warning.message)[:60],
+            )  # fmt: skip
     text = f"{name}.forward: {printed.getvalue().strip()}"
     if name and printed.getvalue() and text not in _told:
         _told.add(text)

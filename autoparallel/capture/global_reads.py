@@ -8,8 +8,10 @@ is then made anew where it need not be, and never kept where it must not.
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +19,8 @@ from torch import nn
 from autoparallel.capture.outside_answers import asking_code
 from autoparallel.capture.variable_search import searched
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, AttributeRead
-from autoparallel.support.model_snapshot import untouched
+from autoparallel.support.model_snapshot import lent, untouched
+from autoparallel.support.object_state import moves_on
 from autoparallel.support.one_at_a_time import planning
 
 __all__ = ["OuterVariables", "global_reads", "undisturbed"]
@@ -48,15 +51,16 @@ class OuterVariables:
     moving: iterators there, described. unwatched: by class the attributes of its instances that may
     be read past what is called when an attribute is read, as by `object.__getattribute__`.
     variables: all that have a value, each with what has it. codes, helpers, kept: see
-    VariableSearch.
+    VariableSearch. found: what global_reads returns. imported: how many Python modules there were.
 
     >>> OuterVariables(nn.Linear(2, 2)).objects
     {}
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model, self.imported = model, len(sys.modules)
         walk = searched(model)
-        walk.reads()
+        self.found = walk.reads()
         self.objects, self.caches, self.moving = walk.objects, walk.caches, walk.moving
         self.unwatched, self.variables = walk.unwatched, tuple(walk.variables.values())
         self.codes, self.helpers, self.kept = walk.codes, walk.helpers, walk.kept
@@ -66,9 +70,35 @@ class OuterVariables:
             for code, variables in walk.codes.items()
         ]
 
-    def asking(self) -> frozenset[types.CodeType]:
+    @classmethod
+    def of(cls, model: nn.Module) -> OuterVariables:
+        """Return those of a model; the search is not made again where nothing can be new.
+
+        >>> layer = nn.Linear(2, 2)
+        >>> with undisturbed(layer):
+        ...     OuterVariables.of(layer) is OuterVariables.of(layer)
+        True
+        """
+        known = _held.outer
+        if known is None or known.model is not model or known.is_stale() or known.changed():
+            return cls(model)
+        return known
+
+    def is_stale(self) -> bool:
+        """Return whether there are Python modules that were not there when this was made."""
+        return len(sys.modules) != self.imported
+
+    def reads(self) -> tuple[AttributeRead, ...]:
+        """Return what global_reads returns, which is as it was unless there are new modules."""
+        return global_reads(self.model) if self.is_stale() else self.found
+
+    def asking(self) -> Mapping[types.CodeType, Mapping[str, Any]]:
         """Return the user's code, if any of it may ask what no graph could; see OutsideAnswers."""
         return asking_code(self.codes, self.helpers, self.kept)
+
+    def walks(self) -> bool:
+        """Return whether forwards may go from node to node in what autograd has recorded."""
+        return any("next_functions" in code.co_names for code in self.codes)
 
     def changed(self) -> tuple[str, ...]:
         """Return the names of variables that have other values now, or were not there before."""
@@ -83,6 +113,26 @@ class OuterVariables:
             for name in sorted(missing & variables.keys())
         ]
         return tuple(dict.fromkeys(names))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Have copies in the place of iterators within, whose position nobody can set back."""
+        before = self.variables
+        copies = [
+            (owner, name, lent(value) if moves_on(value) else value)
+            for owner, name, value in before
+        ]
+        self.variables = tuple(copies)
+        try:
+            for owner, name, value in self.variables:
+                if moves_on(value):
+                    _put(owner, name, value)
+            yield
+        finally:
+            self.variables = before
+            for owner, name, value in before:
+                if moves_on(value):
+                    _put(owner, name, value)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -100,13 +150,19 @@ class OuterVariables:
             for owner, name, value in self.variables:
                 if _value(owner, name) is value:
                     continue
-                if isinstance(owner, types.CellType):
-                    owner.cell_contents = value
-                else:
-                    owner[name] = value
+                _put(owner, name, value)
             for variables, missing in self.names:
                 for name in missing & variables.keys():
                     del variables[name]
+
+
+class _Held(threading.local):
+    """The variables outside of the model that a thread is about to plan, None of no model."""
+
+    outer: OuterVariables | None = None
+
+
+_held = _Held()
 
 
 def _value(owner: Any, name: str) -> Any:
@@ -117,6 +173,14 @@ def _value(owner: Any, name: str) -> Any:
         return owner.cell_contents
     except ValueError:
         return ABSENT
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    """Give a variable a value. owner: its cell, or a mapping."""
+    if isinstance(owner, types.CellType):
+        owner.cell_contents = value
+    else:
+        owner[name] = value
 
 
 def _is_same(now: Any, before: Any) -> bool:
@@ -143,6 +207,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     False
     """
     with planning.held():
-        outer = OuterVariables(model)
-        with untouched(model, *outer.objects.values()), outer.restored():
-            yield
+        before, outer = _held.outer, OuterVariables(model)
+        with untouched(model, *outer.objects.values()), outer.lent(), outer.restored():
+            _held.outer = outer
+            try:
+                yield
+            finally:
+                _held.outer = before

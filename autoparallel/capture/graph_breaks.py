@@ -20,6 +20,7 @@ from autoparallel.capture.export import Captured, capture
 from autoparallel.capture.graph_builder import has_unknown_sizes, require_known_sizes
 from autoparallel.capture.held_tensors import refuse_views
 from autoparallel.capture.module_tensors import first_paths
+from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.errors import AliasError, CaptureError
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.passes.run_passes import run_passes
@@ -101,6 +102,7 @@ def trace(
             _log.info("no example run of %s: %s", type(model).__name__, error.what)
             return NO_WAYS
 
+    seen = SeenCalls()
     captured = capture(
         model,
         args,
@@ -110,12 +112,13 @@ def trace(
         around=around,
         find_ways=find_ways,
         likely=ways or NO_WAYS,
+        seen=seen,
     )
     refuse_drawn(captured.graph)
     graph = _passed(captured.graph)
     require_unwritten(graph)
     captured = replace(captured, graph=graph)
-    require_agreement(captured, model, args, kwargs)
+    require_agreement(captured, model, args, kwargs, seen)
     return captured
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dis
+import logging
 import random
 import sys
 import types
@@ -32,13 +34,14 @@ _CLOCKS |= {f"{name}_ns" for name in _CLOCKS} | _names("localtime gmtime ctime a
 _SYSTEM = _names("urandom getrandom getpid getppid times getloadavg getcwd open read")
 _SYSTEM |= _names("stat lstat fstat access listdir scandir readlink")
 _FILES = _names("open open_code")
-_FRAMES = _names("_getframe _current_frames getrefcount")
+_FRAMES = _names("_getframe _current_frames getrefcount getrecursionlimit getswitchinterval")
 _LIVING = _names("get_objects get_count get_referrers get_stats")
 _EXISTING = _names("exists isfile isdir getmtime getsize walk")
 _GENERATORS = _names("default_rng RandomState Generator SeedSequence PCG64 Philox SFC64")
 _ANY = frozenset[str]()
 # Methods that ask, of whatever object.
-_METHODS = _names("read_text read_bytes iterdir __subclasses__")
+_LEVELS = _names("isEnabledFor getEffectiveLevel")
+_METHODS = _names("read_text read_bytes iterdir __subclasses__") | _LEVELS
 # Functions of the interpreter by the module that they are of; _ANY stands for all of them.
 _ENDS: Mapping[str, frozenset[str]] = {
     "time": _CLOCKS,
@@ -49,6 +52,8 @@ _ENDS: Mapping[str, frozenset[str]] = {
     "builtins": _names("input id __subclasses__"),
     "sys": _FRAMES,
     "gc": _LIVING,
+    "decimal": _names("getcontext localcontext"),
+    "_locale": _names("localeconv setlocale"),
     **dict.fromkeys(("resource", "_uuid", "_posixsubprocess", "_socket"), _ANY),
 }
 # They count where the user's own code calls them: libraries do so for purposes of their own.
@@ -61,6 +66,8 @@ _WAYS: Mapping[str, frozenset[str]] = {
     "sys": _FRAMES,
     "os": _SYSTEM | _EXISTING,
     "posix": _SYSTEM,
+    "decimal": _names("getcontext localcontext"),
+    "locale": _names("localeconv getlocale setlocale"),
     "genericpath": _EXISTING,
     "io": _FILES,
     "_io": _FILES,
@@ -72,6 +79,7 @@ _WAYS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("secrets", "uuid", "subprocess", "socket", "resource"), _ANY),
     **dict.fromkeys(("tempfile", "glob"), _ANY),
 }
+_LEVEL_CODES = {getattr(logging.Logger, name).__code__ for name in _LEVELS}
 _FUNCTIONS = (types.FunctionType, types.MethodType)
 _STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch"}
 # Packages that ask for themselves, when a user's code calls them.
@@ -118,7 +126,7 @@ def asking_code(
     codes: Mapping[types.CodeType, Mapping[str, Any]],
     helpers: Mapping[type, bool],
     kept: Iterable[Any] = (),
-) -> frozenset[types.CodeType]:
+) -> Mapping[types.CodeType, Mapping[str, Any]]:
     """Return all code, and that of methods which it may call, if any of it may ask; else none.
 
     codes: with their global variables. helpers: classes of objects whose methods may be called;
@@ -126,7 +134,7 @@ def asking_code(
     kept: functions of other packages that may be called, too.
 
     >>> asking_code({(lambda x: x + 1).__code__: {}}, {})
-    frozenset()
+    {}
     """
     found = dict(codes)
     names: set[str] = set()
@@ -137,18 +145,19 @@ def asking_code(
             if _package(owner.__module__) in _STANDARD:
                 continue
             special.setdefault(owner, set()).update(special_methods(owner, made))
-    owners = tuple(special)
+    methods: dict[str, list[Any]] = {}
+    for owner in special:
+        for name, value in vars(owner).items():
+            methods.setdefault(name, []).append(value)
+    unnamed = [vars(owner)[name] for owner, own in special.items() for name in own]
     todo = list(found.items())
     while todo:
         code, variables = todo.pop()
         new = {name for name in code.co_names if name not in names}
         names.update(new)
-        functions = [
-            function
-            for owner in owners
-            for name in (vars(owner).keys() & new) | special.pop(owner, set())
-            for function in functions_in(vars(owner)[name])
-        ]
+        values = [value for name in sorted(new & methods.keys()) for value in methods[name]]
+        functions = [each for value in (*values, *unnamed) for each in functions_in(value)]
+        unnamed = []
         if code not in codes:  # of the others all are known that they call by name
             home = _package(variables.get("__name__"))
             called = [variables.get(name) for name in code.co_names]
@@ -166,7 +175,7 @@ def asking_code(
                 todo.append((other, around))
     asks = any(may_ask(code.co_names, variables) for code, variables in found.items())
     asks = asks or any(may_ask((_name(each),), {_name(each): each}) for each in kept)
-    return frozenset(found) if asks else frozenset()
+    return found if asks else {}
 
 
 def _name(function: Any) -> str:
@@ -179,6 +188,44 @@ def _package(module: Any) -> str:
     return str(module).partition(".")[0]
 
 
+def _handed_on(code: types.CodeType, variables: Mapping[str, Any]) -> str:
+    """Return the name of a function that code hands on, and that asks when called; "" if none.
+
+    Where the interpreter calls it, as `sorted(values, key=id)` does, no profile function is told.
+
+    >>> _handed_on((lambda values: sorted(values, key=id)).__code__, {})
+    'id'
+    >>> _handed_on((lambda value: id(value)).__code__, {})
+    ''
+    """
+    owner: Any = None
+    begun = False
+    steps = list(dis.get_instructions(code))
+    # Behind a function stands what a call begins with, unless it was loaded with it or before it.
+    behind = [step.opname == "PUSH_NULL" for step in (*steps[1:], steps[-1])]
+    for step, pushed in zip(steps, behind, strict=True):
+        value: Any = None
+        called = pushed or bool((step.arg or 0) & 1)
+        if step.opname == "LOAD_GLOBAL":
+            owner, begun = variables.get(step.argval, getattr(builtins, step.argval, None)), called
+            value = None if called else owner
+        elif step.opname == "LOAD_ATTR" and isinstance(owner, types.ModuleType):
+            # Until Python 3.11 another instruction loads what is called.
+            called = begun or pushed or (called and sys.version_info >= (3, 12))
+            value, owner = None if called else vars(owner).get(step.argval), None
+        else:
+            owner = None
+        if isinstance(value, types.BuiltinFunctionType) and _asks(value):
+            return str(step.argval)
+    return ""
+
+
+def _asks(function: types.BuiltinFunctionType) -> bool:
+    """Return whether a function of the interpreter's is one that asks."""
+    ends = _ENDS.get(str(function.__module__))
+    return ends is not None and (not ends or function.__name__ in ends)
+
+
 class OutsideAnswerError(CaptureError):
     """A forward that asks for what is another thing in each call, or may be."""
 
@@ -186,24 +233,28 @@ class OutsideAnswerError(CaptureError):
 class OutsideAnswers:
     """An OutsideAnswers object notes what a forward asks outside of torch and the model.
 
-    name: of the model. codes: the code of the user's functions, empty where none may ask. asked: by
+    name: of the model. codes: the code of the user's functions with their global variables, empty
+    where none may ask. handing: the code that hands on what asks, with its name. asked: by
     the function's name the line that has asked. before: a profile function of the user's, which is
     called as ever.
 
     >>> def clock():
     ...     return time.monotonic()
     >>> import time
-    >>> answers = OutsideAnswers("Clock", frozenset([clock.__code__]))
+    >>> answers = OutsideAnswers("Clock", {clock.__code__: globals()})
     >>> with answers.installed():
     ...     _ = clock()
     >>> list(answers.asked)
     ['time.monotonic()']
     """
 
-    def __init__(self, name: str, codes: frozenset[types.CodeType]) -> None:
+    def __init__(self, name: str, codes: Mapping[types.CodeType, Mapping[str, Any]]) -> None:
         self.name, self.codes = name, codes
         self.asked: dict[str, str] = {}
         self.before: Any = None
+        self.handing = {
+            code: handed for code, around in codes.items() if (handed := _handed_on(code, around))
+        }
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -246,6 +297,15 @@ class OutsideAnswers:
         """Note the call of a function of the interpreter. function: the one that is called."""
         if self.before is not None:
             self.before(frame, event, function)
+        caller = frame.f_back
+        levels = event == "call" and frame.f_code in _LEVEL_CODES
+        if levels and caller is not None and caller.f_code in self.codes:
+            line = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            self.asked.setdefault(f"logger.{frame.f_code.co_name}()", line)
+        if event == "call" and frame.f_code in self.handing:
+            name = self.handing[frame.f_code]
+            line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            self.asked.setdefault(f"{name}(), which it hands on", line)
         if event != "c_call":
             return
         name, owner = function.__name__, getattr(function, "__self__", None)

@@ -44,6 +44,14 @@ class SeededDraws(TorchDispatchMode):
         for generator, state in self.generators:
             generator.set_state(state)
 
+    def finish(self) -> None:
+        """Raise CaptureError where the forward, which has run, leaves another seed behind.
+
+        What is drawn after the call would begin with that.
+        """
+        if any(item.initial_seed() != _MARK for item, _ in self.generators):
+            raise _refused("seeds torch's random generator")
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
-from autoparallel.errors import CaptureError
+from autoparallel.errors import AutoParallelError, CaptureError
 from autoparallel.support.memory_writes import Watch
 from autoparallel.support.module_paths import join_path
 
@@ -190,13 +190,15 @@ class NoReplacing(Watch):
 
     `tensor.data = value` gives a tensor other memory, and `requires_grad` decides whether it is
     trained. A hook on a tensor would be lost with the tensor of the trace. model: its parameters
-    must stay where they are and go on being trained as they are. failure: the first refusal of a
-    hook, remembered as the model may catch it.
+    must stay where they are and go on being trained as they are. walks: whether the forward may go
+    from node to node in what autograd has recorded. failure: the first refusal of a hook,
+    remembered as the model may catch it.
     """
 
-    failure: CaptureError | None = None
+    failure: AutoParallelError | None = None
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, walks: bool = False) -> None:
+        self.walks = walks
         named = model.named_parameters(remove_duplicate=False)
         self.names = {id(parameter): path for path, parameter in named}
 
@@ -212,7 +214,18 @@ class NoReplacing(Watch):
         )
 
     def hooked(self, tensor: torch.Tensor, name: str) -> None:
-        """Raise CaptureError: a gradient inside of the model is to be seen, or changed."""
+        """Raise CaptureError: a gradient inside of the model is to be seen, or changed.
+
+        Raises AutoParallelError where Python would not be right either.
+        """
+        if name == "grad_fn" and self.walks:
+            self.failure = self.failure or AutoParallelError(
+                "the forward walks through what autograd has recorded (grad_fn.next_functions)",
+                why="of a split module this is another graph, with other nodes: its parts are one "
+                "node each, and whole parameters are gathered from parts",
+                fix="walk through it outside of the model, before it is split",
+            )
+            raise self.failure
         self.failure = self.failure or CaptureError(
             f"the forward reaches into the backward pass ({name})",
             why="a hook is given the gradient of a tensor of this one run; a graph has no such "

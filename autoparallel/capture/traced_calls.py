@@ -12,6 +12,7 @@ import torch
 from autoparallel.capture.checkpoint_regions import marked, require_plain
 from autoparallel.capture.custom_functions import applied, note_inside_op
 from autoparallel.capture.intercepted_calls import CallWatch
+from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.errors import CaptureError
 from autoparallel.support.torch_private import (
     carries_backward_hooks,
@@ -27,19 +28,21 @@ class TracedCalls(CallWatch):
     """A watch that records each Function as one op, and the region of each checkpoint as itself.
 
     is_model_memory: whether a tensor lies in the memory of the model that is traced. failure: the
-    first error raised here, remembered as the model may catch it.
+    first error raised here, remembered as the model may catch it. seen: notes what the forward
+    calls, and nothing of what Functions compute.
 
-    Example: `with TracedCalls(held.owns).installed(): model(x)`, inside of torch.export.
+    Example: `with TracedCalls(held.owns, seen).installed(): model(x)`, inside of torch.export.
     """
 
-    def __init__(self, is_model_memory: Callable[[torch.Tensor], bool]) -> None:
-        self.is_model_memory = is_model_memory
+    def __init__(self, is_model_memory: Callable[[torch.Tensor], bool], seen: SeenCalls) -> None:
+        self.is_model_memory, self.seen = is_model_memory, seen
         self.failure: CaptureError | None = None
 
     def function(self, cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the op of a Function. Raises CaptureError where none can stand for it."""
         try:
-            return self.recorded(cls, args, kwargs)
+            with self.seen.resting():
+                return self.recorded(cls, args, kwargs)
         except CaptureError as error:
             self.failure = self.failure or error
             raise

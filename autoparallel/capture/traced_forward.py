@@ -15,6 +15,7 @@ from torch import nn
 from autoparallel.capture.asked_switches import (
     Switches,
     refusing_contexts,
+    untold,
     watching_gradient_mode,
 )
 from autoparallel.capture.assigned_buffers import writing_assigned_buffers
@@ -27,7 +28,7 @@ from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.example_inputs import as_given
 from autoparallel.capture.forward_contexts import unprinted
-from autoparallel.capture.global_reads import OuterVariables, global_reads
+from autoparallel.capture.global_reads import OuterVariables
 from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.hit_loops import HitLoops
 from autoparallel.capture.intricate_sizes import WatchedSizes
@@ -35,6 +36,7 @@ from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.outside_answers import OutsideAnswers
 from autoparallel.capture.python_draws import PythonDraws
 from autoparallel.capture.refused_models import refuse_running
+from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.capture.seeded_draws import SeededDraws
 from autoparallel.capture.side_effects import (
     NoReplacing,
@@ -64,7 +66,7 @@ class Wanted:
     records them in any case, unless the forward asks for that. outer: the variables outside of the
     model to which it may write. codes: the user's, where some of it may ask for what no graph
     could. switches: of torch, around the call. ways: see `capture`.
-    asked: what the ways do not tell.
+    asked: what the ways do not tell. seen: what the forward calls in the latest trace of one call.
     """
 
     model: nn.Module
@@ -78,10 +80,11 @@ class Wanted:
     autocast: torch.dtype | None
     gradients: bool
     outer: OuterVariables
-    codes: frozenset[types.CodeType]
+    codes: Mapping[types.CodeType, Mapping[str, Any]]
     switches: Switches
     ways: Ways
     asked: Asked
+    seen: SeenCalls
 
 
 @dataclass
@@ -126,8 +129,8 @@ class FlatForward(nn.Module):
         super().__init__()
         self.model, self.wanted, self.tensors = wanted.model, wanted, tensors
         self.inputs, self.folding, self.twice = inputs, folding, twice
-        self.calls = TracedCalls(tensors.owns)
-        self.no_replacing = NoReplacing(wanted.model)
+        self.calls = TracedCalls(tensors.owns, wanted.seen)
+        self.no_replacing = NoReplacing(wanted.model, wanted.outer.walks())
         self.remember = ran.append
         # While it is traced, the model has other parameters, but attributes may refer to these.
         self.known = {number: places[0][0] for number, places in tensors.places.items()}
@@ -176,7 +179,7 @@ class FlatForward(nn.Module):
             for name in self.wanted.outer.unwatched.get(type(module), ()):
                 self.reads.note(module, name)
         reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
-        reads += global_reads(self.model)
+        reads += self.wanted.outer.reads()
         given, own = tuple(self.facts.given), held_among(self.model, flat)
         numbers = self.numbers
         self.remember(Ran(skeleton, changes, written, reads, gradients, given, own, numbers))
@@ -198,7 +201,7 @@ class FlatForward(nn.Module):
         # A cache that is given and written to is returned as well. A list or a dict is not.
         boxes = {k: v for k, v in arguments.items() if isinstance(v, (list, dict, set))}
         before = self.state(arguments) if wanted.part else written_arguments(boxes)
-        draws = PythonDraws(type(self.model).__name__)
+        seeds, draws = SeededDraws(), PythonDraws(type(self.model).__name__)
         answers = OutsideAnswers(type(self.model).__name__, wanted.codes)
         # Not __call__: the model's own hooks run where the program is called.
         watched = WatchedSizes(tuple(tensors))
@@ -211,6 +214,7 @@ class FlatForward(nn.Module):
             watching_gradient_mode(self.asked),
             wanted.switches.installed(),
             refusing_contexts(self.refused),
+            untold(),
             contextlib.nullcontext()
             if autocast is None
             else torch.autocast(device.type, dtype=autocast),
@@ -221,16 +225,20 @@ class FlatForward(nn.Module):
             watched,
             no_replacing,
             self.facts.installed(tensors),
-            SeededDraws(),
+            seeds,
             draws,
             idle_conversions(),
             unprinted(type(self.model).__name__),
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
+        if not self.twice:
+            wanted.seen.clear()
+        seen = contextlib.nullcontext() if self.twice else wanted.seen
         with contextlib.ExitStack() as stack:
-            for mode in (*modes, self.tensors, HitLoops(), answers.installed()):
+            for mode in (*modes, self.tensors, HitLoops(), seen, answers.installed()):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
+            seeds.finish()
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
         moving = (*self.reads.moving, *wanted.outer.moving)
         if moving:

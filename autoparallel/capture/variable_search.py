@@ -14,6 +14,7 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
@@ -30,13 +31,17 @@ from autoparallel.graph.attribute_read import (
 )
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import (
+    bytes_of,
     functions_in,
+    is_closed,
+    is_of_library,
     moves_on,
+    own_attributes,
     random_state,
     special_methods,
 )
 
-__all__ = ["VariableSearch", "searched"]
+__all__ = ["VariableSearch", "is_own_code", "searched"]
 
 # Packages whose own settings are not looked at; the standard library is none either.
 _LEFT_OUT = {"torch", "numpy", "einops", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
@@ -45,10 +50,12 @@ _WRITTEN = (
     *(list, dict, set, collections.deque, bytearray),
     *(types.SimpleNamespace, argparse.Namespace),
 )
+_INTERPRETERS = {"builtins", "io", "_io", "_sitebuiltins"}
 _CALLABLE = (types.BuiltinFunctionType, types.MethodType, types.FunctionType)
 # By these a function looks up Python modules, and attributes past `__getattribute__` of the object.
 _IMPORTING = {"import_module", "__import__", "modules"}
 _PAST = {"__getattribute__", "getattr_static", "__getattr__"}
+_MOST_BYTES = 1 << 20  # of an object whose memory is compared at each call
 _DEEPEST = 4  # objects inside of others whose attributes are looked at
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
@@ -167,10 +174,14 @@ class VariableSearch:
             codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
             # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
             texts = [item for item in code.co_consts if isinstance(item, str) and _is_name(item)]
+            # An operator.attrgetter is given several in one.
+            texts += [part for text in texts if "." in text for part in text.split(".")]
             names = (*code.co_names, *texts)
             for name in code.co_names if "globals" not in code.co_names else names:
                 if name in function.__globals__:
                     self.variable(function, name, names, kind)
+                elif _is_added(_builtins_of(function).get(name)):
+                    self.of_builtins(function, name, names, kind)
                 # It may be a method that is called on self.
                 elif name != "forward" or "super" in code.co_names:
                     self.method(kind, name, above="super" in code.co_names)
@@ -235,7 +246,7 @@ class VariableSearch:
         self.variables.setdefault((id(cell), name), (cell, name, value))
         if isinstance(value, contextvars.ContextVar):
             self.asked(value)
-        if isinstance(value, SIMPLE) or Contents.fit(value):
+        if _is_setting(value):
             route = (("cell", Cell(cell)),)
             read = AttributeRead("", route, name, Where.ENCLOSED, kept_of(value))
             self.found.setdefault((id(cell),), read)
@@ -251,15 +262,31 @@ class VariableSearch:
         taken = self.function(function, value, kind)
         if taken:
             self.replaceable(module, (), name, value, Where.GLOBAL)
+        elif callable(value) and not hasattr(value, "__dict__") and is_own_code(module):
+            # Such as a function of C's, in whose place another one may be put.
+            read = AttributeRead("", (("global", module),), name, Where.GLOBAL, kept_of(value))
+            self.found.setdefault((module, (), name), read)
         elif not self.read(module, (), name, value):
             self.inside(function, module, (("attribute", name),), value, names, kind)
 
+    def of_builtins(
+        self, function: types.FunctionType, name: str, names: tuple[str, ...], kind: type
+    ) -> None:
+        """Look at a name that was put beside those of the interpreter. See `variable`."""
+        value = _builtins_of(function)[name]
+        self.keep(name, value)
+        self.value(value, kind)
+        if not self.read("builtins", (), name, value):
+            self.inside(function, "builtins", (("attribute", name),), value, names, kind)
+
     def function(self, function: types.FunctionType, value: Any, kind: type) -> bool:
         """Take up a function that another one may call; return whether it is one."""
+        if isinstance(value, functools._lru_cache_wrapper):
+            value = value.__wrapped__
         if not isinstance(value, types.FunctionType):
             return False
         home, package = value.__module__ or "", function.__module__.partition(".")[0]
-        if home.partition(".")[0] == package or _is_users(home):
+        if home.partition(".")[0] == package or is_own_code(home):
             self.value(value, kind)
             return not _has_own(value)
         return True
@@ -271,7 +298,7 @@ class VariableSearch:
 
         module, way, name, value: see `read`. where: it is an attribute, or an item of a dict.
         """
-        if _is_users(value.__module__ or ""):
+        if is_own_code(value.__module__ or ""):
             read = AttributeRead("", (("global", module), *way), name, where, kept_of(value))
             self.found.setdefault((module, way, name), read)
 
@@ -294,7 +321,7 @@ class VariableSearch:
         elif isinstance(value, nn.Module) or _home_left_out(value):
             return
         else:
-            own = getattr(value, "__dict__", {})
+            own = getattr(value, "__dict__", None) or own_attributes(value)
             # What the way has passed already leads round in a circle, as a rule.
             passed = {step for _, step in way}
             here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
@@ -312,7 +339,8 @@ class VariableSearch:
                     place = Where.GLOBAL if step == "attribute" else Where.ENCLOSED
                     self.replaceable(module, way, key, item, place)
                 continue
-            if step == "item" or not self.read(module, way, str(key), item):
+            slot = not hasattr(value, "__dict__")
+            if step == "item" or not self.read(module, way, str(key), item, slot):
                 self.inside(function, module, inner, item, names, kind)
 
     def asked(self, variable: contextvars.ContextVar[Any]) -> None:
@@ -328,7 +356,7 @@ class VariableSearch:
         if isinstance(value, functools._lru_cache_wrapper):
             if not _left_out(value.__module__) and all(value is not one for one in self.caches):
                 self.caches.append(value)
-        elif moves_on(value):
+        elif moves_on(value) or is_closed(value) or len(bytes_of(value) or b"") > _MOST_BYTES:
             self.moving.append(f"the variable {name} (a {type(value).__name__})")
         elif (
             isinstance(value, _WRITTEN)
@@ -346,22 +374,51 @@ class VariableSearch:
         ):
             self.objects.setdefault(name, value)
 
-    def read(self, module: str, way: tuple[tuple[str, Any], ...], name: str, value: Any) -> bool:
+    def read(
+        self,
+        module: str,
+        way: tuple[tuple[str, Any], ...],
+        name: str,
+        value: Any,
+        slot: bool = False,
+    ) -> bool:
         """Note a read, where the value is a setting; return whether it is.
 
-        module, way: see `inside`; of the object that has the attribute.
+        module, way: see `inside`; of the object that has the attribute. slot: it has it in a slot.
         """
         if isinstance(value, contextvars.ContextVar):
             self.asked(value)
             return True
-        simple = isinstance(value, SIMPLE)
-        if name.startswith("__") or not (simple or Contents.fit(value)):
+        if name.startswith("__") or not _is_setting(value):
             return False
         route = (("global", module), *way)
         self.found.setdefault(
-            (module, way, name), AttributeRead("", route, name, Where.GLOBAL, kept_of(value))
+            (module, way, name),
+            AttributeRead("", route, name, Where.ASKED if slot else Where.GLOBAL, kept_of(value)),
         )
         return True
+
+
+def _builtins_of(function: Any) -> dict[str, Any]:
+    """Return what a function finds where there is no global variable."""
+    names: dict[str, Any] = function.__builtins__
+    return names
+
+
+def _is_added(value: Any) -> bool:
+    """Return whether a value among the interpreter's own names was put there by a program."""
+    if value is None or value is Ellipsis or value is NotImplemented:
+        return False
+    homes = (getattr(value, "__module__", ""), type(value).__module__)
+    return _INTERPRETERS.isdisjoint(homes) or isinstance(value, (*SIMPLE, types.FunctionType))
+
+
+def _is_setting(value: Any) -> bool:
+    """Return whether a value is one that can be compared: simple ones, few of them, or memory."""
+    if isinstance(value, SIMPLE) or Contents.fit(value):
+        return True
+    known = (list, dict, types.ModuleType, types.FunctionType, type, nn.Module, torch.Tensor)
+    return not isinstance(value, known) and (is_of_library(value) or bytes_of(value) is not None)
 
 
 def _has_own(function: types.FunctionType) -> bool:
@@ -394,10 +451,16 @@ def _is_name(text: str) -> bool:
 
 def _is_own(kind: type) -> bool:
     """Return whether a class is the user's own."""
-    return kind.__module__ == "__main__" or _is_users(kind.__module__)
+    return is_own_code(kind.__module__)
 
 
-def _is_users(module: str) -> bool:
-    """Return whether a Python module lies beside the user's own, and in no installed package."""
+def is_own_code(module: str) -> bool:
+    """Return whether a Python module lies beside the user's own, and in no installed package.
+
+    >>> is_own_code("torch.nn"), is_own_code("json")
+    (False, False)
+    """
+    if module == "__main__":
+        return True
     file = getattr(sys.modules.get(module), "__file__", None)
     return bool(file) and "-packages" not in str(file) and not _left_out(module)

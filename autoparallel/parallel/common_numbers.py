@@ -12,7 +12,13 @@ from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.launch import communication_device
 from autoparallel.runtime.groups import Group, ProcessGroup, SingleGroup
 from autoparallel.runtime.rng import Generator
-from autoparallel.support.rng_state import python_numbers_sums, restore, seeded, snapshot
+from autoparallel.support.rng_state import (
+    python_numbers_sums,
+    restore,
+    seeded,
+    snapshot,
+    torch_generators,
+)
 
 __all__ = ["common_numbers"]
 
@@ -39,8 +45,15 @@ def common_numbers(generator: Generator, group: Group) -> Iterator[None]:
     # Seed and step are hashed, so that no two steps of any two seeds have one stream by design; 56
     # bits are a seed that torch takes.
     digest = hashlib.blake2b(f"{generator.seed} {step}".encode(), digest_size=7).digest()
-    with seeded(int.from_bytes(digest), python=not python, numpy=not numpy):
+    number = int.from_bytes(digest)
+    left: list[tuple[torch.Generator, torch.Tensor]] = []
+    with seeded(number, python=not python, numpy=not numpy):
         yield
+        # A forward that seeds torch itself decides what is drawn after it.
+        seeds = [item for item in torch_generators() if item.initial_seed() != number]
+        left += [(item, item.get_state()) for item in seeds]
+    for item, state in left:
+        item.set_state(state)
 
 
 def _are_alike(group: Group) -> tuple[bool, bool]:

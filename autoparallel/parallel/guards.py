@@ -33,7 +33,7 @@ from autoparallel.graph.attribute_read import (
 )
 from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.parallel.shown_parameters import held_by
-from autoparallel.support.object_state import own_attributes
+from autoparallel.support.object_state import bytes_of, is_of_library, own_attributes
 
 __all__ = ["Guards", "equal", "frozen"]
 
@@ -170,9 +170,12 @@ class Guards:
         plain = not isinstance(value, (type, nn.Module, torch.Tensor, types.FunctionType))
         seen = read.route or id(value) in self.opened
         # Tensors may be read as numbers, and objects by their dictionaries.
-        if read.where is Where.INSTANCE and not seen:
+        if is_of_library(value):
+            self.kept.append((value, self.frozen(value)))
+        elif read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
             slots = getattr(type(value), "__slots__", None)
+            plain = plain and value is not ABSENT
             if tensor or (plain and (slots or hasattr(value, "__dict__")) and not callable(value)):
                 self.kept.append((value, self.frozen(value)))
 
@@ -189,7 +192,12 @@ class Guards:
             return
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
         partly = any(owner == id(value) for owner, _ in self.own)
-        if isinstance(value, _CHANGING) or _is_array(value) or enclosing or partly:
+        changing = isinstance(value, _CHANGING) or _is_array(value) or _shows_bytes(value)
+        functions = None if partly or not enclosing else _Functions.around(value)
+        if functions is not None:
+            self.lists.append((functions, list(functions)))
+            return
+        if changing or enclosing or partly:
             self.kept.append((value, self.frozen(value)))
             return
         if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
@@ -274,6 +282,44 @@ class _Names:
 
     def __iter__(self) -> Any:
         return (name for name in self.own if name not in _LEFT_OUT)
+
+
+class _Functions:
+    """What functions refer to that are in the variables of one another, such as decorators.
+
+    functions: each with what its code finds around it.
+    """
+
+    def __init__(self, functions: list[types.FunctionType]) -> None:
+        self.functions = functions
+        self.cells = [cell for each in functions for cell in each.__closure__ or ()]
+
+    @classmethod
+    def around(cls, function: types.FunctionType) -> _Functions | None:
+        """Return those that a function leads to; None where one refers to what can change."""
+        functions: list[types.FunctionType] = []
+        todo = [function]
+        while todo:
+            each = todo.pop()
+            if any(each is one for one in functions):
+                continue
+            functions.append(each)
+            values = [_contents(cell) for cell in each.__closure__ or ()]
+            values += [*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()]
+            for value in values:
+                if isinstance(value, types.FunctionType):
+                    todo.append(value)
+                elif not isinstance(value, (*SIMPLE, type, types.ModuleType)):
+                    return None
+        return cls(functions)
+
+    def __len__(self) -> int:
+        return 3 * len(self.functions) + len(self.cells)
+
+    def __iter__(self) -> Iterator[Any]:
+        for each in self.functions:
+            yield from (each.__code__, each.__defaults__, each.__kwdefaults__)
+        yield from map(_contents, self.cells)
 
 
 class _Items:
@@ -374,6 +420,8 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
         return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
     if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator, *_OPERATORS)):
         return value
+    if _shows_bytes(value):
+        return (type(value), bytes_of(value))
     attributes = own_attributes(value)
     if not attributes and not hasattr(value, "__dict__"):
         return value
@@ -400,6 +448,11 @@ def _owned(module: nn.Module, writes: Iterable[AttributeWrite]) -> Iterator[Any]
 def _is_array(value: Any) -> bool:
     """Return whether a value is an array of numpy, which is not imported to find out."""
     return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
+
+
+def _shows_bytes(value: Any) -> bool:
+    """Return whether an object, no text or number, shows its memory, as arrays of C's do."""
+    return not isinstance(value, SIMPLE) and bytes_of(value) is not None
 
 
 def _contents(cell: types.CellType) -> Any:

@@ -327,6 +327,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             refuse_transforms(state)
             with cut_for_call(state):
                 return _run_planned(module, _restructured(module, state), args, kwargs)
+        state.tree.shape.refuse_classes()
     return _run_planned(module, state, args, kwargs)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.support.torch_private import without_function_overrides
 
@@ -38,6 +39,8 @@ class TreeShape:
     """
 
     def __init__(self, members: Iterable[nn.Module]) -> None:
+        members = list(members)
+        self.members, self.kinds = members, list(map(type, members))
         self.dictionaries: list[dict[str, Any]] = []
         self.items = _Places()
         self.buffers = _Places()
@@ -75,6 +78,24 @@ class TreeShape:
         # A program reads the buffer that is there, which may be another tensor of the same kind.
         self.buffers.seen = buffers
         return list(map(_looks, buffers)) != self.looks
+
+    def refuse_classes(self) -> None:
+        """Raise AutoParallelError where a module was given another class in place of its own.
+
+        This is asked at every call, too.
+        """
+        kinds = list(map(type, self.members))
+        if all(map(operator.is_, kinds, self.kinds)):
+            return
+        for now, before in zip(kinds, self.kinds, strict=True):
+            if now != before:  # a split module's class is equal to the user's
+                raise AutoParallelError(
+                    f"a module of the split model was given the class {now.__name__}",
+                    why=f"its program was made of its forward as a {before.__name__}",
+                    fix="put another module in its place, or set the class before the model is "
+                    "split",
+                )
+        self.kinds = kinds
 
     def has_same_modules(self) -> bool:
         """Return whether the modules, and the names of all that is in them, are the same."""

@@ -20,7 +20,7 @@ from autoparallel.support.object_state import moves_on, own_attributes, random_s
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import global_call_hooks
 
-__all__ = ["same_globals", "untouched"]
+__all__ = ["lent", "same_globals", "untouched"]
 
 _DEEPEST = 6  # levels of containers and objects inside of others that are looked into
 
@@ -120,7 +120,7 @@ class _Snapshot(Watch):
         elif (drawn := random_state(value)) is not None:
             self.drawn.append(drawn[1])
         elif moves_on(value):
-            self.iterators[id(value)] = second_of(value) or _lent(value)
+            self.iterators[id(value)] = lent(value)
         elif not isinstance(value, _OPAQUE):
             if isinstance(getattr(value, "__dict__", None), dict):
                 self.box(vars(value), depth)
@@ -216,6 +216,16 @@ class _Snapshot(Watch):
             if storage.nbytes() != before.nbytes():
                 storage.resize_(before.nbytes())
             storage.copy_(before)
+
+
+def lent(iterator: Any) -> Any:
+    """Return a copy of an iterator at its position, or a stand-in where there can be none.
+
+    >>> numbers = iter([1, 2])
+    >>> next(lent(numbers)), next(numbers)
+    (1, 1)
+    """
+    return second_of(iterator) or _lent(iterator)
 
 
 def _lent(iterator: Any) -> _Lent:

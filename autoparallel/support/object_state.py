@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import contextvars
 import copy
+import decimal
 import functools
+import logging
 import random
+import re
+import struct
+import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 __all__ = [
+    "bytes_of",
     "contents_of",
     "functions_in",
+    "is_closed",
+    "is_of_library",
     "moves_on",
     "own_attributes",
     "put_attribute",
@@ -26,6 +37,18 @@ _MAKING = frozenset(
     "__init__ __new__ __post_init__ __init_subclass__ __set_name__ __getstate__ __setstate__ "
     "__reduce__ __reduce_ex__ __copy__ __deepcopy__ __del__".split()
 )
+# Kinds of C's that do not change, and locks, whose state is no setting.
+_UNCHANGING = (
+    *(bool, int, float, complex, str, bytes, tuple, frozenset, range, slice, object),
+    *(list, dict, set, collections.deque, memoryview, property, classmethod, staticmethod),
+    *(type(None), type(Ellipsis), type(NotImplemented), types.MappingProxyType, types.CodeType),
+    *(re.Pattern, re.Match, decimal.Decimal, contextvars.ContextVar, contextvars.Token),
+    *(types.GenericAlias, types.UnionType, type(threading.Lock()), type(threading.RLock())),
+    *(types.MemberDescriptorType, types.GetSetDescriptorType, struct.Struct),
+)
+_NO_SETTINGS = (type, types.ModuleType, functools.partial, threading.local, logging.Logger)
+_FUNCTIONS = ("builtins", "functools", "operator", "_operator", "weakref")
+_STEADY = ("datetime", "torch", "numpy", "typing", "zoneinfo", "_abc", "_weakref")  # and modules
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
@@ -116,6 +139,22 @@ def _plain(state: Any) -> Any:
     return state.tolist() if hasattr(state, "tolist") else state
 
 
+def bytes_of(value: Any) -> bytes | None:
+    """Return the memory of an object that shows it, such as an array or a number of C's, as bytes.
+
+    None for all other objects.
+
+    >>> import array
+    >>> bytes_of(array.array("b", [1, 2])), bytes_of([1, 2])
+    (b'\\x01\\x02', None)
+    """
+    try:
+        with memoryview(value) as memory:
+            return memory.tobytes()
+    except (TypeError, ValueError, BufferError):
+        return None
+
+
 def contents_of(function: types.FunctionType) -> tuple[Any, ...]:
     """Return the variables of functions around a function that it refers to, as they are now.
 
@@ -147,6 +186,8 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
             value = value.__func__
         elif isinstance(value, functools.partial):
             value = value.func
+        elif isinstance(value, functools._lru_cache_wrapper):
+            value = value.__wrapped__
         elif isinstance(value, types.FunctionType):
             yield value
             # A decorated function keeps the one that it decorates.
@@ -183,6 +224,41 @@ def moves_on(value: Any) -> bool:
     # What is put into a queue of C's comes out of it once.
     written = (types.MethodDescriptorType, types.BuiltinMethodType)
     return all(isinstance(vars(kind).get(name), written) for name in ("get", "put"))
+
+
+def is_closed(value: Any) -> bool:
+    """Return whether an object of C's may hold what can change, and shows nothing of it.
+
+    Such are connections to a database, and the contexts of decimal numbers.
+
+    >>> is_closed(decimal.getcontext()), is_closed(decimal.Decimal(1)), is_closed(len)
+    (True, False, False)
+    """
+    kind = type(value)
+    if kind in _UNCHANGING:
+        return False
+    # Classes in Python have what their instances hold in a dictionary, or in slots.
+    function = callable(value) and kind.__module__.partition(".")[0] in _FUNCTIONS
+    plain = isinstance(value, (type, tuple, int, float, str, bytes, types.ModuleType))
+    if function or plain or hasattr(value, "__dict__"):
+        return False
+    if any("__slots__" in vars(base) for base in kind.__mro__):
+        return False
+    return kind.__module__.partition(".")[0] not in _STEADY and bytes_of(value) is None
+
+
+def is_of_library(value: Any) -> bool:
+    """Return whether an object of a class of the standard library's in Python holds a setting.
+
+    Loggers hold one another, and are asked for their levels.
+
+    >>> is_of_library(threading.Event()), is_of_library(logging.getLogger())
+    (True, False)
+    """
+    if not hasattr(value, "__dict__") or isinstance(value, _NO_SETTINGS) or callable(value):
+        return False
+    home = type(value).__module__.partition(".")[0]
+    return home in sys.stdlib_module_names and home != "__main__"
 
 
 def second_of(value: Any) -> Any:

@@ -69,7 +69,7 @@ def test_numbers_are_those_of_the_seed(draw: Draw) -> None:
     assert "generator" in plan.breaks[0].reason.lower()
 
 
-def test_a_seed_without_a_draw_is_no_break() -> None:
+def test_a_seed_that_is_left_behind_is_a_break() -> None:
     def only_seeds(x: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(5)
         return x
@@ -77,7 +77,7 @@ def test_a_seed_without_a_draw_is_no_break() -> None:
     model = Noisy(only_seeds)
     state = torch.get_rng_state()
     plan = autoparallel.make_plan(model, 2, example_inputs=torch.ones(4, 8))
-    assert not plan.breaks
+    assert "seeds torch's random generator" in plan.breaks[0].reason
     assert torch.equal(torch.get_rng_state(), state)
 
 

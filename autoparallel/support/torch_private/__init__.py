@@ -73,6 +73,7 @@ from autoparallel.support.torch_private.symbolic_memory import remembering_arith
 from autoparallel.support.torch_private.symbolic_numbers import (
     EXPORT_LOGGERS,
     FAKE_TENSOR_LOGGER,
+    as_if_exported,
     expression_of,
     guards_of,
     hint_of,
@@ -167,6 +168,7 @@ __all__ = [
     "StorageWeakRef",
     "TorchDispatchMode",
     "apply_directly",
+    "as_if_exported",
     "assert_on_device",
     "at_end_of_backward",
     "attention_and_sums",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EXPORT_LOGGERS",
     "FAKE_TENSOR_LOGGER",
+    "as_if_exported",
     "expression_of",
     "guards_of",
     "hint_of",
@@ -24,6 +25,9 @@ __all__ = [
 
 # Loggers whose messages the project replaces by errors of its own.
 EXPORT_LOGGERS = ("torch._export", "torch.export", "torch.fx")
+
+# Where torch notes that it exports a model.
+_EXPORT_FLAGS = ("_is_compiling_flag", "_is_exporting_flag")
 
 FAKE_TENSOR_LOGGER = "torch._subclasses.fake_tensor"
 
@@ -51,6 +55,24 @@ def is_fixed(size: torch.SymInt) -> bool:
 def guards_of(size: torch.SymInt) -> tuple[Any, ...]:
     """Return the expressions in sizes that the tracer of a size took for true, in order."""
     return tuple(guard.expr for guard in size.node.shape_env.guards)
+
+
+@contextmanager
+def as_if_exported() -> Iterator[None]:
+    """Have torch.compiler.is_compiling() and is_exporting() answer as while a model is exported.
+
+    Code asks them to leave out checks that no graph has, and then goes the way of the trace.
+    """
+    compiler: Any = torch.compiler
+    names = [name for name in _EXPORT_FLAGS if hasattr(compiler, name)]
+    before = [getattr(compiler, name) for name in names]
+    try:
+        for name in names:
+            setattr(compiler, name, True)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(compiler, name, value)
 
 
 def remembering_fake_results(enabled: bool) -> AbstractContextManager[Any]:

@@ -1,0 +1,118 @@
+"""The functions of torch that a forward calls, to compare two of its runs.
+
+A trace has a number that the forward finds out somewhere as a constant. A second run that is given
+another number shows it, wherever it came from: a clock, a library, a counter, the type of a tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from autoparallel.support.pytree import SYMBOLIC
+from autoparallel.support.torch_private import hint_of
+
+__all__ = ["SeenCalls"]
+
+_PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.layout, torch.memory_format)
+# Of the ops that mark where a checkpoint begins, and the like, and of those that are Functions.
+_OWN = ("autoparallel", "autograd_function")
+_DIGITS = 12  # a number that follows from symbolic sizes may be rounded otherwise
+_OF_SIZES = ("sym_", "_sym_")
+_MOST = 64  # items of a list that are looked at
+
+
+class SeenCalls(TorchFunctionMode):
+    """A mode that notes which functions of torch are called, with the numbers that they are given.
+
+    Of tensors, devices and other objects only the kind is noted: a run on another device is not
+    another one. calls: what was noted. unknown: whether a number was given that follows from the
+    values of tensors. rests: whether nothing is noted.
+
+    >>> first, second = SeenCalls(), SeenCalls()
+    >>> with first:
+    ...     _ = torch.ones(2) * 3
+    >>> with second:
+    ...     _ = torch.ones(2) * 4
+    >>> first.difference(second)
+    'mul(Tensor, 3)'
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[tuple[Any, ...], None] = {}
+        self.unknown = self.rests = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # What a watch of this project calls for itself is no call of the forward's.
+        caller = str(sys._getframe(1).f_globals.get("__name__"))
+        home = str(getattr(function, "__module__", ""))
+        name = getattr(function, "__name__", "")
+        ours = caller.startswith("autoparallel.") or home.rpartition(".")[2] in _OWN
+        # What is read of a tensor, or computed of sizes, is seen where it is used.
+        if not self.rests and not ours and name != "__get__" and not name.startswith(_OF_SIZES):
+            items = (*args, *sorted(kwargs.items())) if kwargs else args
+            self.calls[function, *map(self.noted, items)] = None
+        return function(*args, **(kwargs or {}))
+
+    def noted(self, item: Any) -> Any:
+        """Return what is noted of an argument."""
+        kind = type(item)
+        if isinstance(item, torch.Tensor):
+            return torch.Tensor
+        if isinstance(item, SYMBOLIC):
+            item = hint_of(item)
+            kind = type(item)
+            self.unknown = self.unknown or item is None
+        if kind in _PLAIN:
+            return item if kind is not bool else str(item)
+        if kind is float:
+            return f"{item:.{_DIGITS}g}"
+        if kind is slice:
+            return tuple(map(self.noted, (item.start, item.stop, item.step)))
+        if isinstance(item, (list, tuple)):
+            return tuple(map(self.noted, item[:_MOST]))
+        return kind
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Note nothing within, where a Function computes: to a graph it is one op."""
+        before, self.rests = self.rests, True
+        try:
+            yield
+        finally:
+            self.rests = before
+
+    def clear(self) -> None:
+        """Forget all calls, as for another attempt."""
+        self.calls.clear()
+        self.unknown = False
+
+    def difference(self, other: SeenCalls) -> str:
+        """Return a call that the other run has not had, as text; empty where there is none."""
+        if self.unknown or other.unknown:
+            return ""
+        return next((_text(call) for call in self.calls if call not in other.calls), "")
+
+
+def _text(call: tuple[Any, ...]) -> str:
+    """Return a call as text."""
+    function, *items = call
+    name = str(getattr(function, "__name__", function)).strip("_")
+    return f"{name}({', '.join(_texts(items))})"
+
+
+def _texts(items: Any) -> Iterator[str]:
+    """Yield what is noted of arguments as texts."""
+    for item in items:
+        if isinstance(item, tuple):
+            yield f"({', '.join(_texts(item))})"
+        else:
+            yield item.__name__ if isinstance(item, type) else str(item)

@@ -1,0 +1,91 @@
+"""A forward that is given another number in its second run is no graph, wherever that is from."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import autoparallel
+from autoparallel.errors import CaptureError
+
+X = torch.ones(2, 4)
+clock = functools.partial(time.perf_counter_ns)
+
+
+class Scaled(nn.Module):
+    """It scales its output by the number that a function finds out."""
+
+    def __init__(self, number: Callable[[Any, torch.Tensor], Any], count: int = 1) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
+        self.number = number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x * self.number(self, x)
+
+
+def by_identity(model: Any, x: torch.Tensor) -> int:
+    return sorted((model, x), key=id).index(model)
+
+
+def handed_on(model: Any, x: torch.Tensor) -> float:
+    return next(iter(time.perf_counter, None))
+
+
+# Asked by C's functions alone, of which no profile function is told.
+HIDDEN: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "partial": lambda model, x: clock() % 1000003,
+    "iter": lambda model, x: next(iter(clock, None)) % 1000003,
+    "text of a tensor": lambda model, x: float(len(repr(x))),
+    "kind of a tensor": lambda model, x: float(len(type(x).__name__)),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_another_number_is_noticed(name: str) -> None:
+    plan = autoparallel.make_plan(Scaled(HIDDEN[name]), 2, example_inputs=X)
+    assert "computes something else when it runs again" in plan.breaks[0].reason
+
+
+@pytest.mark.parametrize("number", [by_identity, handed_on])
+def test_what_asks_is_handed_on(number: Any) -> None:
+    plan = autoparallel.make_plan(Scaled(number), 2, example_inputs=X)
+    assert "which it hands on" in plan.breaks[0].reason
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, digits: float) -> torch.Tensor:
+        return torch.round(x * digits) / digits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return gradient, None
+
+
+# What both runs do alike although a trace has symbols, blocks that are copied, and ops of its own.
+ALIKE: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "sizes": lambda model, x: x.shape[0] ** -0.5 + x.new_full((x.shape[0], 1), 0.5),
+    "Function": lambda model, x: Rounded.apply(x, 8.0),
+    "draws": lambda model, x: nn.functional.dropout(x, 0.5) + torch.rand(4),
+    "device": lambda model, x: 2.0 if x.device.type == "cpu" else 3.0,
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_two_runs_that_are_alike_are_planned(name: str) -> None:
+    plan = autoparallel.make_plan(Scaled(ALIKE[name], 3), 2, example_inputs=X)
+    assert plan.breaks == ()
+
+
+def test_the_reason_names_both_calls() -> None:
+    with pytest.raises(CaptureError, match=r"mul\(Tensor, \d+\), and mul\(Tensor, \d+\) when"):
+        autoparallel.make_plan(Scaled(HIDDEN["partial"]), 2, example_inputs=X, strict_capture=True)
