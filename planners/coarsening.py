@@ -5,7 +5,7 @@ alone. With the least of all merged entries in every table, the problem of the g
 its optimum is no more expensive than the original's: a lower bound. Its solution says in which
 groups to look: there the problem is solved with the members of these groups alone. The assignment
 is then improved by letting all variables move at once to any state that shares a group with their
-own, until none does.
+own, until none does. Where the groups are too wide themselves, some of their variables are fixed.
 """
 
 from __future__ import annotations
