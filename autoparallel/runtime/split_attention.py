@@ -27,6 +27,7 @@ from autoparallel.runtime.attention_blocks import (
     block,
     block_gradients,
     hidden_queries,
+    levelled,
     precise,
     seen,
 )
@@ -117,6 +118,7 @@ def _split_attention(
     passes: bool,
 ) -> torch.Tensor:
     """Return the attention of this rank's queries. lengths: of all queries and of all keys."""
+    tensors = _broadcast(*tensors)
     query = tensors[0]
     shape = (*query.shape[:-1], tensors[2].size(-1))
     mask = _like_batches(mask, query)
@@ -136,6 +138,30 @@ def _split_attention(
     if causal:
         result = collected(result, group, deals[0])
     return result.reshape(shape)
+
+
+def _broadcast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries, keys and values of one batch, as torch broadcasts them: kernels read beyond
+    the end of what has less. Keys and values have as many heads, by which those of the queries can
+    be divided.
+    """
+    rank = max(each.dim() for each in (query, key, value))
+    if query.dim() == key.dim() == value.dim() and (
+        query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
+        and key.shape[:-2] == value.shape[:-2]
+        and (rank < 3 or not query.size(-3) or key.size(-3) <= query.size(-3))
+    ):
+        return query, key, value
+    tensors = [each[(None,) * (rank - each.dim())] for each in (query, key, value)]
+    batch = torch.broadcast_shapes(*(each.shape[:-3] for each in tensors))
+    heads = max(each.size(-3) for each in tensors)
+    broadcast = []
+    for each in tensors:
+        of_one = each.expand(*batch, *each.shape[-3:])
+        broadcast.append(of_one.repeat_interleave(heads // each.size(-3), -3))
+    return broadcast[0], broadcast[1], broadcast[2]
 
 
 def _batches(x: torch.Tensor) -> torch.Tensor:
@@ -280,14 +306,15 @@ class _Attention(torch.autograd.Function):
         work: _Work,
     ) -> torch.Tensor:
         """Compute with what is here while the next part is on its way."""
+        level, added = levelled(query, mask)
         totals = [Total() for _ in work.pieces_of_queries()]
         way = _Travelling(work, (key, value))
         here = (key, value)
         for step in range(work.steps):
             last = step == work.steps - 1
             coming = None if last else way.start(here, step)
-            for number, rows, columns, sight in work.blocks(step, mask, query.device):
-                tensors = (query[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
+            for number, rows, columns, sight in work.blocks(step, added, query.device):
+                tensors = (level[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
                 totals[number].add(*block(*tensors, sight, work.scale))
             if coming is not None:
                 here = way.opened(coming(), step + 1)
@@ -319,6 +346,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*_differentiable_gradients((query, key, value, mask), grad, work), None)
         kind = precise(query.dtype)
+        level, least = levelled(query, mask)
         hidden = hidden_queries(mask)
         grad = grad.contiguous() if hidden is None else grad.masked_fill(hidden, 0)
         of_query = torch.zeros_like(query, dtype=kind)
@@ -331,8 +359,8 @@ class _Attention(torch.autograd.Function):
             last = step == work.steps - 1
             coming = None if last else way.start(here, step)
             gradients = tuple(torch.zeros_like(each, dtype=kind) for each in here)
-            for _, rows, columns, sight in work.blocks(step, mask, query.device):
-                tensors = (query[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
+            for _, rows, columns, sight in work.blocks(step, least, query.device):
+                tensors = (level[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
                 saved = (grad[..., rows, :], result[..., rows, :], sums[..., rows])
                 *parts, added = block_gradients(
                     tensors, sight, work.scale, *saved, with_mask=of_mask is not None

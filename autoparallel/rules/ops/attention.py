@@ -133,33 +133,41 @@ def _ring(call: OpCall, operands: list[Dims], causal: bool) -> Kernel:
     least.
     """
     pair = call.operands[1:3]
+    loops = [frozenset(name for names in dims for name in names) for dims in operands]
     there = sum(numel_hint(value.shape) * value.dtype.itemsize for value in pair)
     back = sum(numel_hint(value.shape) * max(value.dtype.itemsize, _PRECISE) for value in pair)
-    sent = [(Collective.RING_PASS, there)]
-    if any(operand.requires_grad for operand in call.operands[:3]):
-        sent.append((Collective.RING_PASS, there + back))
-    masks = list(zip(call.operands[3:], operands[3:], strict=True))
-    sent += [
-        (Collective.ALL_GATHER, numel_hint(mask.shape) * mask.dtype.itemsize)
-        for mask, dims in masks
+    of_keys = [
+        (mask, has)
+        for mask, dims, has in zip(call.operands[3:], operands[3:], loops[3:], strict=True)
         if _is_of_keys(dims)
     ]
-    of_keys = any(_is_of_keys(dims) for _, dims in masks)
+    sent = [((Collective.RING_PASS, there), loops[1])]
+    if any(operand.requires_grad for operand in call.operands[:3]):
+        sent.append(((Collective.RING_PASS, there + back), loops[1]))
+    for mask, has in of_keys:
+        nbytes = numel_hint(mask.shape) * mask.dtype.itemsize
+        sent.append(((Collective.ALL_GATHER, nbytes), has))
+    if causal:
+        sent += [(each, loops[0]) for each in _dealt(call, (0,))]
+        sent += [(each, loops[1]) for each in _dealt(call, (1, 2), with_result=False)]
     return Kernel(
         "attention_ring",
         Partial(),
-        (*sent, *(_dealt(call, (0, 1, 2)) if causal else ())),
+        tuple(each for each, _ in sent),
         arguments=(("masked", "keys"),) if of_keys else (),
         # What is known so far is read, what is new is added, and the sum is written.
         merged=numel_hint(call.results[0].shape) * 3 * _PRECISE,
+        loops=tuple(has for _, has in sent),
     )
 
 
-def _dealt(call: OpCall, operands: tuple[int, ...]) -> tuple[tuple[Collective, int], ...]:
+def _dealt(
+    call: OpCall, operands: tuple[int, ...], with_result: bool = True
+) -> tuple[tuple[Collective, int], ...]:
     """Return what is sent to give all ranks the same work under a causal mask: operands and the
     result, and backward their gradients.
     """
-    values = (*(call.operands[at] for at in operands), call.results[0])
+    values = (*(call.operands[at] for at in operands), *call.results[:with_result])
     sizes = [numel_hint(value.shape) * value.dtype.itemsize for value in values]
     again = [size for size, value in zip(sizes, values, strict=True) if value.requires_grad]
     return tuple((Collective.ALL_TO_ALL, size) for size in (*sizes, *again))
