@@ -363,8 +363,7 @@ def _is_possible_in_time(
     They exchange nothing. What has a gradient is no single computation of all of them: each adds
     its own summand.
     """
-    # A kernel that has neighbours exchanges what sizes do not divide evenly, edges or none.
-    if strategy.kernel is not None and (strategy.kernel.collectives or strategy.kernel.alone):
+    if strategy.kernel is not None and strategy.kernel.collectives:
         return False
     placements = (*strategy.operands, *strategy.results)
     pairs = zip(placements, (*operand_grads, *result_grads), strict=True)
