@@ -23,6 +23,7 @@ __all__ = [
     "Total",
     "block",
     "block_gradients",
+    "broadcast",
     "hidden_queries",
     "levelled",
     "precise",
@@ -107,6 +108,34 @@ def hidden_queries(mask: torch.Tensor | None) -> torch.Tensor | None:
         return None
     hides = ~mask if mask.dtype == torch.bool else mask == -torch.inf
     return hides.all(-1, keepdim=True)
+
+
+def broadcast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries, keys and values of one batch, as torch broadcasts them: kernels read beyond
+    the end of what has less. Keys and values have as many heads, by which those of the queries can
+    be divided.
+
+    >>> key = torch.ones(1, 2, 4)
+    >>> [tuple(each.shape) for each in broadcast(torch.ones(3, 2, 5, 4), key, key)]
+    [(3, 2, 5, 4), (3, 2, 2, 4), (3, 2, 2, 4)]
+    """
+    rank = max(each.dim() for each in (query, key, value))
+    if query.dim() == key.dim() == value.dim() and (
+        query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
+        and key.shape[:-2] == value.shape[:-2]
+        and (rank < 3 or not query.size(-3) or key.size(-3) <= query.size(-3))
+    ):
+        return query, key, value
+    tensors = [each[(None,) * (rank - each.dim())] for each in (query, key, value)]
+    batch = torch.broadcast_shapes(*(each.shape[:-3] for each in tensors))
+    heads = max(each.size(-3) for each in tensors)
+    alike = []
+    for each in tensors:
+        of_one = each.expand(*batch, *each.shape[-3:])
+        alike.append(of_one.repeat_interleave(heads // each.size(-3), -3))
+    return alike[0], alike[1], alike[2]
 
 
 def levelled(

@@ -26,6 +26,7 @@ from autoparallel.runtime.attention_blocks import (
     Total,
     block,
     block_gradients,
+    broadcast,
     hidden_queries,
     levelled,
     precise,
@@ -118,7 +119,7 @@ def _split_attention(
     passes: bool,
 ) -> torch.Tensor:
     """Return the attention of this rank's queries. lengths: of all queries and of all keys."""
-    tensors = _broadcast(*tensors)
+    tensors = broadcast(*tensors)
     query = tensors[0]
     shape = (*query.shape[:-1], tensors[2].size(-1))
     mask = _like_batches(mask, query)
@@ -138,30 +139,6 @@ def _split_attention(
     if causal:
         result = collected(result, group, deals[0])
     return result.reshape(shape)
-
-
-def _broadcast(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries, keys and values of one batch, as torch broadcasts them: kernels read beyond
-    the end of what has less. Keys and values have as many heads, by which those of the queries can
-    be divided.
-    """
-    rank = max(each.dim() for each in (query, key, value))
-    if query.dim() == key.dim() == value.dim() and (
-        query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
-        and key.shape[:-2] == value.shape[:-2]
-        and (rank < 3 or not query.size(-3) or key.size(-3) <= query.size(-3))
-    ):
-        return query, key, value
-    tensors = [each[(None,) * (rank - each.dim())] for each in (query, key, value)]
-    batch = torch.broadcast_shapes(*(each.shape[:-3] for each in tensors))
-    heads = max(each.size(-3) for each in tensors)
-    broadcast = []
-    for each in tensors:
-        of_one = each.expand(*batch, *each.shape[-3:])
-        broadcast.append(of_one.repeat_interleave(heads // each.size(-3), -3))
-    return broadcast[0], broadcast[1], broadcast[2]
 
 
 def _batches(x: torch.Tensor) -> torch.Tensor:
