@@ -265,3 +265,23 @@ def test_what_an_axis_does_not_split_is_sent_whole(
     for other, halves in others.items():
         share = 0.5 if halves else 1.0
         assert sent(by_kernel, options(other)[0]) == pytest.approx(share * sent(by_kernel)), other
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 4, 8, 4), (2, 2, 8, 4), (2, 1, 8, 4)],
+        [(2, 4, 8, 4), (2, 4, 8, 4), (2, 2, 8, 4)],
+        [(2, 4, 8, 4), (2, 8, 4), (2, 8, 4)],
+        [(4, 8, 4), (2, 8, 4), (2, 8, 4)],
+    ],
+    ids=str,
+)
+def test_loops_of_shared_keys_are_as_long_as_their_dims(shapes: list[tuple[int, ...]]) -> None:
+    """Keys and values that different heads share, or that have fewer dims than queries."""
+    call = call_of("aten.scaled_dot_product_attention.default", shapes, shapes[0])
+    node = replace(call.node, kwargs=(("enable_gqa", True),))
+    rule = rule_of(OpCall(node, call.operands))
+    for shape, dims in zip(shapes, rule.operands, strict=True):
+        for size, loops in zip(shape, dims, strict=True):
+            assert not loops or size == np.prod([rule.sizes[loop] for loop in loops])

@@ -51,12 +51,16 @@ def attention(call: OpCall) -> ShardingRule:
     )
     y = named(call.results[0].shape, ("s", "e"))
     head = rank - 3
-    heads, groups = query.shape[head], key.shape[head]
-    if grouped and not (isinstance(heads, int) and isinstance(groups, int)):
+    heads, groups, others = (
+        each.shape[-3] if grouped and len(each.shape) > 2 else 1 for each in (query, key, value)
+    )
+    if grouped and not (isinstance(heads, int) and isinstance(groups, int) and groups == others):
         # Of a module that is given its keys, the numbers of heads are sizes of inputs: how many
-        # share a key is not known for all calls, so that heads stay together.
+        # share a key is not known for all calls, so that heads stay together; and so they do where
+        # a key and a value are shared by different ones.
         sizes.pop(f"b{head}", None)
-        q[head] = k[head] = v[head] = y[head] = ()
+        for row in (q, k, v, y):
+            row[-3:-2] = [()] * len(row[-3:-2])
     elif grouped and heads != groups:
         assert isinstance(heads, int)
         assert isinstance(groups, int)
@@ -67,8 +71,8 @@ def attention(call: OpCall) -> ShardingRule:
         if groups > 1:
             sizes["g"] = groups
             outer = ("g",)
-        q[head] = y[head] = outer + inner
-        k[head] = v[head] = outer
+        q[-3] = y[-3] = outer + inner
+        k[-3] = v[-3] = outer
     operands: list[Dims] = [tuple(q), tuple(k), tuple(v)]
     for mask in call.operands[3:]:
         row = named(mask.shape, ("s", "t"))
