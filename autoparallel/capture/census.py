@@ -23,6 +23,7 @@ from autoparallel.capture.custom_functions import function_op, is_inside_ops
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet, unprinted
+from autoparallel.capture.global_reads import OuterVariables
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import named_tensors
@@ -89,8 +90,17 @@ class _Checkpoints(CallWatch):
         """Run the region; without gradients where nothing that enters it has one."""
         tensors = [item for item in args if isinstance(item, torch.Tensor)]
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        with torch.set_grad_enabled(trained):
+        with contextlib.ExitStack() as stack:
+            with self.seen.resting():
+                gradients = torch.is_grad_enabled()
+                torch.set_grad_enabled(trained)
+            stack.callback(self.set_back, gradients)
             return call()
+
+    def set_back(self, gradients: bool) -> None:
+        """Record gradients again, or none, as before a region."""
+        with self.seen.resting():
+            torch.set_grad_enabled(gradients)
 
 
 class _Hooks(Watch):
@@ -249,16 +259,19 @@ def require_agreement(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     seen: SeenCalls | None = None,
+    outer: OuterVariables | None = None,
 ) -> None:
     """Raise CaptureError where a graph and the census of its model differ.
 
     captured: of the model, after all passes. args, kwargs: of the call that was traced. seen: what
-    its forward called, None where only gradients are compared. A forward that does not run on
+    its forward called, None where only gradients are compared. outer: the variables outside of the
+    model. A forward that does not run on
     tensors without data has no census.
 
     Example: `require_agreement(captured, model, (x,), {}, seen)`.
     """
     _require_own_constants(captured, model)
+    outer = outer or OuterVariables.of(model)
     if captured.gradients is False:
         return  # the forward asks whether gradients are recorded, and this is the graph without
     difference: CaptureError | None = None
@@ -269,7 +282,9 @@ def require_agreement(
             break
         try:
             again = SeenCalls()
-            census = census_of(model, args, kwargs, captured.part, on, captured.ways, again)
+            # What functions remember of one run is no answer in another one.
+            with outer.restored():
+                census = census_of(model, args, kwargs, captured.part, on, captured.ways, again)
         except Exception as error:  # the forward is anyone's code, and may fail in any way
             _log.info("no census of %s: %r", type(model).__name__, error)
             continue
