@@ -79,7 +79,7 @@ class Rounded(torch.autograd.Function):
 class Remembers(Scaled):
     """It remembers what it has returned, in a method."""
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def numbers(self, count: int) -> torch.Tensor:
         return torch.arange(count) + 1.0
 
