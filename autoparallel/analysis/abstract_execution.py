@@ -22,7 +22,7 @@ from autoparallel.cost.fake_run import (
     runner,
     skeleton,
 )
-from autoparallel.cost.hardware import find_hardware
+from autoparallel.cost.hardware import device_planned_for
 from autoparallel.cost.saved_tensors import fitted, stand_in
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.graph.part_sizes import local_shape
@@ -120,7 +120,7 @@ class AbstractExecution:
         self._remade = frozenset(remade)
         self.graph, self.received = graph, received or {}
         self.sizes = tuple(size for _, size in plan.mesh.axes)
-        self.device = find_hardware(plan.options.hardware).device
+        self.device = device_planned_for(plan.hardware, plan.options.hardware)
         self.whole = whole_layout(len(self.sizes))
         # Inputs of a whole model are data; those of a traced part come from other parts, and may
         # need gradients.

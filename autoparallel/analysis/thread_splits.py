@@ -147,7 +147,12 @@ class _Reading:
             passage = self.passage(op, position, cut)
             split = split or passage
             if passage is not None and not any(map(_is_special, layouts, repeat(axis))):
-                return (passage, *self.with_loop(op, passage, cut))
+                reads, makes = self.with_loop(op, passage, cut)
+                states = zip(layouts, (*reads, *makes), strict=True)
+                # Parts of unequal sizes, such as queries before keys and values, are cut at their
+                # own bounds: more tensors are split than those that have the loop.
+                if all(isinstance(lies[axis], Shard) == isinstance(s, Cut) for lies, s in states):
+                    return passage, reads, makes
         # Nothing is split: a pending sum passes through, or its dual, or each rank does it all. Or
         # dims are split in blocks of several sizes, or held by several ranks, tensor by tensor.
         lie = [

@@ -90,17 +90,8 @@ class _Checkpoints(CallWatch):
         """Run the region; without gradients where nothing that enters it has one."""
         tensors = [item for item in args if isinstance(item, torch.Tensor)]
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        with contextlib.ExitStack() as stack:
-            with self.seen.resting():
-                gradients = torch.is_grad_enabled()
-                torch.set_grad_enabled(trained)
-            stack.callback(self.set_back, gradients)
+        with torch.set_grad_enabled(trained):
             return call()
-
-    def set_back(self, gradients: bool) -> None:
-        """Record gradients again, or none, as before a region."""
-        with self.seen.resting():
-            torch.set_grad_enabled(gradients)
 
 
 class _Hooks(Watch):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from autoparallel.support.object_state import bytes_of
 from autoparallel.support.pytree import SYMBOLIC
-from autoparallel.support.torch_private import hint_of
+from autoparallel.support.torch_private import calls_without_numbers, hint_of
 
 __all__ = ["SeenCalls"]
 
@@ -43,7 +43,7 @@ _INNER = tuple(
 
 
 class SeenCalls(TorchFunctionMode):
-    """A mode that notes which functions of torch are called, with the numbers that they are given.
+    """A mode that notes which functions of torch make tensors, with the numbers they are given.
 
     Of tensors, devices and other objects only the kind is noted: a run on another device is not
     another one. calls: what was noted. unknown: whether a number was given that follows from the
@@ -51,11 +51,11 @@ class SeenCalls(TorchFunctionMode):
 
     >>> first, second = SeenCalls(), SeenCalls()
     >>> with first:
-    ...     _ = torch.ones(2) * 3
+    ...     _ = torch.nn.LeakyReLU(0.1)(torch.ones(2))
     >>> with second:
-    ...     _ = torch.ones(2) * 4
+    ...     _ = torch.nn.LeakyReLU(0.2)(torch.ones(2))
     >>> first.difference(second)
-    'mul(Tensor, 3)'
+    'leaky_relu(Tensor, (inplace, False), (negative_slope, 0.1))'
     """
 
     def __init__(self) -> None:
@@ -66,16 +66,23 @@ class SeenCalls(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        # What a watch of this project calls for itself is no call of the forward's.
+        # What a watch of this project calls for itself is no call of the forward's, nor is what
+        # tensors without numbers do in place of others: they iterate to make a list.
+        frame = sys._getframe(1)
         caller = _caller()
         home = str(getattr(function, "__module__", ""))
         name = getattr(function, "__name__", "")
         ours = caller.startswith(("autoparallel.", *_INNER)) or home.rpartition(".")[2] in _OWN
-        # What is read of a tensor, or computed of sizes, is seen where it is used.
-        if not self.rests and not ours and name != "__get__" and not name.startswith(_OF_SIZES):
+        result = function(*args, **(kwargs or {}))
+        # What is read of a tensor, or computed of sizes, is seen where it is used; and a mode that
+        # is switched, as a checkpoint does with gradients, is no computation.
+        of_sizes = name == "__get__" or name.startswith(_OF_SIZES)
+        watched = not (self.rests or ours or of_sizes or calls_without_numbers(frame))
+        # A tensor that is written to, by index, is no result.
+        if watched and _is_made_of_tensors(args if result is None else result):
             items = (*args, *sorted(kwargs.items())) if kwargs else args
             self.calls[function, *map(self.noted, items)] = None
-        return function(*args, **(kwargs or {}))
+        return result
 
     def noted(self, item: Any) -> Any:
         """Return what is noted of an argument."""
@@ -131,6 +138,13 @@ def _caller() -> str:
     while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
         frame = frame.f_back
     return "" if frame is None else str(frame.f_globals.get("__name__"))
+
+
+def _is_made_of_tensors(result: Any) -> bool:
+    """Return whether a function of torch has returned a tensor, alone or among others."""
+    if isinstance(result, (list, tuple)):
+        return any(map(_is_made_of_tensors, result[:_MOST]))
+    return isinstance(result, torch.Tensor)
 
 
 def _text(call: tuple[Any, ...]) -> str:

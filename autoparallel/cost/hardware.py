@@ -25,6 +25,7 @@ __all__ = [
     "Link",
     "Matmul",
     "Regime",
+    "device_planned_for",
     "find_hardware",
     "preset_of",
     "presets",
@@ -85,6 +86,23 @@ def find_hardware(name: str | Path | Hardware) -> Hardware:
             fix=f"choose one of {', '.join(_rows())}, or give the path of a .json file",
         )
     return _preset(name)
+
+
+def device_planned_for(name: str, asked: str) -> str:
+    """Return the kind of device that a plan was made for, "gpu" or "cpu".
+
+    name: of the plan's hardware. asked: what was asked for, a preset, "auto" or the path of a file.
+    Of a file that is there no more, a GPU's.
+
+    >>> device_planned_for("cpu", "auto"), device_planned_for("mine", "gone.json")
+    ('cpu', 'gpu')
+    """
+    if name in _rows():
+        return _preset(name).device
+    try:
+        return find_hardware(asked).device
+    except PlanError:
+        return "gpu"
 
 
 def read_hardware(path: str | Path) -> Hardware:

@@ -15,6 +15,15 @@ WAYS = tuple(
 )
 
 REGRESSIONS = {
+    "a reduced dim of size 1 that is kept: the result is as large as the operand": Program("""
+        i0 = input(4, 3, 6)
+        p0 = parameter(6)
+        v0 = i0 * p0
+        v1a, v1b, v1c, v1d = v0.chunk(4, dim=0)
+        v2 = v1d.logsumexp(0, keepdim=True)
+        v3 = v1a.logsumexp((0, 1), keepdim=True)
+        return {'a': v2, 'b': (v3)}
+    """),
     "no input": Program("""
         p0 = parameter(5)
         return p0.tanh()

@@ -153,13 +153,23 @@ class _Pricer:
         count = self.sizes[axis]
         tile = tile_of(rule, shards[0][1], shards[0][0], count)
         assert tile is not None, op
-        kernel = rule.kernels.get(tile.loop)
-        assert (kernel.name if kernel else "") == (op.kernels[axis] if op.kernels else ""), op
+        name = op.kernels[axis] if op.kernels else ""
+        kernel, tiles = rule.kernels.get(tile.loop), [tile]
+        exchange = rule.exchanges.get(tile.loop)
+        if exchange is not None and exchange.kernel.name == name:
+            # A second loop is split on the same ranks, of tensors that the first one does not cut.
+            kernel = exchange.kernel
+            others = (tile_of(rule, dims, shard, count) for shard, dims in shards)
+            tiles += [each for each in others if each and each.loop in exchange.loops][:1]
+            assert len(tiles) == 2, op
+        assert (kernel.name if kernel else "") == name, op
         for placement, dims in placed:
-            expected = place(rule, dims, tile, count)
+            places = (place(rule, dims, each, count) for each in tiles)
+            expected = next((each for each in places if each is not None), None)
             assert expected == (placement if isinstance(placement, Shard) else None), (op, tile)
         runs = hint(rule.sizes[tile.loop]) // (tile.blocks * tile.unit)
-        return Strategy(operands, results, tile, math.ceil(runs / count) / runs, kernel)
+        second = tiles[1].loop if len(tiles) > 1 else ""
+        return Strategy(operands, results, tile, math.ceil(runs / count) / runs, kernel, second)
 
     def update(self, row: ParameterChoice, value: Value) -> float:
         """Count the optimizer's work, and the gathering of parameters that it updated in parts."""

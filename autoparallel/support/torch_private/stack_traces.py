@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["keeping_frames"]
+__all__ = ["calls_without_numbers", "keeping_frames"]
 
 _filtering = threading.RLock()
 
@@ -95,3 +95,14 @@ class _KeptFrames:
                 rows.append(FrameSummary(file, frame.f_lineno, function, lookup_line=False))
             frame = frame.f_back
         return StackSummary.from_list(rows[::-1])
+
+
+def calls_without_numbers(frame: FrameType) -> bool:
+    """Return whether a frame is of what tensors without numbers do in place of real ones.
+
+    A list of their elements, for one, is made by iterating over them, which calls functions.
+    """
+    owner = str(frame.f_globals.get("__name__"))
+    if owner == "torch._tensor" and frame.f_back is not None:
+        owner = str(frame.f_back.f_globals.get("__name__"))
+    return owner.startswith("torch._subclasses.")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 
 from autoparallel.support import torch_private
 
@@ -85,3 +88,23 @@ def test_frames_that_are_not_kept_are_not_described(kept: str, inside: str) -> N
                 found.append(stacks())
         assert found[0] == found[1]
     assert proxy.CapturedTraceback is whole
+
+
+def test_what_tensors_without_numbers_call_is_told() -> None:
+    """A list of their elements is made by iterating; a forward that iterates is another caller."""
+    told: list[bool] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if getattr(function, "__name__", "") == "unbind":
+                told.append(torch_private.calls_without_numbers(sys._getframe(1)))
+            return function(*args, **(kwargs or {}))
+
+    with torch_private.FakeTensorMode(shape_env=ShapeEnv()), Watch():
+        rows = torch.tensor([[1, 2], [3, 4]])
+        rows.tolist()
+        assert told
+        assert all(told)
+        told.clear()
+        assert len([*rows]) == 2
+        assert told == [False]

@@ -97,3 +97,12 @@ def test_loggers_of_the_tracer_have_these_names() -> None:
         logger.setLevel(logging.ERROR)
         assert not module.log.isEnabledFor(logging.WARNING)
         logger.setLevel(level)
+
+
+def test_as_if_exported_has_the_flags_of_an_export() -> None:
+    """Within, code is told that a graph is made of it; afterwards it is not."""
+    with torch_private.as_if_exported():
+        assert torch.compiler.is_compiling()
+        assert torch.compiler.is_exporting()
+    assert not torch.compiler.is_compiling()
+    assert not torch.compiler.is_exporting()
