@@ -5,17 +5,18 @@ alone. With the least of all merged entries in every table, the problem of the g
 its optimum is no more expensive than the original's: a lower bound. Its solution says in which
 groups to look: there the problem is solved with the members of these groups alone. The assignment
 is then improved by letting all variables move at once to any state that shares a group with their
-own, until none does.
+own, until none does. Where the groups are too wide themselves, some of their variables are fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planners import conditioning, exact
+from planners import conditioning, cutsets, exact
 from planners.effort import current
 from planners.greedy_orders import TooWideError
 from planners.problem import Problem
@@ -64,6 +65,8 @@ def solve(
     search.improve()
     if search.best is None:
         # Every grouping was too wide, or led to no finite assignment.
+        bound = max(bound, search.conditioned())
+    if search.best is None:
         fallback = conditioning.solve(plain, max_table_entries=max_table_entries)
         return Solution.of(problem, fallback.assignment, fallback.method, fallback.lower_bound)
     method = f"{len(groupings)} groupings of states"
@@ -119,12 +122,27 @@ class _Search:
             except TooWideError:
                 continue
             bound = max(bound, group_solution.cost)
-            self.within(
-                {
-                    name: np.flatnonzero(groups == group_solution.assignment[name])
-                    for name, groups in grouping.items()
-                }
-            )
+            self.within(_members(grouping, group_solution))
+        return bound
+
+    def conditioned(self) -> float:
+        """Solve as `coarse` does, where that is too wide, by fixing some variables.
+
+        Groups and their members are far fewer than the states, so that this takes a small part of
+        what the problem itself takes.
+        """
+        bound = -np.inf
+        entries = min(self.max_table_entries, cutsets.MAX_TABLE_ENTRIES)
+        solve = partial(conditioning.solve, max_table_entries=entries)
+        for grouping in self.groupings:
+            if self.best is not None and current().is_over:
+                break
+            try:
+                group_solution = solve(merged(self.problem, grouping))
+                bound = max(bound, group_solution.lower_bound)
+                self.within(_members(grouping, group_solution), solve)
+            except TooWideError:
+                continue
         return bound
 
     def improve(self) -> None:
@@ -158,18 +176,21 @@ class _Search:
                 states[variable.name] = np.flatnonzero(shared)
         return states
 
-    def within(self, states: Mapping[str, NDArray[np.intp]]) -> bool | None:
+    def within(
+        self,
+        states: Mapping[str, NDArray[np.intp]],
+        solve: Callable[[Problem], Solution] | None = None,
+    ) -> bool | None:
         """Solve with these states alone and adopt the result if it is cheaper.
 
-        states: per variable the states to keep; others keep all. Returns whether it was cheaper,
-        None where the problem is too wide even so.
+        states: per variable the states to keep; others keep all. solve: exactly by default. Returns
+        whether it was cheaper, None where the problem is too wide even so.
         """
+        solve = solve or partial(
+            exact.solve, max_table_entries=self.max_table_entries, memo=self.memo
+        )
         try:
-            solution = exact.solve(
-                self.problem.restricted(states),
-                max_table_entries=self.max_table_entries,
-                memo=self.memo,
-            )
+            solution = solve(self.problem.restricted(states))
         except TooWideError:
             return None
         except InfeasibleError:
@@ -180,6 +201,16 @@ class _Search:
                 for name, state in solution.assignment.items()
             }
         )
+
+
+def _members(grouping: Grouping, chosen: Solution) -> dict[str, NDArray[np.intp]]:
+    """Return, per variable, the states in the group that is chosen for it.
+
+    chosen: a solution of the problem of the groups.
+    """
+    return {
+        name: np.flatnonzero(groups == chosen.assignment[name]) for name, groups in grouping.items()
+    }
 
 
 def merged(problem: Problem, grouping: Grouping) -> Problem:

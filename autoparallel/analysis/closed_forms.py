@@ -234,9 +234,10 @@ class _Writer:
                 continue
             for loop, share in shares.items():
                 dim = rule.sizes[loop]
-                # Whether the tensor has the loop is read off its size: it has the loop's symbols,
-                # and the loop's size divides it.
+                # Unless the kernel says so, whether the tensor has the loop is read off its size:
+                # it has the loop's symbols, and the loop's size divides it.
                 has_loop = nbytes.free_symbols >= self.algebra.reads(dim) and size % hint(dim) == 0
+                has_loop = kernel.sends(at, loop) if kernel.loops else has_loop
                 nbytes *= share if loop != split_loop and has_loop else 1
             sends.append((collective, nbytes))
         return sends

@@ -5,7 +5,7 @@ The roofline model: Williams, Waterman & Patterson 2009.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -144,17 +144,12 @@ def _communication(
 ) -> float:
     """Return the seconds that kernels communicate, each on its own axis, about its own part.
 
-    The tensors that a kernel sends have every loop but the one that it splits, so that the other
-    axes share them.
+    Other axes share the tensors that a kernel sends, unless what they split is no loop of these.
     """
     seconds = 0.0
     for at, (strategy, (size, link)) in enumerate(zip(joint, axes, strict=True)):
         if strategy.kernel is None:
             continue
-        share = 1.0
-        for other, each in enumerate(joint):
-            if other != at:
-                share *= each.fraction
         # Tokens go to parts of parts, where axes further out have sent them already.
         before = prod(
             ranks
@@ -163,13 +158,37 @@ def _communication(
         )
         copies = strategy.kernel.copies(before * size)
         # Packed before it is sent, and added up when it has come, in both passes.
-        packed = 2 * strategy.kernel.moved * copies * share / size
-        packed += 2 * strategy.kernel.merged * (size - 1) * share / size
+        packed = 2 * strategy.kernel.moved * copies * _share(joint, at, 0) / size
+        packed += 2 * strategy.kernel.merged * (size - 1) * _share(joint, at) / size
         seconds += packed / hardware.sustained_bytes_per_second
-        for kind, sent in strategy.kernel.collectives:
+        for kind, sent in _sent(joint, at):
             if kind is not Collective.RING_PASS:
-                seconds += collective_seconds(kind, sent * share * copies, link, size)
+                seconds += collective_seconds(kind, sent * copies, link, size)
     return seconds
+
+
+def _share(joint: tuple[Strategy, ...], at: int, number: int | None = None) -> float:
+    """Return the share that other axes leave of what the kernel of one axis works on.
+
+    number: of a collective, for what that sends, which may have fewer loops than the op.
+    """
+    kernel = joint[at].kernel
+    return prod(
+        each.fraction
+        for other, each in enumerate(joint)
+        if other != at
+        and each.tile is not None
+        and (number is None or kernel is None or kernel.sends(number, each.tile.loop))
+    )
+
+
+def _sent(joint: tuple[Strategy, ...], at: int) -> Iterator[tuple[Collective, float]]:
+    """Yield the collectives of the kernel of one axis, with the bytes of what the ranks of that
+    axis have together.
+    """
+    kernel = joint[at].kernel
+    for number, (kind, nbytes) in enumerate(kernel.collectives if kernel is not None else ()):
+        yield kind, nbytes * _share(joint, at, number)
 
 
 def _waits(
@@ -183,12 +202,11 @@ def _waits(
     once more at the end, to whom they belong, when nothing is left to compute.
     """
     waited = [0.0, 0.0]
-    for at, (strategy, (size, link)) in enumerate(zip(joint, axes, strict=True)):
-        passed = strategy.kernel.passed if strategy.kernel is not None else ()
-        share = prod(each.fraction for other, each in enumerate(joint) if other != at) / size
+    for at, (size, link) in enumerate(axes):
         seconds = [
-            collective_seconds(Collective.EDGE_EXCHANGE, nbytes * share, link, size)
-            for nbytes in passed
+            collective_seconds(Collective.EDGE_EXCHANGE, nbytes / size, link, size)
+            for kind, nbytes in _sent(joint, at)
+            if kind is Collective.RING_PASS
         ]
         for which, each in enumerate(seconds):
             waited[which] += (size - 1) * max(each - computing[which] / size, 0.0)

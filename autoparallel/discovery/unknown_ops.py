@@ -29,10 +29,12 @@ from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.registry import remember, signature
 from autoparallel.rules.rule import Dims, OpCall, ShardingRule
 
-__all__ = ["find_unknown", "may_stay_whole", "whole_rule"]
+__all__ = ["find_unknown", "is_lasting", "may_stay_whole", "whole_rule"]
 
 # Why no rule was found, by the call's signature: an op is not probed twice.
 _REASONS: dict[Any, str] = {}
+# Ops that could not be tried in this process, and may be in the next one.
+_NOT_TRIED: set[str] = set()
 
 
 def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
@@ -55,10 +57,13 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
         except EndedError as error:
             # What the op does on parts cannot be known; whole, it runs as it does unsplit.
             discovered, why = whole_rule(call, f"the op {error}"), ""
+            if not error.lasting:
+                _NOT_TRIED.add(call.node.target)
         except ProbeError as error:
             discovered, why = None, f"the op {error}"
         except Exception as error:  # run by the referee, ops may fail in any way: the plan says how
             discovered, why = None, f"the op cannot be probed: {type(error).__name__}: {error}"
+            _NOT_TRIED.add(call.node.target)
         else:
             why = "the op's sizes follow no pattern that was found"
         if discovered is not None:
@@ -66,6 +71,17 @@ def find_unknown(call: OpCall) -> tuple[ShardingRule | None, str]:
             return discovered, ""
         _REASONS[key] = why
     return None, _REASONS[key]
+
+
+def is_lasting(target: str) -> bool:
+    """Return whether another process would find out the same of an op as this one has.
+
+    target: the op's name. A process that probes an op may be ended by the machine it is on.
+
+    >>> is_lasting("aten.mm.default")
+    True
+    """
+    return target not in _NOT_TRIED
 
 
 def may_stay_whole(call: OpCall, why: str) -> bool:

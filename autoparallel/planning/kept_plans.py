@@ -25,6 +25,7 @@ from torch import nn
 import planners
 from autoparallel.capture.graph_breaks import GraphBreaks
 from autoparallel.cost.hardware import find_hardware
+from autoparallel.discovery.unknown_ops import is_lasting
 from autoparallel.errors import AutoParallelError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, Sym, leaves
@@ -35,6 +36,7 @@ from autoparallel.planning.plan_graphs import with_graphs
 from autoparallel.rules.lookup import find_rule
 from autoparallel.support.cache_files import default_cache_folder, write_whole
 from autoparallel.support.json_text import read_json
+from autoparallel.support.pytree import leaf_paths
 
 __all__ = ["is_on", "key_of", "load", "store"]
 
@@ -49,28 +51,38 @@ def is_on() -> bool:
     return os.environ.get("AUTOPARALLEL_KEEP_PLANS", "1") != "0"
 
 
-def key_of(model: str, traced: Captured | GraphBreaks, options: Options, asked: Any) -> str | None:
+def key_of(
+    model: nn.Module, traced: Captured | GraphBreaks, options: Options, asked: Any
+) -> str | None:
     """Return a digest of all that a plan follows from, None where that is not known.
 
-    model: the name that the plan gives it. asked: what else the planner was asked for, whose repr
-    says it all.
+    model: the one that is planned. traced: its trace. asked: what else the planner was asked for,
+    whose repr says it all.
 
     >>> from autoparallel.planning.whole_trace import trace_whole
-    >>> traced = trace_whole(nn.Linear(2, 2), (torch.ones(4, 2),), {})
-    >>> key_of("Linear", traced, Options(), "tp=2") == key_of("Linear", traced, Options(), "tp=3")
+    >>> model = nn.Linear(2, 2)
+    >>> traced = trace_whole(model, (torch.ones(4, 2),), {})
+    >>> key_of(model, traced, Options(), "tp=2") == key_of(model, traced, Options(), "tp=3")
     False
     """
-    rows: list[Any] = [model, str(options), repr(find_hardware(options.hardware)), repr(asked)]
-    rows += [torch.__version__, _code()]
+    rows: list[Any] = [type(model).__name__, str(options)]
+    rows += [repr(find_hardware(options.hardware)), repr(asked), torch.__version__, _code()]
     if isinstance(traced, Captured):
         parts: list[tuple[tuple[str, ...], Captured]] = [((), traced)]
     else:
         parts = [(part.paths, part.captured) for part in traced.parts]
         rows += [[(stays.path, stays.reason) for stays in traced.breaks], dict(traced.aliases)]
+        # Those that no part reads are in no program, and are told by the plan.
+        rows += [
+            (path, tuple(parameter.shape), str(parameter.dtype))
+            for path, parameter in model.named_parameters()
+        ]
     for paths, captured in parts:
         if not all(map(_is_known, {node.target for node in captured.graph.calls})):
             return None
-        facts = (paths, captured.part, captured.repeats, dict(captured.aliases))
+        # A program numbers its inputs and what it returns; plans and demands call them by name.
+        names = [[*leaf_paths(each, "tensor")] for each in (captured.inputs, captured.outputs)]
+        facts = (paths, captured.part, captured.repeats, dict(captured.aliases), names)
         rows += [repr(facts), *_text(captured.graph)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
@@ -138,8 +150,13 @@ def load(key: str, model: nn.Module, traced: Captured | GraphBreaks) -> Plan | N
 def store(key: str, plan: Plan) -> None:
     """Keep a plan; a folder that cannot be written to is left alone.
 
-    Example: `store(key_of("GPT", traced, options, meshes), plan)`
+    Where an op is left whole because it could not be tried this time, the plan may be another one
+    the next time.
+
+    Example: `store(key_of(model, traced, options, meshes), plan)`
     """
+    if not all(map(is_lasting, {op.target for op in plan.ops})):
+        return
     text = plan.to_json()
     rows = {"key": key, "digest": _digest(text), "plan": text}
     with suppress(OSError):

@@ -92,7 +92,7 @@ def fastest_plan(
     key = None
     if start is None and is_on():
         asked = (meshes, pins, product_weight, stages)
-        key = key_of(type(model).__name__, traced, options, asked)
+        key = key_of(model, traced, options, asked)
     kept = None if key is None else load(key, model, traced)
     if kept is not None:
         return kept

@@ -86,7 +86,9 @@ class Kernel:
     one of so many chosen targets; (0, 0) where they send a tensor once. moved: bytes that are read
     and written in either pass to pack what is sent, and to add up what comes. merged: bytes
     that are read and written in either pass for each further part that is passed round. alone: its
-    loop is split on one mesh axis alone, as who is whose neighbour is known of one axis.
+    loop is split on one mesh axis alone, as who is whose neighbour is known of one axis. loops: of
+    each of the collectives, the loops of what it sends, where that has not all of the op's: keys
+    that several heads share have no loop of those heads, whose splits leave them as they are.
     """
 
     name: str
@@ -98,13 +100,13 @@ class Kernel:
     moved: int = 0
     merged: int = 0
     alone: bool = False
+    loops: tuple[frozenset[str], ...] = ()
 
-    @property
-    def passed(self) -> tuple[int, ...]:
-        """The bytes of the tensors whose parts are passed round while the op's products of other
-        parts are computed: forward, then backward.
+    def sends(self, at: int, loop: str) -> bool:
+        """Return whether collective number `at` sends something that has a loop, so that there is
+        less of it where another mesh axis splits the loop.
         """
-        return tuple(size for kind, size in self.collectives if kind is Collective.RING_PASS)
+        return not self.loops or loop in self.loops[at]
 
     def copies(self, ranks: int) -> float:
         """Return how often the collectives send what they send, for equally likely choices."""

@@ -18,8 +18,22 @@ from autoparallel.support.torch_private import (
     has_attention_sums,
 )
 
-__all__ = ["Seen", "Total", "block", "block_gradients", "hidden_queries", "precise", "seen"]
+__all__ = [
+    "Seen",
+    "Total",
+    "block",
+    "block_gradients",
+    "broadcast",
+    "hidden_queries",
+    "levelled",
+    "precise",
+    "seen",
+]
 
+# A query that is added less to all its scores sees nothing in its user's eyes. It is computed.
+_FAR_DOWN = -1000.0
+# Scores are lost where a number is added whose last digit is this much.
+_LOST = 16.0
 # A block that no fused kernel takes is computed in rows with at most so many scores.
 _MOST_SCORES = 2**26
 
@@ -94,6 +108,57 @@ def hidden_queries(mask: torch.Tensor | None) -> torch.Tensor | None:
         return None
     hides = ~mask if mask.dtype == torch.bool else mask == -torch.inf
     return hides.all(-1, keepdim=True)
+
+
+def broadcast(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries, keys and values of one batch, as torch broadcasts them: kernels read beyond
+    the end of what has less. Keys and values have as many heads, by which those of the queries can
+    be divided.
+
+    >>> key = torch.ones(1, 2, 4)
+    >>> [tuple(each.shape) for each in broadcast(torch.ones(3, 2, 5, 4), key, key)]
+    [(3, 2, 5, 4), (3, 2, 2, 4), (3, 2, 2, 4)]
+    """
+    rank = max(each.dim() for each in (query, key, value))
+    if query.dim() == key.dim() == value.dim() and (
+        query.shape[:-3] == key.shape[:-3] == value.shape[:-3]
+        and key.shape[:-2] == value.shape[:-2]
+        and (rank < 3 or not query.size(-3) or key.size(-3) <= query.size(-3))
+    ):
+        return query, key, value
+    tensors = [each[(None,) * (rank - each.dim())] for each in (query, key, value)]
+    batch = torch.broadcast_shapes(*(each.shape[:-3] for each in tensors))
+    heads = max(each.size(-3) for each in tensors)
+    alike = []
+    for each in tensors:
+        of_one = each.expand(*batch, *each.shape[-3:])
+        alike.append(of_one.repeat_interleave(heads // each.size(-3), -3))
+    return alike[0], alike[1], alike[2]
+
+
+def levelled(
+    query: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return queries and a mask of the same softmax whose blocks can be put together.
+
+    A query may be added the least number of its type to all its scores. The logarithm of a sum of
+    these is that number, of however many keys: rows are moved up so that none lies far down. Where
+    a number so large is added that nothing is left of the scores, torch gives the mean of all
+    values, as it does for a query of zeros; keys have no gradient from it then.
+
+    >>> levelled(torch.ones(2, 1), torch.tensor([[0.0, 1.0], [-1e38, -1e38]]))
+    (tensor([[1.],
+            [0.]]), tensor([[0., 1.],
+            [0., 0.]]))
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return query, mask
+    top = mask.amax(-1, keepdim=True)
+    top = torch.where((top < _FAR_DOWN) & (top > -torch.inf), top, 0)
+    lost = top < -_LOST / torch.finfo(precise(query.dtype)).eps
+    return query.masked_fill(lost, 0), mask - top
 
 
 class Total:

@@ -26,7 +26,9 @@ from autoparallel.runtime.attention_blocks import (
     Total,
     block,
     block_gradients,
+    broadcast,
     hidden_queries,
+    levelled,
     precise,
     seen,
 )
@@ -117,6 +119,7 @@ def _split_attention(
     passes: bool,
 ) -> torch.Tensor:
     """Return the attention of this rank's queries. lengths: of all queries and of all keys."""
+    tensors = broadcast(*tensors)
     query = tensors[0]
     shape = (*query.shape[:-1], tensors[2].size(-1))
     mask = _like_batches(mask, query)
@@ -280,14 +283,15 @@ class _Attention(torch.autograd.Function):
         work: _Work,
     ) -> torch.Tensor:
         """Compute with what is here while the next part is on its way."""
+        level, added = levelled(query, mask)
         totals = [Total() for _ in work.pieces_of_queries()]
         way = _Travelling(work, (key, value))
         here = (key, value)
         for step in range(work.steps):
             last = step == work.steps - 1
             coming = None if last else way.start(here, step)
-            for number, rows, columns, sight in work.blocks(step, mask, query.device):
-                tensors = (query[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
+            for number, rows, columns, sight in work.blocks(step, added, query.device):
+                tensors = (level[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
                 totals[number].add(*block(*tensors, sight, work.scale))
             if coming is not None:
                 here = way.opened(coming(), step + 1)
@@ -319,6 +323,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*_differentiable_gradients((query, key, value, mask), grad, work), None)
         kind = precise(query.dtype)
+        level, least = levelled(query, mask)
         hidden = hidden_queries(mask)
         grad = grad.contiguous() if hidden is None else grad.masked_fill(hidden, 0)
         of_query = torch.zeros_like(query, dtype=kind)
@@ -331,8 +336,8 @@ class _Attention(torch.autograd.Function):
             last = step == work.steps - 1
             coming = None if last else way.start(here, step)
             gradients = tuple(torch.zeros_like(each, dtype=kind) for each in here)
-            for _, rows, columns, sight in work.blocks(step, mask, query.device):
-                tensors = (query[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
+            for _, rows, columns, sight in work.blocks(step, least, query.device):
+                tensors = (level[..., rows, :], here[0][..., columns, :], here[1][..., columns, :])
                 saved = (grad[..., rows, :], result[..., rows, :], sums[..., rows])
                 *parts, added = block_gradients(
                     tensors, sight, work.scale, *saved, with_mask=of_mask is not None

@@ -94,14 +94,16 @@ class SavedActivations:
         """Return the operands and results of a call that have gradients while its backward runs.
 
         Each value comes once, with its place among operands and results. Gradients of inputs and
-        parameters are not counted here, nor those of results that nothing reads.
+        parameters are not counted here, nor those of views of them, which become theirs, nor those
+        of results that nothing reads.
         """
         graph, names = self.graph, node.operands()
         values = [*map(graph.values.__getitem__, names), *node.results]
         by_name: dict[str, tuple[Value, int]] = {}
         for place, value in enumerate(values):
             read = place < len(names) or graph.readers[value.name]
-            if value.requires_grad and self.is_computed(value.name) and read:
+            is_computed = self.is_computed(self.saved.storage_of(value.name))
+            if value.requires_grad and is_computed and read:
                 by_name.setdefault(value.name, (value, place))
         return list(by_name.values())
 

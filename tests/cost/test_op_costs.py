@@ -205,3 +205,83 @@ def test_what_is_passed_round_hides_behind_products(peak: float) -> None:
     waits = max(there - forward / 2, 0) + max(back - backward / 2, 0)
     assert bool(waits) == (peak == 1000.0)
     assert cost.communication == pytest.approx(192 / MEMORY + waits + back - there)
+
+
+@pytest.mark.parametrize(
+    ("target", "shapes", "made", "loop", "others"),
+    [
+        (
+            "aten.scaled_dot_product_attention.default",
+            [(2, 8, 16, 4), (2, 2, 16, 4), (2, 2, 16, 4)],
+            (2, 8, 16, 4),
+            "s",
+            {"m": False, "g": True, "b0": True},
+        ),
+        (
+            "aten.conv2d.default",
+            [(2, 4, 16, 8), (6, 4, 3, 3)],
+            (2, 6, 14, 6),
+            "s0",
+            {"o": False, "i": True, "b": True},
+        ),
+    ],
+    ids=["keys", "edges"],
+)
+def test_what_an_axis_does_not_split_is_sent_whole(
+    target: str,
+    shapes: list[tuple[int, ...]],
+    made: tuple[int, ...],
+    loop: str,
+    others: dict[str, bool],
+) -> None:
+    """Keys have no loop of the queries that share them, and images none of what is made of them:
+    ranks that split these send as much.
+    """
+    call = call_of(target, shapes, made)
+    if "dot_product" in target:
+        node = replace(call.node, kwargs=(("enable_gqa", True),))
+        call = OpCall(node, call.operands)
+    rule = rule_of(call)
+
+    def options(of: str) -> tuple[Strategy, ...]:
+        grads = (True,) * len(call.operands)
+        found = strategies(rule, [LoopSplit(of)], grads, (True,), 2)
+        return tuple(each for each in found if each.tile is not None)
+
+    (by_kernel,) = (each for each in options(loop) if each.kernel and each.kernel.loops)
+    # A link on which only bytes take time, and products that take none.
+    link = Link.ring(1.0, 0.0, 0.0)
+    hardware = replace(
+        PLAIN,
+        flops_per_second=((4, 1e30),),
+        memory_bytes_per_second=1e30,
+        launch_seconds=0.0,
+    )
+    axes = [(2, link), (2, link)]
+
+    def sent(*joint: Strategy) -> float:
+        return op_costs(call, rule, [joint], axes[: len(joint)], hardware)[0].communication
+
+    for other, halves in others.items():
+        share = 0.5 if halves else 1.0
+        assert sent(by_kernel, options(other)[0]) == pytest.approx(share * sent(by_kernel)), other
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 4, 8, 4), (2, 2, 8, 4), (2, 1, 8, 4)],
+        [(2, 4, 8, 4), (2, 4, 8, 4), (2, 2, 8, 4)],
+        [(2, 4, 8, 4), (2, 8, 4), (2, 8, 4)],
+        [(4, 8, 4), (2, 8, 4), (2, 8, 4)],
+    ],
+    ids=str,
+)
+def test_loops_of_shared_keys_are_as_long_as_their_dims(shapes: list[tuple[int, ...]]) -> None:
+    """Keys and values that different heads share, or that have fewer dims than queries."""
+    call = call_of("aten.scaled_dot_product_attention.default", shapes, shapes[0])
+    node = replace(call.node, kwargs=(("enable_gqa", True),))
+    rule = rule_of(OpCall(node, call.operands))
+    for shape, dims in zip(shapes, rule.operands, strict=True):
+        for size, loops in zip(shape, dims, strict=True):
+            assert not loops or size == np.prod([rule.sizes[loop] for loop in loops])

@@ -50,6 +50,18 @@ class Volumes(nn.Module):
         return self.sound(sound).square().sum() + self.volume(volume).square().sum()
 
 
+class Stretches(nn.Module):
+    """Sounds whose elements are repeated so often that torch is one off for some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.Upsample(scale_factor=41))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layers(x)
+        return (y * torch.arange(y.shape[-1])).square().sum()
+
+
 def decoder() -> Case:
     model = Decoder((4, 2), groups=2, blocks=1).double()
     latent = torch.randn(1, 4, 3, 4, dtype=torch.float64)
@@ -65,9 +77,14 @@ def volumes() -> Case:
     return Volumes().double(), tuple(torch.randn(shape, dtype=torch.float64) for shape in shapes)
 
 
+def stretching() -> Case:
+    return Stretches().double(), (torch.randn(1, 2, 31, dtype=torch.float64),)
+
+
 MAKERS: dict[str, Callable[[], Case]] = {
     "decoder": decoder,
     "shrinking": shrinking,
+    "stretching": stretching,
     "volumes": volumes,
 }
 CASES = [
@@ -76,6 +93,7 @@ CASES = [
     ("shrinking", Mesh(sp=3)),
     ("shrinking", Mesh(rows=2, columns=2)),
     ("volumes", Mesh(sp=3)),
+    ("stretching", Mesh(sp=3)),
 ]
 
 

@@ -1,12 +1,24 @@
 """Planning by groups of states: the bound holds, and what is found is near the optimum."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_problems import priced_problem
 
-from planners import Factor, InfeasibleError, Problem, Table, Variable, exact, exhaustive
+from planners import (
+    Factor,
+    InfeasibleError,
+    Problem,
+    Solution,
+    Table,
+    Variable,
+    conditioning,
+    exact,
+    exhaustive,
+)
 from planners import coarsening as coarse
 from planners import lagrangian as limited
 
@@ -60,13 +72,15 @@ def test_brackets_brute_force(seed: int) -> None:
                 drawn = rng.integers(0, max(1, variable.size - 1), variable.size)
                 grouping[variable.name] = np.unique(drawn, return_inverse=True)[1].reshape(-1)
         groupings.append(grouping)
+    # Exactly, by fixing some variables, or without any groups where these are too wide.
+    limit = int(rng.choice([2**22, 16, 1]))
     try:
         expected = exhaustive.solve(problem).cost
     except InfeasibleError:
         with pytest.raises(InfeasibleError):
-            coarse.solve(problem, groupings)
+            coarse.solve(problem, groupings, max_table_entries=limit)
         return
-    solution = coarse.solve(problem, groupings)
+    solution = coarse.solve(problem, groupings, max_table_entries=limit)
     assert solution.lower_bound <= expected + 1e-9
     assert solution.cost >= expected - 1e-9
     assert problem.spent(solution.assignment).cost == solution.cost
@@ -90,6 +104,24 @@ def test_too_wide_groupings_are_passed_over() -> None:
     optimum = exact.solve(problem).cost
     solution = coarse.solve(problem, groupings, max_table_entries=4)
     assert solution.lower_bound <= optimum <= solution.cost
+
+
+def test_groups_that_are_too_wide_are_conditioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The problem itself, whose states are many, is not: that would take far longer."""
+    problem, groupings = axes_problem(np.random.default_rng(2), 12, (3, 4))
+    optimum = exact.solve(problem).cost
+    solved: list[int] = []
+    solve = conditioning.solve
+
+    def counted(part: Problem, **options: Any) -> Solution:
+        solved.append(max(variable.size for variable in part.variables))
+        return solve(part, **options)
+
+    monkeypatch.setattr(conditioning, "solve", counted)
+    solution = coarse.solve(problem, groupings, max_table_entries=8)
+    assert solution.lower_bound <= optimum <= solution.cost <= 1.05 * optimum
+    assert solution.lower_bound >= 0.5 * optimum
+    assert solved == [4, 3, 3, 4]
 
 
 def test_within_a_limit() -> None:

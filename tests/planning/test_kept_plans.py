@@ -17,9 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 import autoparallel
 from autoparallel import Mesh, Plan, Shard
+from autoparallel.discovery import unknown_ops
+from autoparallel.discovery.probe_processes import EndedError
 from autoparallel.options import Options
 from autoparallel.planning import kept_plans, plan_model
 from autoparallel.planning.plan_model import trace_model
+from autoparallel.rules import registry
 from autoparallel.rules.lookup import find_rule
 from autoparallel.rules.registry import rule
 
@@ -122,10 +125,25 @@ def test_of_a_model_in_parts(searches: list[Mesh]) -> None:
     assert str(second) == str(first)
 
 
-def key(model: nn.Module, inputs: torch.Tensor = INPUTS, **asked: Any) -> str | None:
+class Named(nn.Module):
+    """Two products that are returned by names; its inputs are called as it is told."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.names = names
+
+    def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        layers = (self.first, self.second)
+        made = [layer(each) for layer, each in zip(layers, inputs.values(), strict=True)]
+        return dict(zip(self.names, made, strict=True))
+
+
+def key(model: nn.Module, inputs: Any = INPUTS, **asked: Any) -> str | None:
     options = asked.pop("options", Options())
-    traced = trace_model(model, (inputs,), {}, options)
-    return kept_plans.key_of(type(model).__name__, traced, options, asked)
+    given = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
+    traced = trace_model(model, *given, options)
+    return kept_plans.key_of(model, traced, options, asked)
 
 
 OTHERS: dict[str, Callable[[], str | None]] = {
@@ -152,6 +170,35 @@ def test_what_differs_has_another_key(name: str) -> None:
     assert OTHERS[name]() not in (None, key(Layers()))
 
 
+def _named(returned: str, given: str) -> str | None:
+    return key(Named(*returned.split()), dict.fromkeys(given.split(), INPUTS))
+
+
+def _beside(dtype: torch.dtype) -> str | None:
+    """A model in parts, with a parameter beside them that none of them reads."""
+    model = Parts()
+    model.beside = nn.Parameter(torch.zeros(8, dtype=dtype))
+    return key(model)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda: _named("p q", "x y"), lambda: _named("q p", "x y")),
+        (lambda: _named("p q", "x y"), lambda: _named("p q", "x z")),
+        (lambda: _beside(torch.float32), lambda: _beside(torch.float64)),
+    ],
+    ids=["returned names", "names of inputs", "a parameter that stays with Python"],
+)
+def test_what_no_program_says_has_another_key(
+    one: Callable[[], str | None], other: Callable[[], str | None]
+) -> None:
+    """A plan tells of these, and demands may call an input by its name."""
+    assert one() is not None
+    assert one() == one()
+    assert one() != other()
+
+
 def test_equal_models_have_one_key() -> None:
     assert key(Layers()) == key(Layers())
 
@@ -166,8 +213,6 @@ def test_with_rules_of_the_users_own_nothing_is_kept(kept: Path) -> None:
     """A rule may look at anything: its text alone says not what it will say."""
     author = find_rule("aten.relu.default")
     assert author is not None
-    from autoparallel.rules import registry
-
     before = dict(registry._RULES)
     try:
 
@@ -181,6 +226,32 @@ def test_with_rules_of_the_users_own_nothing_is_kept(kept: Path) -> None:
     finally:
         registry._RULES.clear()
         registry._RULES.update(before)
+
+
+def test_what_could_not_be_tried_this_time_is_tried_again(
+    kept: Path, searches: list[Mesh], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that probes an op may be ended by its machine: its op is whole only this once."""
+
+    class Unknown(Layers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.polygamma(1, self.first(x).abs() + 1).sum()
+
+    found = unknown_ops._cached
+    ends = Mock(side_effect=EndedError("could not be tried", lasting=False))
+    for name, value in (("_REASONS", {}), ("_NOT_TRIED", set()), ("_cached", ends)):
+        monkeypatch.setattr(unknown_ops, name, value)
+    monkeypatch.setattr(registry, "_REMEMBERED", {})
+    autoparallel.make_plan(Unknown(), 2, example_inputs=INPUTS)
+    assert ends.called
+    assert not kept.exists()
+    # As in the next process.
+    for name, value in (("_REASONS", {}), ("_NOT_TRIED", set()), ("_cached", found)):
+        monkeypatch.setattr(unknown_ops, name, value)
+    monkeypatch.setattr(registry, "_REMEMBERED", {})
+    for _ in range(2):
+        autoparallel.make_plan(Unknown(), 2, example_inputs=INPUTS)
+    assert len(searches) == 2
 
 
 def damaged(text: str) -> Iterator[str]:

@@ -47,6 +47,9 @@ def _operand(pen: Pen, tensor: torch.Tensor, smooth: bool) -> str:
     if tensor.dtype == torch.bool:
         return pen.declare("truths", *shape)
     if tensor.dtype == torch.int64:
+        # They may be the ends of groups, which in any other order name rows that there are not.
+        if tensor.dim() == 1 and len(tensor) > 1 and bool((tensor.diff() >= 0).all()):
+            raise SkippedError
         return pen.integers(shape, int(tensor.max()) + 1)
     if tensor.dtype != torch.float64:
         raise SkippedError

@@ -51,12 +51,16 @@ def attention(call: OpCall) -> ShardingRule:
     )
     y = named(call.results[0].shape, ("s", "e"))
     head = rank - 3
-    heads, groups = query.shape[head], key.shape[head]
-    if grouped and not (isinstance(heads, int) and isinstance(groups, int)):
+    heads, groups, others = (
+        each.shape[-3] if grouped and len(each.shape) > 2 else 1 for each in (query, key, value)
+    )
+    if grouped and not (isinstance(heads, int) and isinstance(groups, int) and groups == others):
         # Of a module that is given its keys, the numbers of heads are sizes of inputs: how many
-        # share a key is not known for all calls, so that heads stay together.
+        # share a key is not known for all calls, so that heads stay together; and so they do where
+        # a key and a value are shared by different ones.
         sizes.pop(f"b{head}", None)
-        q[head] = k[head] = v[head] = y[head] = ()
+        for row in (q, k, v, y):
+            row[-3:-2] = [()] * len(row[-3:-2])
     elif grouped and heads != groups:
         assert isinstance(heads, int)
         assert isinstance(groups, int)
@@ -67,8 +71,8 @@ def attention(call: OpCall) -> ShardingRule:
         if groups > 1:
             sizes["g"] = groups
             outer = ("g",)
-        q[head] = y[head] = outer + inner
-        k[head] = v[head] = outer
+        q[-3] = y[-3] = outer + inner
+        k[-3] = v[-3] = outer
     operands: list[Dims] = [tuple(q), tuple(k), tuple(v)]
     for mask in call.operands[3:]:
         row = named(mask.shape, ("s", "t"))
@@ -133,33 +137,41 @@ def _ring(call: OpCall, operands: list[Dims], causal: bool) -> Kernel:
     least.
     """
     pair = call.operands[1:3]
+    loops = [frozenset(name for names in dims for name in names) for dims in operands]
     there = sum(numel_hint(value.shape) * value.dtype.itemsize for value in pair)
     back = sum(numel_hint(value.shape) * max(value.dtype.itemsize, _PRECISE) for value in pair)
-    sent = [(Collective.RING_PASS, there)]
-    if any(operand.requires_grad for operand in call.operands[:3]):
-        sent.append((Collective.RING_PASS, there + back))
-    masks = list(zip(call.operands[3:], operands[3:], strict=True))
-    sent += [
-        (Collective.ALL_GATHER, numel_hint(mask.shape) * mask.dtype.itemsize)
-        for mask, dims in masks
+    of_keys = [
+        (mask, has)
+        for mask, dims, has in zip(call.operands[3:], operands[3:], loops[3:], strict=True)
         if _is_of_keys(dims)
     ]
-    of_keys = any(_is_of_keys(dims) for _, dims in masks)
+    sent = [((Collective.RING_PASS, there), loops[1])]
+    if any(operand.requires_grad for operand in call.operands[:3]):
+        sent.append(((Collective.RING_PASS, there + back), loops[1]))
+    for mask, has in of_keys:
+        nbytes = numel_hint(mask.shape) * mask.dtype.itemsize
+        sent.append(((Collective.ALL_GATHER, nbytes), has))
+    if causal:
+        sent += [(each, loops[0]) for each in _dealt(call, (0,))]
+        sent += [(each, loops[1]) for each in _dealt(call, (1, 2), with_result=False)]
     return Kernel(
         "attention_ring",
         Partial(),
-        (*sent, *(_dealt(call, (0, 1, 2)) if causal else ())),
+        tuple(each for each, _ in sent),
         arguments=(("masked", "keys"),) if of_keys else (),
         # What is known so far is read, what is new is added, and the sum is written.
         merged=numel_hint(call.results[0].shape) * 3 * _PRECISE,
+        loops=tuple(has for _, has in sent),
     )
 
 
-def _dealt(call: OpCall, operands: tuple[int, ...]) -> tuple[tuple[Collective, int], ...]:
+def _dealt(
+    call: OpCall, operands: tuple[int, ...], with_result: bool = True
+) -> tuple[tuple[Collective, int], ...]:
     """Return what is sent to give all ranks the same work under a causal mask: operands and the
     result, and backward their gradients.
     """
-    values = (*(call.operands[at] for at in operands), call.results[0])
+    values = (*(call.operands[at] for at in operands), *call.results[:with_result])
     sizes = [numel_hint(value.shape) * value.dtype.itemsize for value in values]
     again = [size for size, value in zip(sizes, values, strict=True) if value.requires_grad]
     return tuple((Collective.ALL_TO_ALL, size) for size in (*sizes, *again))

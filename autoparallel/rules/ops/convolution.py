@@ -7,7 +7,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from autoparallel.graph.graph import Dim, Sym, Value, hint, numel_hint
 from autoparallel.placement import Collective, Partial
@@ -15,6 +18,9 @@ from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Kernel, OpCall, Shapes, ShardingRule
 
 Kernels = Mapping[int, Kernel]
+
+# Numbers of places up to which their products with a reciprocal are rounded to the right element.
+_COUNTABLE = 2**22
 
 
 def _spatial(target: str) -> int:
@@ -114,7 +120,13 @@ def convolution(call: OpCall) -> ShardingRule:
     operands = [dims(*batch, "g i", *split), dims(first, second, *kernel)]
     if bias:
         operands.append(dims("g o"))
-    kernels = {place: each for place, each in by_edges.items() if place in sizes}
+    # Of what is sent, all that make channels of the result need as much.
+    loops = frozenset(name for names in operands[0] for name in names)
+    kernels = {
+        place: replace(each, loops=(loops,) * len(each.collectives))
+        for place, each in by_edges.items()
+        if place in sizes
+    }
     whole = {*kernel, *places} - {*kernels, *free}
     whole |= {"o"} if groups != 1 and transposed else set()
     if bias and "i" in sizes:
@@ -255,10 +267,23 @@ def _nearest_kernels(call: OpCall) -> Kernels:
     mode = "nearest-exact" if "exact" in call.node.target else "nearest"
     kernels = {}
     for at in range(spatial):
-        if x.shape[at - spatial] != 1:
+        repeats = mode != "nearest" or _is_repeated(factors[at])
+        countable = hint(call.results[0].shape[at - spatial]) <= _COUNTABLE
+        if x.shape[at - spatial] != 1 and repeats and countable:
             arguments = (("at", at), ("factors", tuple(factors)), ("mode", mode))
             kernels[at] = _edge_kernel("nearest_edges", x, at - spatial, 0, arguments)
     return kernels
+
+
+def _is_repeated(factor: int) -> bool:
+    """Return whether torch repeats every element so often. It multiplies places by the reciprocal,
+    in single precision: where that is less than it should be, some elements are repeated once more
+    and the next ones once less, depending on their place in the whole.
+
+    >>> _is_repeated(3), _is_repeated(41)
+    (True, False)
+    """
+    return Fraction(float(np.float32(1 / factor))) * factor >= 1
 
 
 @rule(*(f"aten.max_pool{n}d.default" for n in (1, 2, 3)), takes_empty=False)

@@ -222,9 +222,8 @@ def _reducing(call: OpCall, kernel: str, times: int) -> Kernel:
     rows = numel_hint(call.results[0].shape)
     if call.results[0].shape == operand.shape and operand.shape:
         dims = call.argument(1, "dim")
-        dims = (
-            dims if isinstance(dims, tuple) else (dims,)
-        )  # a reduced dim of size 1, which is kept
+        # It is a reduced dim of size 1, which is kept.
+        dims = dims if isinstance(dims, tuple) else (dims,)
         rows //= max(numel_hint(tuple(operand.shape[dim] for dim in dims)), 1)
     reduced_once = (Collective.ALL_REDUCE, rows * operand.dtype.itemsize)
     return Kernel(kernel, Invariant(), (reduced_once,) * times)
