@@ -23,6 +23,7 @@ from autoparallel.capture.custom_functions import function_op, is_inside_ops
 from autoparallel.capture.decided_draws import ConstantComparisons
 from autoparallel.capture.example_inputs import bind_inputs
 from autoparallel.capture.forward_contexts import quiet, unprinted
+from autoparallel.capture.global_reads import OuterVariables
 from autoparallel.capture.intercepted_calls import CallWatch
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.module_tensors import named_tensors
@@ -249,16 +250,19 @@ def require_agreement(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     seen: SeenCalls | None = None,
+    outer: OuterVariables | None = None,
 ) -> None:
     """Raise CaptureError where a graph and the census of its model differ.
 
     captured: of the model, after all passes. args, kwargs: of the call that was traced. seen: what
-    its forward called, None where only gradients are compared. A forward that does not run on
+    its forward called, None where only gradients are compared. outer: the variables outside of the
+    model. A forward that does not run on
     tensors without data has no census.
 
     Example: `require_agreement(captured, model, (x,), {}, seen)`.
     """
     _require_own_constants(captured, model)
+    outer = outer or OuterVariables.of(model)
     if captured.gradients is False:
         return  # the forward asks whether gradients are recorded, and this is the graph without
     difference: CaptureError | None = None
@@ -269,7 +273,9 @@ def require_agreement(
             break
         try:
             again = SeenCalls()
-            census = census_of(model, args, kwargs, captured.part, on, captured.ways, again)
+            # What functions remember of one run is no answer in another one.
+            with outer.restored():
+                census = census_of(model, args, kwargs, captured.part, on, captured.ways, again)
         except Exception as error:  # the forward is anyone's code, and may fail in any way
             _log.info("no census of %s: %r", type(model).__name__, error)
             continue

@@ -265,11 +265,16 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
         return (type(value), id(value), drawn[0])
     if depth > 0 and isinstance(value, types.FunctionType):
         # It may count in a variable around it, in a default or in an attribute of its own.
-        kept = (contents_of(value), value.__defaults__, value.__kwdefaults__, vars(value))
+        kept = [value.__defaults__, value.__kwdefaults__]
+        # Torch keeps things of its own in attributes of its functions, at their first call.
+        if str(value.__module__).partition(".")[0] != "torch":
+            kept.append(vars(value))
         deeper = functools.partial(
             token_of, paths=paths, depth=depth - 1, above=(*above, id(value))
         )
-        return (type(value), id(value), *[deeper(item) for item in kept if item])
+        # Not as a tuple: where nothing is opened any more, its identity is another each time.
+        inside = [deeper(item) for item in contents_of(value)]
+        return (type(value), id(value), *inside, *[deeper(item) for item in kept if item])
     slots = getattr(type(value), "__slots__", None)
     plain = slots or hasattr(value, "__dict__")
     if depth > 0 and plain and not isinstance(value, (type, nn.Module)):

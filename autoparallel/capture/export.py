@@ -85,6 +85,7 @@ def capture(
     find_ways: Callable[[], Ways] | None = None,
     likely: Ways = NO_WAYS,
     seen: SeenCalls | None = None,
+    outer: OuterVariables | None = None,
 ) -> Captured:
     """Trace `model(*args, **kwargs)` in the model's present mode (train or eval) into a graph.
 
@@ -97,6 +98,7 @@ def capture(
     around: the model that this is a part of. find_ways: returns the ways that an example run goes
     where the forward branches on values; it is called only where it does, and where it is left out,
     that is an error. likely: ways that these will probably be. seen: gets what the forward calls.
+    outer: the variables outside of the model.
     Raises CaptureError, with the user's source line, where the model cannot be traced; AliasError
     where no part of it may run as it is.
 
@@ -110,7 +112,7 @@ def capture(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     # A guess is good for nothing where no example run can confirm it.
     guesses = find_ways is not None and not any(tensor.is_meta for tensor in tensors)
-    outer = OuterVariables.of(model)
+    outer = outer or OuterVariables.of(model)
     wanted = Wanted(
         *(model, bound, len(args), known, part, around, frozenset()),
         *(device, autocast_type(device), torch.is_grad_enabled(), outer, outer.asking()),

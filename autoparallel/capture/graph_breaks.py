@@ -17,6 +17,7 @@ from autoparallel.capture.checkpoint_regions import require_unwritten
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.equal_modules import EqualModules, Watch
 from autoparallel.capture.export import Captured, capture
+from autoparallel.capture.global_reads import OuterVariables
 from autoparallel.capture.graph_builder import has_unknown_sizes, require_known_sizes
 from autoparallel.capture.held_tensors import refuse_views
 from autoparallel.capture.module_tensors import first_paths
@@ -102,7 +103,7 @@ def trace(
             _log.info("no example run of %s: %s", type(model).__name__, error.what)
             return NO_WAYS
 
-    seen = SeenCalls()
+    seen, outer = SeenCalls(), OuterVariables.of(model)
     captured = capture(
         model,
         args,
@@ -113,12 +114,13 @@ def trace(
         find_ways=find_ways,
         likely=ways or NO_WAYS,
         seen=seen,
+        outer=outer,
     )
     refuse_drawn(captured.graph)
     graph = _passed(captured.graph)
     require_unwritten(graph)
     captured = replace(captured, graph=graph)
-    require_agreement(captured, model, args, kwargs, seen)
+    require_agreement(captured, model, args, kwargs, seen, outer)
     return captured
 
 

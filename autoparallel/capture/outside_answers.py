@@ -16,9 +16,11 @@ import random
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from autoparallel.errors import CaptureError
+from autoparallel.graph.attribute_read import Answer, AttributeRead, Where
 from autoparallel.support.object_state import functions_in, special_methods
 
 __all__ = ["OutsideAnswerError", "OutsideAnswers", "asking_code", "may_ask"]
@@ -235,7 +237,8 @@ class OutsideAnswers:
 
     name: of the model. codes: the code of the user's functions with their global variables, empty
     where none may ask. handing: the code that hands on what asks, with its name. asked: by
-    the function's name the line that has asked. before: a profile function of the user's, which is
+    the function's name the line that has asked. levels: what loggers were asked, with their answers
+    as values, which calls can compare. before: a profile function of the user's, which is
     called as ever.
 
     >>> def clock():
@@ -251,6 +254,7 @@ class OutsideAnswers:
     def __init__(self, name: str, codes: Mapping[types.CodeType, Mapping[str, Any]]) -> None:
         self.name, self.codes = name, codes
         self.asked: dict[str, str] = {}
+        self.levels: dict[str, AttributeRead] = {}
         self.before: Any = None
         self.handing = {
             code: handed for code, around in codes.items() if (handed := _handed_on(code, around))
@@ -300,8 +304,7 @@ class OutsideAnswers:
         caller = frame.f_back
         levels = event == "call" and frame.f_code in _LEVEL_CODES
         if levels and caller is not None and caller.f_code in self.codes:
-            line = f"{caller.f_code.co_filename}:{caller.f_lineno}"
-            self.asked.setdefault(f"logger.{frame.f_code.co_name}()", line)
+            self._level(frame)
         if event == "call" and frame.f_code in self.handing:
             name = self.handing[frame.f_code]
             line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -326,6 +329,14 @@ class OutsideAnswers:
             line = f"{asker.f_code.co_filename}:{asker.f_lineno}"
             self.asked.setdefault(f"{shown}{name}()", line)
 
+    def _level(self, frame: types.FrameType) -> None:
+        """Note what a logger is asked. frame: of its method, with the arguments as variables."""
+        logger, *level = (frame.f_locals[name] for name in _arguments(frame.f_code))
+        ask = partial(getattr(logger, frame.f_code.co_name), *level)
+        name = f"{frame.f_code.co_name}{(logger.name, *level)}"
+        where = (("cell", Answer(ask)),)
+        self.levels[name] = AttributeRead("", where, name, Where.ENCLOSED, ask())
+
     def _asker(self, frame: types.FrameType | None, direct: bool) -> types.FrameType | None:
         """Return the frame of the user's code that asks, None where others do for themselves."""
         while frame is not None and frame.f_code not in self.codes:
@@ -334,6 +345,11 @@ class OutsideAnswers:
                 return None
             frame = frame.f_back
         return frame
+
+
+def _arguments(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of what a function is given by position."""
+    return code.co_varnames[: code.co_argcount]
 
 
 def _seed_of(frame: types.FrameType) -> bool:

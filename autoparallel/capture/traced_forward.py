@@ -141,6 +141,7 @@ class FlatForward(nn.Module):
         self.facts = TensorFacts(wanted.model, given, folding)
         self.refused: list[CaptureError] = []
         self.numbers: tuple[PythonNumbers, ...] = ()
+        self.levels: dict[str, AttributeRead] = {}
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model, and return the tensors in its result and those that it leaves behind."""
@@ -179,7 +180,7 @@ class FlatForward(nn.Module):
             for name in self.wanted.outer.unwatched.get(type(module), ()):
                 self.reads.note(module, name)
         reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
-        reads += self.wanted.outer.reads()
+        reads += (*self.levels.values(), *self.wanted.outer.reads())
         given, own = tuple(self.facts.given), held_among(self.model, flat)
         numbers = self.numbers
         self.remember(Ran(skeleton, changes, written, reads, gradients, given, own, numbers))
@@ -244,6 +245,7 @@ class FlatForward(nn.Module):
         if moving:
             raise moving_error(moving)
         answers.refuse()
+        self.levels.update(answers.levels)
         draws.finish()
         self.numbers = draws.left
         return results[0]

@@ -32,6 +32,7 @@ from autoparallel.graph.attribute_read import (
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import (
     bytes_of,
+    caches_in,
     functions_in,
     is_closed,
     is_of_library,
@@ -132,6 +133,7 @@ class VariableSearch:
 
         kind: the class of which they are methods.
         """
+        self.cached(value)
         for function in functions_in(value):
             if (id(function), kind) not in self.seen:
                 self.seen[id(function), kind] = function
@@ -141,6 +143,7 @@ class VariableSearch:
         """Take up what an attribute of a module may call. kind: the module's class."""
         items = list(value.values()) if isinstance(value, dict) else value
         for item in items if isinstance(value, (list, tuple, dict)) else (value,):
+            self.cached(item)
             for function in functions_in(item):
                 if not _left_out(function.__module__):
                     self.value(function, kind)
@@ -353,10 +356,10 @@ class VariableSearch:
     def keep(self, name: str, value: Any) -> None:
         """Keep what a variable refers to, where code may write to it."""
         self.help(value)
+        self.cached(value)
         if isinstance(value, functools._lru_cache_wrapper):
-            if not _left_out(value.__module__) and all(value is not one for one in self.caches):
-                self.caches.append(value)
-        elif moves_on(value) or is_closed(value) or len(bytes_of(value) or b"") > _MOST_BYTES:
+            return
+        if moves_on(value) or is_closed(value) or len(bytes_of(value) or b"") > _MOST_BYTES:
             self.moving.append(f"the variable {name} (a {type(value).__name__})")
         elif (
             isinstance(value, _WRITTEN)
@@ -373,6 +376,12 @@ class VariableSearch:
             and not _left_out(getattr(value, "__module__", type(value).__module__))
         ):
             self.objects.setdefault(name, value)
+
+    def cached(self, value: Any) -> None:
+        """Note functions that remember what they have returned: a method of a class may, too."""
+        for cache in caches_in(value):
+            if not _left_out(cache.__module__) and all(cache is not one for one in self.caches):
+                self.caches.append(cache)
 
     def read(
         self,

@@ -20,6 +20,7 @@ from typing import Any
 
 __all__ = [
     "bytes_of",
+    "caches_in",
     "contents_of",
     "functions_in",
     "is_closed",
@@ -194,6 +195,25 @@ def functions_in(value: Any) -> Iterator[types.FunctionType]:
             value = getattr(value, "__wrapped__", None)
         else:
             return
+
+
+def caches_in(value: Any) -> Iterator[Any]:
+    """Yield the functions under functools.lru_cache in a value. See `functions_in`.
+
+    >>> list(caches_in(property(len))), len(list(caches_in(functools.cache(len))))
+    ([], 1)
+    """
+    for _ in range(10):
+        if isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            value = value.__func__
+        elif isinstance(value, functools.partial):
+            value = value.func
+        else:
+            if isinstance(value, functools._lru_cache_wrapper):
+                yield value
+            value = getattr(value, "__wrapped__", None)
 
 
 def special_methods(kind: type, made: bool) -> frozenset[str]:

@@ -13,8 +13,10 @@ import torch
 from broad_cases import share_of
 from split_ranks import as_unsplit
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from autoparallel.capture.attribute_writes import Attributes
+from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError
 from autoparallel.parallel.guards import equal, frozen
@@ -217,3 +219,14 @@ def test_nothing_is_written_where_nothing_changes() -> None:
     before = Attributes(model)
     model.box = list(model.box)
     assert before.written().places == ()
+
+
+def test_a_function_of_torch_is_the_same_when_it_was_called() -> None:
+    """Torch remembers things in attributes of its functions; no depth tells two looks apart."""
+    run = functools.partial(checkpoint, use_reentrant=False)
+    values = (run, checkpoint, [run], [[run]], [[[run]]])
+    vars(checkpoint.__wrapped__).pop("__dynamo_disable", None)
+    before = [token_of(value, {}, depth=3) for value in values]
+    run(torch.sin, X)
+    after = [token_of(value, {}, depth=3) for value in values]
+    assert after == before

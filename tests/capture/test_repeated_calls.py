@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import autoparallel
 from autoparallel.errors import CaptureError
@@ -40,12 +42,22 @@ def handed_on(model: Any, x: torch.Tensor) -> float:
     return next(iter(time.perf_counter, None))
 
 
+def written(x: torch.Tensor, number: int) -> torch.Tensor:
+    x = torch.zeros(4)
+    x[0] = number
+    return x
+
+
 # Asked by C's functions alone, of which no profile function is told.
 HIDDEN: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "partial": lambda model, x: clock() % 1000003,
     "iter": lambda model, x: next(iter(clock, None)) % 1000003,
     "text of a tensor": lambda model, x: float(len(repr(x))),
     "kind of a tensor": lambda model, x: float(len(type(x).__name__)),
+    "number of numpy's": lambda model, x: np.float64(clock() % 1000003),
+    "written by index": lambda model, x: written(x, clock() % 1000003),
+    "complex number": lambda model, x: complex(0.0, clock() % 1000003),
+    "array": lambda model, x: torch.as_tensor(np.asarray(float(clock() % 1000003))[None]),
 }
 
 
@@ -71,11 +83,36 @@ class Rounded(torch.autograd.Function):
         return gradient, None
 
 
+class Remembers(Scaled):
+    """It remembers what it has returned, in a method."""
+
+    @functools.cache  # noqa: B019
+    def numbers(self, count: int) -> torch.Tensor:
+        return torch.arange(count) + 1.0
+
+    @staticmethod
+    @functools.cache
+    def ones(count: int) -> torch.Tensor:
+        return torch.ones(count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.numbers(4) + self.ones(4)
+
+
+def checkpointed(model: Any, x: torch.Tensor) -> torch.Tensor:
+    run = lambda y: nn.functional.silu(y) + 1.0  # noqa: E731
+    return checkpoint(run, x, use_reentrant=True)
+
+
 # What both runs do alike although a trace has symbols, blocks that are copied, and ops of its own.
 ALIKE: dict[str, Callable[[Any, torch.Tensor], Any]] = {
     "sizes": lambda model, x: x.shape[0] ** -0.5 + x.new_full((x.shape[0], 1), 0.5),
     "Function": lambda model, x: Rounded.apply(x, 8.0),
     "draws": lambda model, x: nn.functional.dropout(x, 0.5) + torch.rand(4),
+    "numpy": lambda model, x: (
+        torch.from_numpy(np.linspace(0, 1, 4, dtype=np.float32)) * np.float32(2)
+    ),
+    "checkpoint": checkpointed,
     "device": lambda model, x: 2.0 if x.device.type == "cpu" else 3.0,
 }
 
@@ -84,6 +121,12 @@ ALIKE: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 def test_two_runs_that_are_alike_are_planned(name: str) -> None:
     plan = autoparallel.make_plan(Scaled(ALIKE[name], 3), 2, example_inputs=X)
     assert plan.breaks == ()
+
+
+def test_what_methods_remember_of_a_trace_is_forgotten() -> None:
+    model = Remembers(lambda model, x: 2.0)
+    assert autoparallel.make_plan(model, 2, example_inputs=X).breaks == ()
+    assert type(model.numbers(4)) is type(model.ones(4)) is torch.Tensor
 
 
 def test_the_reason_names_both_calls() -> None:

@@ -147,7 +147,7 @@ def test_contents_are_followed(name: str) -> None:
     follows(functools.partial(of_name, name), 2)
 
 
-@pytest.mark.parametrize("name", list(READ)[:9])
+@pytest.mark.parametrize("name", [*list(READ)[:9], "level"])
 def test_what_shows_its_contents_is_split(name: str) -> None:
     assert autoparallel.make_plan(of_name(name)[0], 2, example_inputs=X).breaks == ()
 
