@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import types
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from autoparallel.support.object_state import bytes_of
 from autoparallel.support.pytree import SYMBOLIC
-from autoparallel.support.torch_private import calls_without_numbers, hint_of
+from autoparallel.support.torch_private import calling_module, hint_of
 
 __all__ = ["SeenCalls"]
 
@@ -30,16 +29,6 @@ _DIGITS = 12  # a number that follows from symbolic sizes may be rounded otherwi
 _ARRAYS = ("numpy", "array")
 _OF_SIZES = ("sym_", "_sym_")
 _MOST = 64  # items of a list that are looked at
-# By these a function is called for another one.
-_BETWEEN = ("torch._ops", "torch.overrides")
-# What tensors without data, and tracers, are made of: they compute for themselves.
-_INNER = tuple(
-    f"torch.{name}"
-    for name in (
-        *("_subclasses", "_prims", "_refs", "_decomp", "_meta_registrations", "_functorch"),
-        *("_export", "_dispatch", "_library", "_higher_order_ops", "fx", "utils._python_dispatch"),
-    )
-)
 
 
 class SeenCalls(TorchFunctionMode):
@@ -68,16 +57,15 @@ class SeenCalls(TorchFunctionMode):
     ) -> Any:
         # What a watch of this project calls for itself is no call of the forward's, nor is what
         # tensors without numbers do in place of others: they iterate to make a list.
-        frame = sys._getframe(1)
-        caller = _caller()
+        caller = calling_module(sys._getframe(1))
         home = str(getattr(function, "__module__", ""))
         name = getattr(function, "__name__", "")
-        ours = caller.startswith(("autoparallel.", *_INNER)) or home.rpartition(".")[2] in _OWN
+        ours = caller.startswith("autoparallel.") or home.rpartition(".")[2] in _OWN
         result = function(*args, **(kwargs or {}))
         # What is read of a tensor, or computed of sizes, is seen where it is used; and a mode that
         # is switched, as a checkpoint does with gradients, is no computation.
         of_sizes = name == "__get__" or name.startswith(_OF_SIZES)
-        watched = not (self.rests or ours or of_sizes or calls_without_numbers(frame))
+        watched = not (self.rests or ours or of_sizes or caller == "torch")
         # A tensor that is written to, by index, is no result.
         if watched and _is_made_of_tensors(args if result is None else result):
             items = (*args, *sorted(kwargs.items())) if kwargs else args
@@ -130,14 +118,6 @@ class SeenCalls(TorchFunctionMode):
         if self.unknown or other.unknown:
             return ""
         return next((_text(call) for call in self.calls if call not in other.calls), "")
-
-
-def _caller() -> str:
-    """Return the name of the Python module that calls the function that the mode is told of."""
-    frame: types.FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") in _BETWEEN:
-        frame = frame.f_back
-    return "" if frame is None else str(frame.f_globals.get("__name__"))
 
 
 def _is_made_of_tensors(result: Any) -> bool:

@@ -68,7 +68,7 @@ from autoparallel.support.torch_private.process_groups import (
     pipeline_order,
     set_patience,
 )
-from autoparallel.support.torch_private.stack_traces import calls_without_numbers, keeping_frames
+from autoparallel.support.torch_private.stack_traces import calling_module, keeping_frames
 from autoparallel.support.torch_private.symbolic_memory import remembering_arithmetic
 from autoparallel.support.torch_private.symbolic_numbers import (
     EXPORT_LOGGERS,
@@ -177,7 +177,7 @@ __all__ = [
     "bare_programs",
     "break_graph",
     "call_hooks_of",
-    "calls_without_numbers",
+    "calling_module",
     "carries_backward_hooks",
     "checkpoint_classes",
     "current_dispatch_mode",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["calls_without_numbers", "keeping_frames"]
+__all__ = ["calling_module", "keeping_frames"]
 
 _filtering = threading.RLock()
 
@@ -97,12 +97,32 @@ class _KeptFrames:
         return StackSummary.from_list(rows[::-1])
 
 
-def calls_without_numbers(frame: FrameType) -> bool:
-    """Return whether a frame is of what tensors without numbers do in place of real ones.
+# By these a function is called for another one.
+_BETWEEN = ("torch._ops", "torch.overrides")
+# What tensors without numbers, and tracers, are made of: they compute for themselves.
+_INNER = tuple(
+    f"torch.{name}"
+    for name in (
+        *("_subclasses", "_prims", "_refs", "_decomp", "_meta_registrations", "_functorch"),
+        *("_export", "_dispatch", "_library", "_higher_order_ops", "fx", "utils._python_dispatch"),
+    )
+)
 
-    A list of their elements, for one, is made by iterating over them, which calls functions.
+
+def calling_module(frame: FrameType) -> str:
+    """Return the name of the module whose code calls a function of torch.
+
+    frame: of the caller, which may call it for another. It is "torch" where tensors without numbers
+    or tracers call it in place of what real tensors do: to list their elements they iterate.
+
+    >>> calling_module(sys._getframe()) == __name__
+    True
     """
-    owner = str(frame.f_globals.get("__name__"))
-    if owner == "torch._tensor" and frame.f_back is not None:
-        owner = str(frame.f_back.f_globals.get("__name__"))
-    return owner.startswith("torch._subclasses.")
+    name, back = str(frame.f_globals.get("__name__")), frame.f_back
+    while name in _BETWEEN and back is not None:
+        name, back = str(back.f_globals.get("__name__")), back.f_back
+    # Who iterates over a tensor is seen one call further out.
+    if name == "torch._tensor" and back is not None:
+        outer = str(back.f_globals.get("__name__"))
+        name = outer if outer.startswith(_INNER) else name
+    return "torch" if name.startswith(_INNER) else name
