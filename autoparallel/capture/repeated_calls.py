@@ -23,8 +23,9 @@ __all__ = ["SeenCalls"]
 
 _PLAIN = (bool, int, str, bytes, type(None), torch.dtype, torch.layout, torch.memory_format)
 _MOST_BYTES = 1 << 16  # of an array whose numbers are compared
-# Of the ops that mark where a checkpoint begins, and the like, and of those that are Functions.
-_OWN = ("autoparallel", "autograd_function")
+# Of the ops that mark where a checkpoint begins, and the like, and of those that are Functions; of
+# algorithms that torch shows as one function only of tensors that are not plain.
+_OWN = ("autoparallel", "autograd_function", "_lowrank", "_lobpcg", "_linalg_utils")
 _DIGITS = 12  # a number that follows from symbolic sizes may be rounded otherwise
 _ARRAYS = ("numpy", "array")
 _OF_SIZES = ("sym_", "_sym_")

@@ -113,6 +113,7 @@ ALIKE: dict[str, Callable[[Any, torch.Tensor], Any]] = {
         torch.from_numpy(np.linspace(0, 1, 4, dtype=np.float32)) * np.float32(2)
     ),
     "checkpoint": checkpointed,
+    "algorithm": lambda model, x: torch.pca_lowrank(x.detach(), q=2)[1].sum(),
     "device": lambda model, x: 2.0 if x.device.type == "cpu" else 3.0,
 }
 

@@ -99,12 +99,14 @@ class _KeptFrames:
 
 # By these a function is called for another one.
 _BETWEEN = ("torch._ops", "torch.overrides")
-# What tensors without numbers, and tracers, are made of: they compute for themselves.
+# What tensors without numbers, and tracers, are made of: they compute for themselves. The last
+# three show their insides where tensors are plain, and are one function where they are not.
 _INNER = tuple(
     f"torch.{name}"
     for name in (
         *("_subclasses", "_prims", "_refs", "_decomp", "_meta_registrations", "_functorch"),
         *("_export", "_dispatch", "_library", "_higher_order_ops", "fx", "utils._python_dispatch"),
+        *("_lowrank", "_lobpcg", "_linalg_utils"),
     )
 )
 
