@@ -182,7 +182,7 @@ _untolds = 0
 
 
 class _Untold(threading.local):
-    """How many times a thread is within `untold`."""
+    """A count, of each thread its own, of how many times the thread is within `untold`."""
 
     depth = 0
 

@@ -285,7 +285,7 @@ class _Names:
 
 
 class _Functions:
-    """What functions refer to that are in the variables of one another, such as decorators.
+    """A list of what functions refer to in the variables of one another, as decorators do.
 
     functions: each with what its code finds around it.
     """

@@ -1,4 +1,4 @@
-"""What a plan's text says in one place agrees with what it says in others.
+"""The check that what a plan's text says in one place agrees with what it says in others.
 
 A text may have been edited. What only the model can tell, planning/plan_check.py compares with it
 when the plan is applied; but a plan is also shown without its model, and what is computed from it

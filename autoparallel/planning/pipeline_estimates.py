@@ -92,7 +92,10 @@ class Estimate:
 
 
 class _TooLargeError(Exception):
-    """What stays takes more than all ranks have. nbytes: of each rank, if they share it evenly."""
+    """The error that what stays takes more than all ranks have.
+
+    nbytes: of each rank, if they share it evenly.
+    """
 
     def __init__(self, nbytes: float) -> None:
         super().__init__(nbytes)
@@ -101,7 +104,7 @@ class _TooLargeError(Exception):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is estimated: see `Estimator.estimate`."""
+    """The figures of an estimate: see `Estimator.estimate`."""
 
     inside: Mesh
     shares: StageShares

@@ -49,7 +49,7 @@ def precise(kind: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a block of queries sees of a block of keys.
+    """The part of a block of keys that a block of queries sees.
 
     keys: how many of them, from the first. causal: whether each query sees keys up to its own place
     in the block. mask: truth values or numbers to add, (b, n, s, t) or 1 for any; None for nothing.
