@@ -129,10 +129,14 @@ if TYPE_CHECKING:
     from torch.utils._pytree import tree_unflatten as tree_unflatten
     from torch.utils._sympy.printers import PythonPrinter as PythonPrinter
 
+    from autoparallel.support.torch_private.lazy_stage import LazyStage as LazyStage
+
 # The module that has a name, imported when the name is first asked for.
 _HOMES = {
     # Runs an op on tensors that have sizes and strides but no data.
     "FakeTensorMode": "torch._subclasses.fake_tensor",
+    # A stage of a pipeline that has memory for what it receives only while it is needed.
+    "LazyStage": "autoparallel.support.torch_private.lazy_stage",
     # The type of an op with one schema, which the calls of an exported program name.
     "OpOverload": "torch._ops",
     # Prints an expression in sizes as Python.
@@ -162,6 +166,7 @@ __all__ = [
     "FAKE_TENSOR_LOGGER",
     "NN_BINDINGS",
     "FakeTensorMode",
+    "LazyStage",
     "OpOverload",
     "PythonPrinter",
     "ShapeEnv",
