@@ -59,6 +59,7 @@ from autoparallel.support.torch_private.fused_attention import (
     attention_gradients,
     has_attention_sums,
 )
+from autoparallel.support.torch_private.meta_results import remembering_meta_results
 from autoparallel.support.torch_private.process_groups import (
     default_store,
     fake_process_group,
@@ -233,6 +234,7 @@ __all__ = [
     "references_to",
     "remembering_arithmetic",
     "remembering_fake_results",
+    "remembering_meta_results",
     "run_as_python",
     "run_in_place",
     "run_when_ready",
