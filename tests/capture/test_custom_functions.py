@@ -191,6 +191,19 @@ def picked(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return Picked.apply(table, (x[..., 0] * 30).long().abs())
 
 
+class Configured(torch.autograd.Function):
+    """Takes its settings in a dict, some of them in a list."""
+
+    @staticmethod
+    def forward(ctx, x, config):
+        ctx.config = config
+        return x * config["scale"] ** config["powers"][1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (3 if ctx.config["tripled"] else 1) * grad, None
+
+
 CARRIED = {
     "straight through": lambda h, m: Rounded.apply(3 * h),
     "reversal": lambda h, m: Reversed.apply(h, 0.3),
@@ -205,6 +218,9 @@ CARRIED = {
     "frozen operand": lambda h, m: Needed.apply(h, m.square.detach()) + m.square[0],
     "sizes": lambda h, m: Headed.apply(h, 4, h.shape),
     "integers": lambda h, m: picked(h, m.square),
+    "settings in a dict": lambda h, m: Configured.apply(
+        h, {"scale": 0.5, "powers": [1, 2], "tripled": True}
+    ),
     "several uses": lambda h, m: Reversed.apply(Reversed.apply(Reversed.apply(h, 3.0), 2.0), 3.0),
     "checkpointed": lambda h, m: checkpoint(lambda x: Rounded.apply(2 * x), h, use_reentrant=False),
     "reentrant": lambda h, m: checkpoint(lambda x: Rounded.apply(2 * x), h, use_reentrant=True),
@@ -337,6 +353,28 @@ class Listed(torch.autograd.Function):
         return 2 * grad, None
 
 
+class Noting(torch.autograd.Function):
+    """Puts what it has seen into a container that it is given, in its backward if it is a dict."""
+
+    @staticmethod
+    def forward(ctx, x, notes):
+        ctx.notes = notes
+        if isinstance(notes, list):
+            notes.append(2.0)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if isinstance(ctx.notes, dict):
+            ctx.notes["seen"] = True
+        return 2 * grad, None
+
+
+def noted(h: torch.Tensor, notes: Any) -> torch.Tensor:
+    """Return what comes of a note that a Function leaves in its list."""
+    return Noting.apply(h, notes) * sum(notes)
+
+
 REFUSED = {
     "module": (lambda h, m: Runs.apply(h, m.gate), "one of its arguments is a Linear"),
     "reads around": (lambda h, m: reads_around(h, m, False), "none of its arguments"),
@@ -345,6 +383,9 @@ REFUSED = {
     "dirty": (lambda h, m: Dirty.apply(h.clone()), "it writes to a tensor"),
     "values": (lambda h, m: Measured.apply(h), "cannot be followed"),
     "list": (lambda h, m: Listed.apply(h, [m.scale]), "tensors in lists"),
+    "dict": (lambda h, m: Listed.apply(h, {0: m.scale}), "tensors in lists"),
+    "notes": (lambda h, m: noted(h, [1.0]), "it writes to a list or a dict"),
+    "late notes": (lambda h, m: Noting.apply(h, {}), "it writes to a list or a dict"),
     "written view": (lambda h, m: written_view(h), "returns a view of its operand"),
 }
 
