@@ -168,6 +168,19 @@ def picked(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return Picked.apply(table, (x[..., 0] * 30).long().abs())
 
 
+class Configured(torch.autograd.Function):
+    """Takes its settings in a dict, some of them in a list."""
+
+    @staticmethod
+    def forward(ctx, x, config):
+        ctx.config = config
+        return x * config["scale"] ** config["powers"][1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (3 if ctx.config["tripled"] else 1) * grad, None
+
+
 CARRIED = {
     "straight through": lambda h, m: Rounded.apply(3 * h),
     "reversal": lambda h, m: Reversed.apply(h, 0.3),
@@ -182,6 +195,9 @@ CARRIED = {
     "frozen operand": lambda h, m: Needed.apply(h, m.square.detach()) + m.square[0],
     "sizes": lambda h, m: Headed.apply(h, 4, h.shape),
     "integers": lambda h, m: picked(h, m.square),
+    "settings in a dict": lambda h, m: Configured.apply(
+        h, {"scale": 0.5, "powers": [1, 2], "tripled": True}
+    ),
     "several uses": lambda h, m: Reversed.apply(Reversed.apply(Reversed.apply(h, 3.0), 2.0), 3.0),
     "checkpointed": lambda h, m: checkpoint(lambda x: Rounded.apply(2 * x), h, use_reentrant=False),
     "reentrant": lambda h, m: checkpoint(lambda x: Rounded.apply(2 * x), h, use_reentrant=True),
