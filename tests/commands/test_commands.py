@@ -107,7 +107,8 @@ def test_bundled_models_are_built_without_memory(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "billions"),
     [("gpt2-xl", 1.56), ("gpt3-175b", 174.6), ("llama-3-70b", 70.6), ("megatron-8.3b", 8.3),
-     ("mixtral-8x7b", 46.7), ("qwen2.5-7b", 7.6)],
+     ("mixtral-8x7b", 46.7), ("qwen2.5-7b", 7.6), ("qwen3-30b-a3b", 30.5), ("gpt-oss-20b", 20.9),
+     ("gpt-oss-120b", 116.8), ("deepseek-v3", 671.0)],
 )  # fmt: skip
 def test_bundled_models_have_the_published_sizes(name: str, billions: float) -> None:
     """The parameters of the whole model, in billions, as the sources say."""
