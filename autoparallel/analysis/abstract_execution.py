@@ -15,15 +15,14 @@ from typing import Any
 from autoparallel.cost.fake_run import (
     FakeTensorSpec,
     Observed,
-    StandInGroup,
     contiguous,
     observe,
-    random_arguments,
     runner,
     skeleton,
 )
 from autoparallel.cost.hardware import device_planned_for
 from autoparallel.cost.saved_tensors import fitted, stand_in
+from autoparallel.cost.stand_in_group import StandInGroup, random_arguments
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.graph.part_sizes import local_shape
 from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout

@@ -19,7 +19,8 @@ class Liveness:
     backward pass. activations: their bytes. forward, backward: bytes of activations and of their
     gradients at every moment of the two passes; a moment of the backward pass has the number of the
     forward moment whose backward it is, and the last entry is the time between the passes.
-    temporary: bytes beyond the saved ones at the moment with the most.
+    temporary: bytes beyond the saved ones at the moment with the most. worst: the call at whose
+    backward that is, or the one that reads what is redistributed then; "" for none.
 
     Example: `Liveness(AbstractExecution(graph, plan)).activations`
     """
@@ -44,6 +45,15 @@ class Liveness:
         self.forward, self.backward = self._forward(), self._backward()
         worst = max(self.forward.max(initial=0), self.backward.max(initial=0))
         self.temporary = max(int(worst) - self.activations, 0)
+        self.worst = self._worst()
+
+    def _worst(self) -> str:
+        """Return the call at whose backward the most bytes are there; "" for none."""
+        if not len(self.backward) or self.backward.max() < self.forward.max(initial=0):
+            return ""
+        at = int(self.backward.argmax())
+        names = (moment.node for moment in self.execution.moments[at:])
+        return next((name for name in names if name), "")
 
     def _find_savers(self) -> None:
         """Fill `savers` and `again`: the moments at whose backward each storage is needed."""
