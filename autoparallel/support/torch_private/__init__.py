@@ -65,6 +65,7 @@ from autoparallel.support.torch_private.process_groups import (
     flattened_group,
     functional_collectives,
     gloo_ranks,
+    let_gloo_end,
     pipeline_order,
     set_patience,
 )
@@ -160,6 +161,7 @@ _HOMES = {
 __all__ = [
     "EXPORT_LOGGERS",
     "FAKE_TENSOR_LOGGER",
+    "let_gloo_end",
     "NN_BINDINGS",
     "FakeTensorMode",
     "OpOverload",
