@@ -59,12 +59,14 @@ from autoparallel.support.torch_private.fused_attention import (
     attention_gradients,
     has_attention_sums,
 )
+from autoparallel.support.torch_private.meta_results import remembering_meta_results
 from autoparallel.support.torch_private.process_groups import (
     default_store,
     fake_process_group,
     flattened_group,
     functional_collectives,
     gloo_ranks,
+    let_gloo_end,
     pipeline_order,
     set_patience,
 )
@@ -164,6 +166,7 @@ _HOMES = {
 __all__ = [
     "EXPORT_LOGGERS",
     "FAKE_TENSOR_LOGGER",
+    "let_gloo_end",
     "NN_BINDINGS",
     "FakeTensorMode",
     "LazyStage",
@@ -233,6 +236,7 @@ __all__ = [
     "references_to",
     "remembering_arithmetic",
     "remembering_fake_results",
+    "remembering_meta_results",
     "run_as_python",
     "run_in_place",
     "run_when_ready",
