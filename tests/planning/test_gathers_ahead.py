@@ -69,9 +69,7 @@ def planned(mesh: Mesh, *demands: str, **options: Any) -> tuple[Layers, torch.Te
 def linked(bytes_per_second: float) -> Hardware:
     """A processor on a link of this rate."""
     cpu = find_hardware("cpu")
-    regimes = tuple(
-        replace(each, bytes_per_second=bytes_per_second) for each in cpu.inside.regimes
-    )
+    regimes = tuple(replace(each, bytes_per_second=bytes_per_second) for each in cpu.inside.regimes)
     return replace(cpu, inside=replace(cpu.inside, regimes=regimes))
 
 
