@@ -66,6 +66,7 @@ from autoparallel.support.torch_private.process_groups import (
     flattened_group,
     functional_collectives,
     gloo_ranks,
+    let_gloo_end,
     pipeline_order,
     set_patience,
 )
@@ -165,6 +166,7 @@ _HOMES = {
 __all__ = [
     "EXPORT_LOGGERS",
     "FAKE_TENSOR_LOGGER",
+    "let_gloo_end",
     "NN_BINDINGS",
     "FakeTensorMode",
     "LazyStage",
