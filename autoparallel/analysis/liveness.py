@@ -19,7 +19,8 @@ class Liveness:
     backward pass. activations: their bytes. forward, backward: bytes of activations and of their
     gradients at every moment of the two passes; a moment of the backward pass has the number of the
     forward moment whose backward it is, and the last entry is the time between the passes.
-    temporary: bytes beyond the saved ones at the moment with the most.
+    temporary: bytes beyond the saved ones at the moment with the most. worst: the call at whose
+    backward that is, or the one that reads what is redistributed then; "" for none.
 
     Example: `Liveness(AbstractExecution(graph, plan)).activations`
     """
@@ -44,6 +45,15 @@ class Liveness:
         self.forward, self.backward = self._forward(), self._backward()
         worst = max(self.forward.max(initial=0), self.backward.max(initial=0))
         self.temporary = max(int(worst) - self.activations, 0)
+        self.worst = self._worst()
+
+    def _worst(self) -> str:
+        """Return the call at whose backward the most bytes are there; "" for none."""
+        if not len(self.backward) or self.backward.max() < self.forward.max(initial=0):
+            return ""
+        at = int(self.backward.argmax())
+        names = (moment.node for moment in self.execution.moments[at:])
+        return next((name for name in names if name), "")
 
     def _find_savers(self) -> None:
         """Fill `savers` and `again`: the moments at whose backward each storage is needed."""
@@ -110,6 +120,7 @@ class Liveness:
         for index, its_region in enumerate(self.region):
             ends[its_region] = index
         returned = {execution.locals[number].storage for number in execution.returned}
+        started = self._started()
         for number, storage in enumerate(execution.storages):
             if storage.kind != "activation":
                 continue
@@ -119,7 +130,7 @@ class Liveness:
             elif self.savers[number]:
                 alive(min(self.savers[number]), count, storage.nbytes)
             if self.again[number]:
-                last = max(self.again[number])
+                last = max(*self.again[number], started.get(number, -1))
                 its_region = self.region[storage.born]
                 alive(
                     min(self.again[number]),
@@ -135,6 +146,18 @@ class Liveness:
                 if last >= 0:
                     alive(index, last, execution.locals[number].gradient)
         return _alive(change, [moment.backward for moment in execution.moments])
+
+    def _started(self) -> dict[int, int]:
+        """Return, for each storage that is gathered again ahead of its use, the moment at whose
+        backward that is started: where another one is taken that comes a little later.
+        """
+        ahead = self.execution.ahead
+        taken = [max(self.again[number], default=-1) for number, _ in ahead]
+        return {
+            number: max(taken[at + 1 : at + 1 + distance], default=-1)
+            for at, (number, distance) in enumerate(ahead)
+            if taken[at] >= 0
+        }
 
     def _lasts(self) -> list[int]:
         """Return, for each tensor, the moment at whose backward its gradient first exists; -1 for

@@ -7,6 +7,7 @@ the planner chose by. Of a rank's parts the largest are counted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from autoparallel.analysis.abstract_execution import AbstractExecution, Seen
 from autoparallel.analysis.liveness import Liveness
@@ -90,8 +91,9 @@ def memory_of(
             if number in saved if category == "activations" else storage.kind != "parameter":
                 where = ".".join(text for text in (prefix.rstrip("."), storage.where) if text)
                 items.append(Item(category, storage.name, where, 1, storage.nbytes))
-    rows = grouped(items)
-    return account_of(rows, temporary, tuple(assumed))
+    account = account_of(grouped(items), temporary, tuple(assumed))
+    # Of parts, none decides alone.
+    return account if plan.captured is None else replace(account, worst=liveness.worst)
 
 
 def _programs(plan: Plan) -> list[tuple[str, Plan]]:

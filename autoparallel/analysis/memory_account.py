@@ -47,7 +47,8 @@ class Account:
     beyond all these: tensors on their way, their gradients, recomputed tensors, and collectives'
     buffers. items: the tensors that take it, the largest first. assumed: ops that could not be run
     without data, and are taken to save all that they read and make. where: of a pipeline, the
-    stages of the rank; "" for the whole model.
+    stages of the rank; "" for the whole model. worst: the op at whose backward that moment is; ""
+    for another moment, and where it was not asked for.
 
     >>> Account(4, 4, 8, 0, 0, 1, 2, ()).total
     19
@@ -63,6 +64,7 @@ class Account:
     items: tuple[Item, ...]
     assumed: tuple[str, ...] = ()
     where: str = ""
+    worst: str = ""
 
     @property
     def total(self) -> int:

@@ -348,7 +348,10 @@ class VariableSearch:
 
     def asked(self, variable: contextvars.ContextVar[Any]) -> None:
         """Note a context variable."""
-        value = variable.get(ABSENT)
+        try:
+            value = variable.get()  # an argument would stand before the variable's own default
+        except LookupError:
+            value = ABSENT
         route = (("cell", Answer(variable.get)),)
         read = AttributeRead("", route, variable.name, Where.ENCLOSED, kept_of(value))
         self.found.setdefault((id(variable),), read)

@@ -89,7 +89,11 @@ def _read(network: CostNetwork, counted: CostNetwork) -> dict[str, _Tables]:
 
     def places() -> Iterator[tuple[str, str, str, int]]:
         """Yield the root, the value, and the op and the place at which it is read and saved."""
+        order = {node.name: place for place, node in enumerate(graph.nodes)}
         for node in graph.calls:
+            # Tables of ops count what is there at one moment, which is then that of all.
+            if order[node.name] > counted.moment.place:
+                continue
             flags = saved.of(node.name).operands if node.name not in network.repeats else ()
             for place, (value, is_saved) in enumerate(zip(node.operands(), flags, strict=False)):
                 root = saved.storage_of(value)

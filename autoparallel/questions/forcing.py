@@ -24,7 +24,7 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, Plan
-from autoparallel.planning.memory_limit import MOST_ATTEMPTS
+from autoparallel.planning.closest_plan import MOST_ATTEMPTS
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.pipeline_choices import shares_of
 from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan

@@ -27,6 +27,7 @@ from autoparallel.rules.lookup import rule_of_whole_tensors
 from autoparallel.rules.strategies import Strategy, strategies
 from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.counted_moments import likely_moment, moment_of
 from autoparallel.strategy.equal_axes import (
     AxisGroups,
     arranged,
@@ -64,6 +65,7 @@ def build_network(
     groups: AxisGroups = (),
     only: Mapping[str, frozenset[Any]] | None = None,
     modes: Sequence[str] = (),
+    counted_at: str | None = None,
 ) -> CostNetwork:
     """Return the cost network of a graph: all strategies, and what they cost with neighbours.
 
@@ -75,7 +77,8 @@ def build_network(
     whose order is to be left open: one state then stands for all of its orders, and the network
     bounds the one with them (see equal_axes.py). only: per variable, the states that there are to
     be, in whatever order, as `arranged_states` tells them; all by default. modes: how each repeated
-    block is recomputed, in their order, where that is decided.
+    block is recomputed, in their order, where that is decided. counted_at: the call at whose
+    backward bytes are counted; by default, where they are likely to be most.
     Costs are seconds of one training step (forward, backward, update), usage is bytes per rank.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
 
@@ -83,7 +86,7 @@ def build_network(
     """
     builder = _Builder(
         graph, mesh, hardware, options, stored or {}, whole_outputs, shares, known, groups, only,
-        modes,
+        modes, counted_at,
     )  # fmt: skip
     return builder.build()
 
@@ -93,10 +96,11 @@ def rebuilt(
     options: Options | None = None,
     mesh: Mesh | None = None,
     modes: Sequence[str] = (),
+    counted_at: str | None = None,
 ) -> CostNetwork:
     """Return the network of the same graph under other options, or on another mesh.
 
-    options, mesh: None for those of `network`. modes, errors: as of `build_network`.
+    options, mesh: None for those of `network`. modes, counted_at, errors: as of `build_network`.
     """
     return build_network(
         network.graph,
@@ -110,6 +114,7 @@ def rebuilt(
         # The states of one mesh say nothing of another's.
         only=network.only if mesh is None else None,
         modes=modes,
+        counted_at=counted_at,
     )
 
 
@@ -133,7 +138,9 @@ class _Builder:
         groups: AxisGroups,
         only: Mapping[str, frozenset[Any]] | None,
         modes: Sequence[str],
+        counted_at: str | None,
     ) -> None:
+        self.counted_at = counted_at
         self.graph, self.mesh, self.options, self.known = graph, mesh, options, known
         self.sizes = tuple(size for _, size in mesh.axes)
         # Micro-batches are the ranks of an axis in time: no device, and no link.
@@ -215,10 +222,13 @@ class _Builder:
             self.pace.device,
         )
         if self.saved is not None:
-            peak_call, freed = self.saved.peak_call(self.mesh.world_size, self.recomputation.place)
+            self.network.moment = (
+                likely_moment(self.saved, self.recomputation)
+                if self.counted_at is None
+                else moment_of(self.recomputation, self.counted_at)
+            )
             resident = (node for node in self.graph.nodes if node.kind in ("input", "constant"))
-            self.network.peak_call = peak_call
-            self.network.fixed_nbytes = sum(nbytes(node.result) for node in resident) - freed
+            self.network.fixed_nbytes = sum(nbytes(node.result) for node in resident)
         self.add_calls()
         parameters = ParameterStates(
             self.network, self.splits, self.in_time, self.pace, self.equal, self.groups
@@ -241,6 +251,8 @@ class _Builder:
         """Add the states of every call to the network, computed once for calls that are alike."""
         shared = self.alike
         different = tuple({id(splits): splits for splits in self.splits}.values())
+        moment, places = self.network.moment, {n.name: at for at, n in enumerate(self.graph.nodes)}
+        nothing: dict[int, Array] = {}
         for node in self.graph.calls:
             matched = self.matched[node.name]
             tiles = tuple(tuple(splits.tiles.get(node.name, ())) for splits in different)
@@ -255,9 +267,12 @@ class _Builder:
             self.network.strategies[node.name] = states.joints
             self.network.costs[node.name] = states.costs
             if states.usage is not None:
-                self.network.usage[node.name] = states.usage
-            if node.name == self.network.peak_call:
-                self.network.usage[node.name] = self.peak_usage(node, states)
+                usage, count = states.usage, len(states.joints)
+                if places[node.name] > moment.place:
+                    usage = nothing.setdefault(count, np.zeros(count))
+                elif node.name == moment.call:
+                    usage = self.peak_usage(node, states)
+                self.network.usage[node.name] = usage
             self.network.rules[node.name] = matched.rule
             if self.saved is not None:
                 self.network.saved_for_backward[node.name] = self.saved.reads_saved_by(node)

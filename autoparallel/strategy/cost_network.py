@@ -24,6 +24,7 @@ from autoparallel.placement import Layout, layout_text
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.strategy.candidate_splits import CandidateSplits
 from autoparallel.strategy.cost_tables import Table
+from autoparallel.strategy.counted_moments import BEGINNING, Moment
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.parameter_storage import ParameterStorage
 from autoparallel.strategy.recompute_modes import Recomputation
@@ -56,7 +57,7 @@ class CostNetwork:
     what recomputing adds. allowed: per node, the states that constraints leave. saved_for_backward:
     per call, which operands its backward pass needs. rules: per call node. weights: values that
     come from parameters alone.
-    peak_call: the call during whose backward the bytes are counted, "" for after the forward pass.
+    moment: the one at which bytes are counted.
     fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
     activations: what calls save, None where memory is not limited.
     only: the states that there are, see `build_network`; None for all.
@@ -93,7 +94,7 @@ class CostNetwork:
     _positions: dict[str, float] = field(default_factory=dict)
     rules: dict[str, ShardingRule | None] = field(default_factory=dict)
     weights: frozenset[str] = frozenset()
-    peak_call: str = ""
+    moment: Moment = BEGINNING
     fixed_nbytes: float = 0.0
     shares: StageShares = WHOLE_MODEL
     activations: SavedActivations | None = None

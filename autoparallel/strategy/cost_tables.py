@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from autoparallel.placement import Layout
 from planners import Alternative
 
-__all__ = ["Table", "first_row", "stacked", "sum_of_columns"]
+__all__ = ["Table", "first_row", "stacked", "sum_of_columns", "with_usage"]
 
 Array = NDArray[np.float64]
 
@@ -100,3 +100,16 @@ def first_row(table: Table) -> Table:
         for one in table.alternatives
     )
     return Table(table.cost[0], usage, alternatives)
+
+
+def with_usage(table: Table, least: Array, more: Array) -> Table:
+    """Return a table whose alternatives use at least so much, and all of its ways so much more.
+
+    >>> with_usage(Table(np.zeros(1)), np.array([2.0]), np.array([1.0])).usage
+    array([1.])
+    """
+    others = tuple(
+        Alternative(one.cost, np.maximum(0.0 if one.usage is None else one.usage, least) + more)
+        for one in table.alternatives
+    )
+    return Table(table.cost, _usage(table) + more, others)

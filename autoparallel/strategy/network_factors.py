@@ -15,6 +15,7 @@ from autoparallel.graph.graph import Graph
 from autoparallel.placement import Layout
 from autoparallel.strategy.cost_network import CostNetwork, reduced_together
 from autoparallel.strategy.cost_tables import Table, first_row
+from autoparallel.strategy.counted_moments import Left, Phase
 from autoparallel.strategy.layout_sets import ReaderLayouts
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.recompute_modes import Recomputation
@@ -62,6 +63,8 @@ class NetworkFactors:
     ) -> None:
         self.network, self.states, self.parameters = network, states, parameters
         self.recomputation, self.saved, self.invariant = recomputation, saved, invariant
+        self.moment = network.moment
+        self.places = {node.name: at for at, node in enumerate(network.graph.nodes)}
         self.graph: Graph = network.graph
         self.together = reduced_together(network.graph)
         self.reads = {node.name: node.operands() for node in network.graph.calls}
@@ -96,6 +99,11 @@ class NetworkFactors:
             alone = node.name in blocks.made[block_of_call]
             selective = np.array([mode == "selective" for mode in blocks.modes[block_of_call]])
             freed = inside & ~selective if alone else inside
+            if self.places[node.name] > self.moment.place:
+                freed = np.zeros_like(inside)
+            else:
+                phases = self.phases(block_of_call)
+                freed = freed & np.array([phase is not Phase.AGAIN for phase in phases])
             table = self.shared(
                 ("recompute", id(states), tuple(inside), tuple(freed)),
                 partial(_recompute_table, states, inside, freed),
@@ -106,6 +114,15 @@ class NetworkFactors:
                 self.network.repeats[node.name] = Table(
                     table.cost[:, 0], None if table.usage is None else table.usage[:, 0]
                 )
+
+    def phases(self, block: int) -> tuple[Phase, ...]:
+        """Return, per mode of a block, its phase at the moment at which bytes are counted."""
+        key = ("phases", block)
+        modes = self.recomputation.modes[block]
+        return self.shared(
+            key,
+            lambda: tuple(self.moment.phase(self.recomputation, block, mode) for mode in modes),
+        )
 
     def modes(
         self, name: str, readers: list[tuple[str, ReaderLayouts]]
@@ -139,6 +156,7 @@ class NetworkFactors:
                 tuple(by_mode[mode] and not (alone[mode] and is_weight) for by_mode in inside),
                 apart=producer_block is not None and not produced_inside,
                 alone=alone[mode],
+                phase=self.phases(block)[mode],
             )
             for mode in range(len(blocks.modes[block]))
         )
@@ -214,6 +232,24 @@ class NetworkFactors:
                 )
         return readers
 
+    def needs(self, name: str) -> tuple[Left, tuple[bool, bool]]:
+        """Return how many of those that save a value still need it when bytes are counted; and of
+        the call whose backward that is, whether it needs a copy of it, and makes a gradient of one.
+        """
+        if self.saved is None:
+            return Left.ALL, (False, False)
+        needed, here = [], (False, False)
+        for node in self.graph.readers[name]:
+            places = tuple(i for i, operand in enumerate(self.reads[node.name]) if operand == name)
+            needed.append(self.saved.needed_from(node, places))
+            if node.name == self.moment.call:
+                # Gradients of other values are counted with the call itself.
+                is_weight = self.graph.producers[name].kind == "parameter"
+                gradient = is_weight and self.graph.values[name].requires_grad
+                here = needed[-1] == self.moment.place, gradient
+        returned = name in self.network.outputs
+        return Left.ALL if returned else self.moment.left(needed), here
+
     def add_redistributions(self) -> None:
         """Add the tables between the producer of every value and its readers.
 
@@ -227,8 +263,10 @@ class NetworkFactors:
             variable, produced = self.producer(name)
             weight, together = name in self.network.weights, name in self.together
             block, modes = self.modes(name, readers)
+            layouts = tuple(layouts for _, layouts in readers)
+            passed = self.saved is not None and name in self.saved.passed
             edge = self.network.edges.between(
-                value, produced, tuple(layouts for _, layouts in readers), weight, together, modes
+                value, produced, layouts, weight, together, modes, *self.needs(name), passed
             )
             self.network.values[name] = edge
             mode = (
@@ -238,7 +276,7 @@ class NetworkFactors:
                 self.couple(variable, readers[0][0], edge.paid, name, mode)
                 continue
             # All redistributions are free: the readers may choose as they like.
-            if not edge.paid.matters:
+            if not edge.paid.matters and edge.paid.usage is None:
                 continue
             if variable is None and not mode:
                 self.network.copy_variables.append((f"{name}*", first_row(edge.paid)))
@@ -258,7 +296,8 @@ class NetworkFactors:
         value whose redistribution the table prices, or "". mode: the variable of the table's last
         axis, if it has three. Tables of zeros alone are left out.
         """
-        if not table.matters or (first is None and not second):
+        # Which moment is counted must not matter: its networks have the same factors.
+        if not (table.matters or table.usage is not None) or (first is None and not second):
             return
         # A factor needs two variables, so a missing one gets a stand-in with a single free state.
         names = [first or "", second]

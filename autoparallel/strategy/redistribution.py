@@ -22,7 +22,8 @@ from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
 from autoparallel.placement import Invariant, Layout, Movement, Placement, Replicate, Shard, Step
 from autoparallel.strategy.arranged_paths import ArrangedPaths
-from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns
+from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns, with_usage
+from autoparallel.strategy.counted_moments import Left, Phase
 from autoparallel.strategy.equal_axes import AxisGroups
 from autoparallel.strategy.layout_sets import ReaderLayouts, layout_sets, offers_to_reader
 from autoparallel.strategy.parameter_storage import ParameterStorage
@@ -61,13 +62,15 @@ class RecomputedEnds:
 
     maker: the producer is. readers: per reader, whether it is. apart: the producer belongs to
     another block than the readers, and may be recomputed there or not. alone: each of them is by
-    itself, where its result is needed; so what the maker makes is saved for no reader.
+    itself, where its result is needed; so what the maker makes is saved for no reader. phase: of
+    the block, at the moment at which bytes are counted.
     """
 
     maker: bool
     readers: tuple[bool, ...]
     apart: bool = False
     alone: bool = False
+    phase: Phase = Phase.WAITING
 
     @property
     def moved_again(self) -> bool:
@@ -200,15 +203,22 @@ class RedistributionTables:
         weight: bool,
         together: bool,
         modes: tuple[RecomputedEnds, ...] = (),
+        left: Left = Left.ALL,
+        here: tuple[bool, bool] = (False, False),
+        passed: bool = False,
     ) -> RedistributionTable:
         """Return the tables of a value, from its producer to its reader or readers.
 
         produced, readers: layouts of both ends; of several readers, the tables are with a variable
         between. weight, together: as of `routes`. modes: for each way in which the readers' block
         may be recomputed, the ends that are. More than one makes `paid` a table of three variables,
-        the last of which is the mode.
+        the last of which is the mode. left: of the readers that save it, those that still need it
+        at the moment at which bytes are counted. here: of the call whose backward that is, whether
+        it needs a copy of the value, and makes a gradient of one beside the value's own. passed:
+        what is saved of it is counted with views of it.
         """
-        key = (_class(value, weight, together), id(produced), tuple(map(id, readers)), modes)
+        ends = id(produced), tuple(map(id, readers))
+        key = (_class(value, weight, together), ends, modes, left, here, passed)
         if key not in self._tables:
             if len(readers) == 1:
                 groups = readers[0].layouts
@@ -222,7 +232,10 @@ class RedistributionTables:
             routes = self.routes(value, weight, together, (*produced_layouts, *targets))
             plain = modes or (RecomputedEnds(False, (False,) * len(readers)),)
             tables = [
-                self._paid(value, produced, groups, saved, routes, targets, mode) for mode in plain
+                self._paid(
+                    value, produced, groups, saved, routes, targets, mode, left, here, passed
+                )
+                for mode in plain
             ]
             # What the caller holds cannot be dropped and redistributed again.
             if any(reader.returned_to_caller for reader in readers):
@@ -248,6 +261,9 @@ class RedistributionTables:
         routes: RedistributionPaths | ArrangedPaths,
         targets: tuple[Layout, ...],
         mode: RecomputedEnds,
+        left: Left,
+        here: tuple[bool, bool],
+        passed: bool,
     ) -> Table:
         """Return table[producer's state, group]: each layout of the group is paid once.
 
@@ -274,7 +290,17 @@ class RedistributionTables:
             cost = cost + sum_of_columns(ahead, targets, groups)
         if not self.memory:
             return Table(cost)
-        return self._weighed(value, produced, targets, saved, cost, ahead, mode)
+        table = self._weighed(value, produced, targets, saved, cost, ahead, mode, left, passed)
+        if not any(here):
+            return table
+        # Copies that are made again are there when they are needed.
+        shape, size = value.shape, nbytes(value)
+        copies = _copies(size, shape, produced.layouts, targets, self.sizes)
+        again, gradient = (
+            _held(copies, targets, some, Left.SOME) if asked else np.zeros(cost.shape)
+            for some, asked in zip((saved, groups), here, strict=True)
+        )
+        return with_usage(table, again, gradient)
 
     def _weighed(
         self,
@@ -285,50 +311,99 @@ class RedistributionTables:
         cost: Array,
         ahead: Array,
         mode: RecomputedEnds,
+        left: Left,
+        passed: bool,
     ) -> Table:
         """Return the table with bytes of what is saved, or recomputed from its source.
 
         cost: seconds of the table. ahead: forward seconds of each redistribution, table[state,
-        target]. A recomputed block saves the values that enter it, as they were produced, and
-        nothing else.
+        target]. left: as of `between`; where only some are, the least that they may need counts. A
+        recomputed block saves the values that enter it, as they were produced, and nothing else,
+        until it is run again: then it has all that it saves.
         The alternative to saving a redistributed copy: save the value as it was produced and
         redistribute it once more in the backward pass.
         """
         shape, size = value.shape, nbytes(value)
+        absent = mode.maker and mode.phase is not Phase.AGAIN
         # Bytes of the value as it was produced are 0 here if they are counted elsewhere.
-        free_source = produced.resident or (produced.counted and not mode.maker and not mode.apart)
+        free_source = produced.resident or (produced.counted and not absent and not mode.apart)
         source = np.array(
             [
                 0.0 if free_source else size * layout_fraction(shape, layout, self.sizes)
                 for layout in produced.layouts
             ]
         )
-        entering = any(mode.readers) and not mode.maker
-        if mode.moved_again:
-            usage = np.broadcast_to(source[:, None] if entering else 0.0, cost.shape)
+        enters = any(mode.readers) and not mode.maker
+        stays = enters and mode.phase is not Phase.OVER
+        if mode.moved_again and mode.phase is not Phase.AGAIN:
+            usage = np.broadcast_to(source[:, None] if stays else 0.0, cost.shape)
             return Table(cost, np.ascontiguousarray(usage))
-        if not any(saved) and not entering:
+        if not any(saved) and not enters:
             return Table(cost)
         forms = [_storage(target) for target in targets]
         plain = [_storage(layout) for layout in produced.layouts]
         other = np.array([[form != produced_form for form in forms] for produced_form in plain])
-        local = np.array([size * layout_fraction(shape, t, self.sizes) for t in targets])
-        held = np.where(other, local, source[:, None])
+        copies = _copies(size, shape, produced.layouts, targets, self.sizes)
+        held = np.where(other, copies, source[:, None])
         distinct = tuple(
             tuple({_storage(layout): layout for layout in some}.values()) for some in saved
         )
-        holds = sum_of_columns(held, targets, distinct)
+        holds = _held(held, targets, distinct, left)
+        # Views count what they are views of, and what they are converted to can be dropped there.
+        elsewhere = holds if passed else np.zeros_like(holds)
         redistributed = sum_of_columns(other.astype(float), targets, distinct) > 0
-        if entering:
+        if stays:
             # Some readers are run again: what they take stays, beside what the others keep.
             as_made = sum_of_columns((~other).astype(float), targets, distinct) > 0
-            holds = np.where(as_made, holds, holds + source[:, None])
-        if not redistributed.any():
-            return Table(cost, holds)
+            is_counted = as_made if left is Left.ALL else np.zeros_like(as_made)
+            least = holds if left is not Left.SOME else np.zeros_like(holds)
+            holds = np.where(is_counted, holds, least + source[:, None])
+        if not redistributed.any() or mode.moved_again or passed:
+            return Table(cost, holds - elsewhere)
         time = sum_of_columns(ahead * other, targets, distinct)
         repeat = np.where(redistributed & np.isfinite(cost), cost + time, np.inf)
         fewer = np.where(redistributed, np.broadcast_to(source[:, None], holds.shape), 0.0)
+        if left is not Left.ALL and not stays:
+            fewer = np.minimum(fewer, holds)
         return Table(cost, holds, (Alternative(repeat, fewer),))
+
+
+def _copies(
+    size: int,
+    shape: Sequence[Any],
+    layouts: Sequence[Layout],
+    targets: Sequence[Layout],
+    sizes: tuple[int, ...],
+) -> Array:
+    """Return table[state, target]: the bytes of a copy of a value, 0 where it is the value itself.
+
+    size, shape: of the value. layouts: of the value, by state. sizes: of the mesh axes.
+    """
+    local = np.array([size * layout_fraction(shape, target, sizes) for target in targets])
+    forms = [_storage(target) for target in targets]
+    other = np.array([[form != _storage(layout) for form in forms] for layout in layouts])
+    return np.where(other, local, 0.0)
+
+
+def _held(
+    held: Array,
+    targets: tuple[Layout, ...],
+    groups: tuple[tuple[Layout, ...], ...],
+    left: Left,
+) -> Array:
+    """Return table[state, group]: the bytes of the copies of a group that are still needed.
+
+    held: table[state, target]. groups: the copies that are saved. left: as of `between`.
+    """
+    if left is Left.ALL:
+        return sum_of_columns(held, targets, groups)
+    least = np.zeros((len(held), len(groups)))
+    if left is Left.SOME:
+        place = {target: index for index, target in enumerate(targets)}
+        for number, group in enumerate(groups):
+            if group:
+                least[:, number] = held[:, [place[target] for target in group]].min(axis=1)
+    return least
 
 
 def _class(value: Value, weight: bool, together: bool) -> Any:

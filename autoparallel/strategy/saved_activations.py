@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import math
+from collections.abc import Mapping
 
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.cost.saved_tensors import SavedTensors
@@ -19,7 +20,8 @@ class SavedActivations:
 
     rules: per call node. Views save nothing themselves: a saved view keeps alive the tensor that it
     is a view of, and is counted there. device: as of Hardware. viewed: per result that is a view,
-    whether something saves it. roots: the values whose memory is held by some call.
+    the place of the first call that saves it, as of `needed_from`. roots: the values whose memory
+    is held by some call. passed: values that are counted where views of them are saved.
     """
 
     def __init__(
@@ -28,34 +30,82 @@ class SavedActivations:
         self.graph, self.rules, self.device = graph, rules, device
         self.saved = SavedTensors(graph, rules, device=device)
         self.of = self.saved.of
-        self.viewed: dict[str, bool] = {}
+        self.viewed: dict[str, float] = {}
+        self._order = {node.name: float(place) for place, node in enumerate(graph.nodes)}
         # Backwards, because a view is saved where a view of it is.
         for node in reversed(graph.calls):
             aliases = self.saved.of(node.name).aliases
             for value, alias in zip(node.results, aliases, strict=True):
                 if alias is not None:
-                    self.viewed[value.name] = value.name in graph.outputs or any(
-                        self.saves(reader, tuple(_places(reader, value.name)))
+                    needed = (
+                        self.needed_from(reader, tuple(_places(reader, value.name)))
                         for reader in graph.readers[value.name]
                     )
-        self.roots = frozenset(name for node in graph.calls for name in self._saved_by(node))
+                    returned = value.name in graph.outputs
+                    self.viewed[value.name] = -1.0 if returned else min(needed, default=math.inf)
+        self.roots = frozenset(name for node in graph.calls for name in self.saved_by(node))
+        self.passed: set[str] = set()
+        for node in graph.calls:
+            aliases = self.saved.of(node.name).aliases
+            for value, alias in zip(node.results, aliases, strict=True):
+                starts = alias is None or node.operands()[alias] in self.passed
+                if starts and self._is_passed(node, value, alias is None):
+                    self.passed.add(value.name)
+
+    def _is_passed(self, node: Node, value: Value, is_own: bool) -> bool:
+        """Return whether a result is needed as views of it alone, which share it out among them.
+
+        is_own: it has memory of its own. What is read as a view may be converted before it is
+        saved, and then its own memory is not needed. So it is counted where the views are saved.
+        """
+        if is_own and self.saved.of(node.name).results[node.results.index(value)]:
+            return False
+        needing = []
+        for reader in self.graph.readers[value.name]:
+            places = tuple(_places(reader, value.name))
+            if self.needed_from(reader, places) < math.inf:
+                needing.append((reader, places))
+        if len(needing) != 1 or value.name in self.graph.outputs:
+            return False
+        ((reader, places),) = needing
+        saved = self.saved.of(reader.name)
+        pairs = zip(reader.results, saved.aliases, strict=True)
+        views = [view for view, alias in pairs if alias in places]
+        return (
+            not any(saved.operands[place] for place in places)
+            and all(0 <= self.viewed[view.name] < math.inf for view in views)
+            and sum(map(nbytes, views)) == nbytes(value)
+        )
 
     def saves(self, node: Node, places: tuple[int, ...]) -> bool:
         """Say whether the backward pass needs what `node` reads in these places.
 
         places: of its operands. A view needs its operand where the view itself is saved.
         """
+        return self.needed_from(node, places) < math.inf
+
+    def needed_from(self, node: Node, places: tuple[int, ...]) -> float:
+        """Return the place of the first call whose backward needs what `node` reads in these
+        places of its operands: it is there down to that. -1 for what the caller holds, +inf where
+        none needs it.
+        """
         saved = self.saved.of(node.name)
-        return any(saved.operands[place] for place in places) or any(
-            alias in places and self.viewed[value.name]
-            for value, alias in zip(node.results, saved.aliases, strict=True)
+        own = any(saved.operands[place] for place in places)
+        return min(
+            self._order[node.name] if own else math.inf,
+            *(
+                self.viewed[value.name]
+                for value, alias in zip(node.results, saved.aliases, strict=True)
+                if alias in places
+            ),
+            math.inf,
         )
 
     def reads_saved_by(self, node: Node) -> tuple[bool, ...]:
         """Return, per operand of a call, whether the backward pass needs that value from it."""
         return tuple(self.saves(node, tuple(_places(node, name))) for name in node.operands())
 
-    def _saved_by(self, node: Node) -> set[str]:
+    def saved_by(self, node: Node) -> set[str]:
         """Return the values whose memory a call holds, but for those that are there before."""
         saved = self.saved.of(node.name)
         names = (*node.operands(), *(value.name for value in node.results))
@@ -65,30 +115,9 @@ class SavedActivations:
             if is_saved and self.is_computed(self.saved.storage_of(name))
         }
 
-    def peak_call(self, ranks: int, repeated: Container[str]) -> tuple[str, float]:
-        """Return the call during whose backward the estimated footprint is largest.
-
-        ranks: all devices of the mesh, over which gradients are assumed to be split evenly.
-        repeated: calls in repeated blocks, which may be recomputed and do not count. Also returns
-        an upper bound on the saved bytes freed before that backward. ("", 0.0) where no call has
-        gradients.
-        The estimate is made before anything is planned: gradients of the call's operands and
-        results, less the saved activations that were freed by then. Views do not count: their
-        gradients are those of the tensor that they are views of.
-        """
-        graph = self.graph
-        call, most, freed_before, freed = "", 0.0, 0.0, 0.0
-        for node in reversed(graph.calls):
-            saved = self.saved.of(node.name)
-            if node.name not in repeated and all(alias is None for alias in saved.aliases):
-                gradients = sum(nbytes(value) for value, _ in self._differentiated(node)) / ranks
-                if gradients - freed > most:
-                    call, most, freed_before = node.name, gradients - freed, freed
-            # A value that others save too is counted once more here: this call may have had a
-            # copy of it in another layout. So `freed` is an upper bound.
-            freed += sum(nbytes(graph.values[name]) for name in self._saved_by(node))
-            freed += saved.internal_nbytes({})
-        return call, freed_before
+    def whole_gradient_nbytes(self, node: Node) -> float:
+        """Return the bytes of unsplit gradients that are alive while a call's backward runs."""
+        return sum(nbytes(value) for value, _ in self._differentiated(node))
 
     def _differentiated(self, node: Node) -> list[tuple[Value, int]]:
         """Return the operands and results of a call that have gradients while its backward runs.
@@ -126,8 +155,14 @@ class SavedActivations:
         """
         saved = self.saved.of(node.name)
         roots = [self.saved.storage_of(value.name) for value in node.results]
+        operands = node.operands()
         return tuple(
-            is_saved or (alias is not None and (root in self.roots or not self.is_computed(root)))
+            is_saved
+            or (
+                alias is not None
+                and operands[alias] not in self.passed
+                and (root in self.roots or not self.is_computed(root))
+            )
             for is_saved, alias, root in zip(saved.results, saved.aliases, roots, strict=True)
         )
 

@@ -10,7 +10,7 @@ import torch
 
 import autoparallel
 from autoparallel import Mesh
-from autoparallel.planning import memory_limit
+from autoparallel.planning import closest_plan, memory_limit
 from autoparallel.train.models import GPT, GPTConfig
 from planners import OverLimitError, Solution
 
@@ -54,20 +54,20 @@ def raised(
         plan = SimpleNamespace(cost=solution.cost, memory_price=0.0)
         return plan, SimpleNamespace(total=CASES[int(solution.usage)][1])
 
-    monkeypatch.setattr(memory_limit, "_read", read)
-    monkeypatch.setattr(memory_limit, "replace", lambda plan, **changes: plan)
+    monkeypatch.setattr(closest_plan, "_read", read)
+    monkeypatch.setattr(closest_plan, "replace", lambda plan, **changes: plan)
     plan, account = read(None, None, None, solution_of(50))
     network = SimpleNamespace(options=SimpleNamespace(memory_limit=100, gap=gap))
     solve = Solver([solution_of(usage) for usage in known])
-    best = memory_limit._Candidate(plan, account, 50)
-    search = memory_limit._Raised(
+    best = closest_plan.Candidate(plan, account, 50)
+    search = closest_plan._Raised(
         cast(Any, None), "", cast(Any, network), cast(Any, solve), cast(Any, None), best, 70, 6.0
     )
     return search.run(cast(Any, lambda limit: limit), 1.0).counted, solve
 
 
 def test_what_was_looked_at_is_taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_limit, "_MOST_RAISES", 0)
+    monkeypatch.setattr(closest_plan, "_MOST_RAISES", 0)
     assert raised(monkeypatch, [50, 70])[0] == 50
     assert raised(monkeypatch, [40, 56, 50, 64])[0] == 56
 

@@ -100,7 +100,7 @@ def as_it_begins(network: CostNetwork, plan: Plan) -> int:
     """Bytes of a plan, but for inputs and buffers, when its backward pass begins, and without what
     an op takes inside."""
     walk = AbstractExecution(network.graph, plan, plan.recomputed, remade=plan.remade)
-    (at,) = (i for i, moment in enumerate(walk.moments) if moment.node == network.peak_call)
+    (at,) = (i for i, moment in enumerate(walk.moments) if moment.node == network.moment.call)
     taken = memory_of(plan)
     stays = taken.parameters + taken.gradients + taken.optimizer_state
     return stays + int(Liveness(walk).backward[at]) - walk.moments[at].backward
@@ -123,7 +123,7 @@ def test_the_bytes_of_the_best_plans(recompute: str) -> None:
         memory_limit=10**12,
         tokens=1,
     )
-    assert network.peak_call == "cross_entropy_loss"
+    assert network.moment.call == "cross_entropy_loss"
     problem = network.problem()
     for charge in (0.0, 1e-9, 1e-7):
         found = exact.solve(problem.weighed(charge))

@@ -1,0 +1,335 @@
+"""The plan that fits into a limit on memory, or the one that needs least, of one network.
+
+The tables count bytes at one moment. Where a plan takes more at another, the limit on what is
+counted is lowered by the difference, and it is planned again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from autoparallel.analysis.memory_account import Account
+from autoparallel.errors import MemoryLimitError
+from autoparallel.graph.captured import Captured
+from autoparallel.placement import Layout
+from autoparallel.plan import Plan
+from autoparallel.planning.eased_plans import solved_or_refused
+from autoparallel.planning.gathers_ahead import without_gathers_ahead
+from autoparallel.planning.memory_advice import does_not_fit
+from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.strategy.build_network import rebuilt
+from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.stage_shares import WHOLE_MODEL
+from planners import OverLimitError, Problem, Solution
+from planners.effort import current
+from planners.two_usages import mean_usage, usage_of
+
+__all__ = ["MOST_ATTEMPTS", "Candidate", "allowed_nbytes", "closest"]
+
+Judge = Callable[..., Account]
+
+# Each attempt plans with a limit that is lowered by the excess of the plan before; the last one
+# takes the plan that keeps least.
+MOST_ATTEMPTS = 8
+# The price of a byte where the plan that keeps least is looked for: so high that bytes decide, and
+# so low that seconds, which break ties, are not lost in rounding.
+_SECONDS_PER_BYTE = 1e-3
+# So many limits between one that fits and one that does not are tried, and so many solutions of
+# each search are counted.
+_MOST_RAISES, _MOST_LOOKS = 3, 4
+# Limits that differ by less than this share are one.
+_EQUAL_LIMITS = 1e-2
+# So many shares of a moment in what is counted are tried, and so many moments beside the first.
+_MOST_TURNS, _MOST_MOMENTS = 3, 3
+# What it takes to count a plan's memory, by the nodes of the graph.
+_SECONDS_PER_NODE = 1e-4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan and its memory on the rank that needs most.
+
+    account: all of the memory, by category. counted: those bytes of it that the planner's tables
+    count, which are there at one moment of the backward pass.
+    """
+
+    plan: Plan
+    account: Account
+    counted: float
+
+    def error(self, captured: Captured, network: CostNetwork) -> MemoryLimitError:
+        """Return the error that says what this plan takes, where none takes less."""
+        return does_not_fit(captured, network, self.plan, self.account, self.counted)
+
+
+def closest(
+    captured: Captured,
+    model: str,
+    network: CostNetwork,
+    solve: NetworkSolver,
+    pins: Mapping[str, Layout],
+    judge: Judge,
+) -> tuple[Candidate, float]:
+    """Return a plan that fits or, where no attempt gives one, the plan that takes least.
+
+    Return also a lower bound on the cost of every plan whose saved bytes are within the limit: +inf
+    where it is proven that there is none.
+    """
+    # Bytes that every plan needs are no matter of choice, and are not in the tables. The tables of
+    # a pipeline count all stages, for one micro-batch of those in flight.
+    scale = network.shares.ranks / network.shares.in_flight
+    limit = given = (allowed_nbytes(network) - network.fixed_nbytes) * scale
+    counted = _Moments(network, pins, given)
+    least: Candidate | None = None
+    bound, price, above = -math.inf, 0.0, limit
+    attempt = 0
+    while attempt < MOST_ATTEMPTS:
+        problem = counted.problem(limit)
+        last = attempt == MOST_ATTEMPTS - 1
+        try:
+            if last:
+                solution = _least(problem, solve)
+            else:
+                searched = solved_or_refused(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
+                solution, price = _better(problem, searched, solve.start), searched.multiplier
+                if limit == given:
+                    bound = max(bound, solution.lower_bound)
+        except OverLimitError as error:
+            # The plan that keeps least may still fit: the limit was lowered by guess.
+            if limit == given and not problem.fits(error.least):
+                bound = math.inf
+            last = True
+            solution = _least(problem, solve)
+        read, account = _read(captured, model, network, solution, judge)
+        candidate = Candidate(replace(read, memory_price=price), account, solution.usage / scale)
+        if least is None or candidate.account.total < least.account.total:
+            least = candidate
+        over = candidate.account.total - allowed_nbytes(network)
+        if over <= 0 and attempt and not last:
+            raised = _Raised(captured, model, network, solve, judge, candidate, above, bound)
+            return raised.run(counted.problem, scale), bound
+        if last or over <= 0:
+            break
+        if limit == given and counted.turn(solution, account.worst, solve.known):
+            continue
+        above = limit
+        # The solution may use less than the limit: from there the excess is taken off.
+        limit = min(limit, solution.usage) - over * scale
+        attempt += 1
+    assert least is not None
+    return least, bound
+
+
+@dataclass
+class _Share:
+    """What counts at one more moment, beside what counted before.
+
+    network: with bytes counted at that moment. share: of it, between `low`, with which a solution
+    was over the limit there, and `high`, with which one was before. turns: how often it may change.
+    """
+
+    network: CostNetwork
+    share: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    turns: int = _MOST_TURNS
+
+
+class _Moments:
+    """The problems of a network within limits, by what is counted at one moment or at several.
+
+    What is within the limit at each of some moments is so in each mean of them, so that all bounds
+    hold. The right mean, whose best solution is within the limit at each of them, is looked for by
+    halving. A moment is one at which some plan takes too much.
+    pins: as of `closest`. given: the limit as it was given. shares: of moments, the latest last.
+    """
+
+    def __init__(self, network: CostNetwork, pins: Mapping[str, Layout], given: float) -> None:
+        self.network, self.pins, self.given = network, pins, given
+        self.shares: list[_Share] = []
+
+    def problem(self, limit: float) -> Problem:
+        """Return the problem within a limit, by bytes as they are counted now."""
+        return self._mean(self.shares, limit)
+
+    def _mean(self, shares: Sequence[_Share], limit: float) -> Problem:
+        """Return the problem with these shares of moments beside the first one."""
+        mean = self.network.problem(1.0, self.pins, limit)
+        for one in shares:
+            mean = mean_usage(mean, one.network.problem(1.0, self.pins, limit), one.share)
+        return mean
+
+    def turn(self, solution: Solution, worst: str, known: list[Solution]) -> bool:
+        """Count more of the moment at which a solution is over the limit; return whether there is
+        another mean to try.
+
+        worst: the call at whose backward its plan takes most, "" for another moment. known:
+        solutions, which are told anew what they use.
+        """
+        # Stages have several micro-batches under way, each at another moment.
+        if current().is_over or self.network.shares != WHOLE_MODEL:
+            return False
+        if not self._halved(solution) and not self._another(solution, worst):
+            return False
+        problem = self.problem(self.given)
+        known[:] = [replace(one, usage=usage_of(problem, one)) for one in known]
+        return True
+
+    def _halved(self, solution: Solution) -> bool:
+        """Change the share of the latest moment, if the solution is over the limit there or before
+        it; return whether it was changed.
+        """
+        if not self.shares or not self.shares[-1].turns:
+            return False
+        *before, latest = self.shares
+        alone = latest.network.problem(1.0, self.pins, self.given)
+        if not alone.fits(usage_of(alone, solution)):
+            latest.low = latest.share
+        elif not alone.fits(usage_of(self._mean(before, self.given), solution)):
+            latest.high = latest.share
+        else:
+            return False
+        latest.turns -= 1
+        share, latest.share = latest.share, (latest.low + latest.high) / 2
+        return share != latest.share
+
+    def _another(self, solution: Solution, worst: str) -> bool:
+        """Count the moment at which a plan takes most, too; return whether that is a new one at
+        which it is over the limit.
+        """
+        seen = [self.network, *(one.network for one in self.shares)]
+        if not worst or len(seen) > _MOST_MOMENTS:
+            return False
+        if any(network.moment.call == worst for network in seen):
+            return False
+        network = rebuilt(self.network, counted_at=worst)
+        network.allowed = self.network.allowed
+        problem = network.problem(1.0, self.pins, self.given)
+        if problem.fits(usage_of(problem, solution)):
+            return False
+        self.shares.append(_Share(network))
+        return True
+
+
+@dataclass
+class _Raised:
+    """The search for a cheaper plan than one that fits, where the limit was lowered by guess.
+
+    What keeps less than a tighter limit fits a looser one all the same, and by how much a limit has
+    to be lowered differs from plan to plan.
+    best: the cheapest plan that fits. above: a limit on what is counted by which no plan fitted.
+    bound: on the cost of all. Other fields: the arguments of `closest`.
+    """
+
+    captured: Captured
+    model: str
+    network: CostNetwork
+    solve: NetworkSolver
+    judge: Judge
+    best: Candidate
+    above: float
+    bound: float
+    seen: list[Solution] = field(default_factory=list)
+    scale: float = 1.0
+
+    def run(self, problem_of: Callable[[float], Problem], scale: float) -> Candidate:
+        """Return the cheapest plan that fits: of those that were looked at, and within limits
+        between the one that fitted and the one that did not.
+        """
+        self.scale = scale
+        self.look(self.solve.known)
+        below = self.best.counted * scale
+        for _ in range(_MOST_RAISES):
+            if self.is_enough or self.above - below <= _EQUAL_LIMITS * self.above:
+                break
+            limit = (below + self.above) / 2
+            try:
+                found = self.solve.within(problem_of(limit))
+            except OverLimitError:
+                break
+            if found.cost >= self.best.plan.cost or self.look([found]):
+                below = limit
+            else:
+                self.above = found.usage
+            self.look(self.solve.known)
+        return self.best
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the best is near enough to the bound, or there is no time for more."""
+        cost = self.best.plan.cost
+        return cost - self.bound <= self.network.options.gap * abs(cost) or current().is_over
+
+    def look(self, solutions: Sequence[Solution]) -> bool:
+        """Take the cheapest of these solutions that fits, if it is cheaper than the best; return
+        whether one is.
+        """
+        cheaper = sorted(
+            (
+                one
+                for one in solutions
+                if one.cost < self.best.plan.cost and one.usage <= self.above
+                if not any(one is seen for seen in self.seen)
+            ),
+            key=lambda one: one.cost,
+        )
+        # The dearer ones need less; the cheapest that fits is found by halving.
+        first, last, fits = 0, len(cheaper), False
+        for _ in range(_MOST_LOOKS):
+            if first == last or self.is_enough:
+                break
+            middle = (first + last) // 2
+            solution = cheaper[middle]
+            self.seen.append(solution)
+            read, account = _read(self.captured, self.model, self.network, solution, self.judge)
+            if account.total <= allowed_nbytes(self.network):
+                plan = replace(read, memory_price=self.best.plan.memory_price)
+                self.best = Candidate(plan, account, solution.usage / self.scale)
+                last, fits = middle, True
+            else:
+                first = middle + 1
+        return fits
+
+
+def _least(problem: Problem, solve: NetworkSolver) -> Solution:
+    """Return the solution that keeps least and, of those that do, costs least.
+
+    It proves no lower bound on the cost.
+    """
+    smallest = solve(problem.weighed(_SECONDS_PER_BYTE))
+    return Solution.of(problem, smallest.assignment, smallest.method, -math.inf, _SECONDS_PER_BYTE)
+
+
+def allowed_nbytes(network: CostNetwork) -> int:
+    """Return the memory limit of one rank, in bytes."""
+    assert network.options.memory_limit is not None
+    return network.options.memory_limit
+
+
+def _better(problem: Problem, solution: Solution, start: Mapping[str, int] | None) -> Solution:
+    """Return the solution, or the assignment to begin with, if that fits and costs less."""
+    if start is None or problem.limit is None:
+        return solution
+    begun = Solution.of(problem, start, "as given", solution.lower_bound)
+    return begun if begun.usage <= problem.limit and begun.cost < solution.cost else solution
+
+
+def _read(
+    captured: Captured, model: str, network: CostNetwork, solution: Solution, judge: Judge
+) -> tuple[Plan, Account]:
+    """Return the plan of a solution, and all of its memory on the rank that needs most.
+
+    Where gathers that begin ahead of their use take too much, they begin where they are read.
+    """
+    plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
+    current().spend(len(network.graph.nodes) * _SECONDS_PER_NODE)
+    account = judge(plan)
+    if account.total > allowed_nbytes(network) and any(row.begins for row in plan.conversions):
+        waiting = without_gathers_ahead(plan)
+        less = judge(waiting)
+        if less.total < account.total:
+            plan, account = waiting, less
+    return replace(plan, memory=account.rows), account
