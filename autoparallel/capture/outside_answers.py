@@ -1,4 +1,4 @@
-"""What a forward asks outside of torch and the model: clocks, the system, files, its callers.
+"""Answers that a forward gets outside of torch and the model: clocks, files, its callers.
 
 The answer is another one in each call, or may be, and a trace has it as a constant. Such questions
 end in few functions of the interpreter, which are seen by a profile function while the forward is
