@@ -80,8 +80,8 @@ class StageModule(nn.Module):
 
         Autograd leaves a gradient where it came from if nothing but a view lies between, and would
         add those of the next micro-batches there: to the gradient of another weight, too, or to
-        what is being sent. others: the gradients that came in, of which the memory would be kept for
-        a part of it, and those that go to the stage before.
+        what is being sent. others: the gradients that came in, whose memory would be kept for a
+        part of it, and those that go to the stage before.
         """
         if not self.shared:
             return
