@@ -4,11 +4,11 @@
 
 A GPT is trained by two gloo processes, split by tensor parallelism, with and without sequence
 parallelism, by data parallelism, and by ZeRO-3: with parameters that stay gathered to the end of
-the step, and with copies that are dropped and gathered again. The link is a model: each collective takes the latency and its
-bytes at the bandwidth, one after the other, from the moment when it is started. The clock is the
-processor's time of the rank's main thread, plus what it had to wait for the link so far. So the
-figures do not depend on what else the machine does, and nobody sleeps. A rank is *exposed* to the
-link for the seconds that its clock jumps when it waits for a result.
+the step, and with copies that are dropped and gathered again. The link is a model: each collective
+takes the latency and its bytes at the bandwidth, one after the other, from the moment when it is
+started. The clock is the processor's time of the rank's main thread, plus what it had to wait for
+the link so far. So the figures do not depend on what else the machine does, and nobody sleeps. A
+rank is *exposed* to the link for the seconds that its clock jumps when it waits for a result.
 
 Each way is measured waiting (overlap=False), overlapping, and, with --against, in another checkout
 of this project, whose module is run as it is.

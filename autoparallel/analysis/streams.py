@@ -18,7 +18,8 @@ PIECES, MOVED, REDUCED, GATHERED = "pieces", "moved", "reduced", "gathered"
 class Streams:
     """Streams are both streams of a rank.
 
-    events: of both. free: the time in seconds at which each is free. waited: seconds in which nothing is computed, by what is waited for.
+    events: of both. free: the time in seconds at which each is free. waited: seconds in which
+    nothing is computed, by what is waited for.
     """
 
     events: list[Event] = field(default_factory=list)
