@@ -144,13 +144,13 @@ class TensorFacts(TorchFunctionMode):
         path, number = self.path_of(tensor), self.numbers.get(id(tensor))
         if path is None and number is None:
             return ABSENT
-        source = None
+        value: Any = ABSENT
         if path is not None:
-            source = self.truth[path]
+            value = vars(self.truth[path]).get(name, ABSENT)
         elif self.inputs is not None:
-            source = self.inputs[number or 0]
-        value = ABSENT if source is None else vars(source).get(name, ABSENT)
-        if source is None or not (value is ABSENT or isinstance(value, SIMPLE)):
+            value = vars(self.inputs[number or 0]).get(name, ABSENT)
+        # A part is given tensors that Python has computed: the program is for those without it.
+        if not (value is ABSENT or isinstance(value, SIMPLE)):
             raise self.refuse(
                 f"the forward reads the attribute {name} of {self.described(path, number)}",
                 "a graph is given tensors without the attributes that were set on them",
