@@ -35,16 +35,12 @@ Way = tuple[str, tuple[Step, ...]]
 _ASKING = re.compile(r"^(is|are|get|has|current|active|exc_info)|(enabled|count|err)$")
 # Their answers stay as they are, are another thing in each call, or take long; those of autocast
 # are known of each call, and draws are no questions.
-_NOT_ASKED = ("torch.cuda", "torch.xpu", "torch.mps", "torch.accelerator", "torch.distributed")
-_NOT_ASKED += (
-    "torch.mtia",
-    "torch.version",
-    "torch._dynamo",
-    "torch.autograd",
-    "random",
-    "secrets",
+_NOT_ASKED = (
+    *("torch.cuda", "torch.xpu", "torch.mps", "torch.mtia", "torch.accelerator"),
+    *("torch.distributed", "torch.version", "torch._dynamo", "torch.autograd"),
+    *("random", "secrets", "numpy.random.mtrand", "getpass", "os", "posix", "time", "inspect"),
+    "builtins",
 )
-_NOT_ASKED += ("numpy.random.mtrand", "getpass", "os", "posix", "time", "inspect", "builtins")
 _WATCHED = ("autocast", "grad_enabled", "is_compiling", "is_exporting", "is_dynamo_compiling")
 _NUMBERS = ("math", "cmath", "numpy")  # their numbers are constants
 # Kinds of values that are no settings: types of tensors, devices.
@@ -151,7 +147,7 @@ def _answer(
     root: str, steps: tuple[Step, ...], variables: Mapping[str, Any], is_library: Any
 ) -> Any:
     """Return what a way leads to. Raises LookupError where it does not lead through a library."""
-    value = variables[root] if root in variables else sys.modules[root]
+    value: Any = variables[root] if root in variables else sys.modules[root]
     within = isinstance(value, types.ModuleType) and is_library(value.__name__)
     if not within and not (steps and steps[0][0] == "call"):
         raise LookupError(root)
@@ -163,7 +159,7 @@ def _answer(
             continue
         name = str(getattr(value, "__name__", ""))
         home = str(getattr(value, "__module__", "") or type(getattr(value, "__self__", 0)).__name__)
-        function = isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
+        function: bool = isinstance(value, (types.FunctionType, types.BuiltinFunctionType))
         if not function or not is_library(home) or not _is_question(home, name):
             raise LookupError(name)
         value = value(*what)
@@ -188,8 +184,9 @@ def _ways_in(code: types.CodeType) -> tuple[Way, ...]:
     """Return the ways in code: a name, and the attributes and calls with constants behind it."""
     ways: dict[Way, None] = {}
     imported: dict[str, str] = {}
-    root, steps, given = "", [], []  # type: ignore[var-annotated]
-    last = ""
+    root, last = "", ""
+    steps: list[Step] = []
+    given: list[Any] = []
     for step in (*dis.get_instructions(code), None):
         name = "" if step is None else step.opname
         if name in _SKIPPED:

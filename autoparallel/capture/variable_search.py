@@ -367,6 +367,9 @@ class VariableSearch:
             return
         else:
             own = getattr(value, "__dict__", None) or own_attributes(value)
+            # Methods may be called, by name or not, and read what the object has.
+            of: Any = type(value)
+            names = (*names, *_names_in_methods(of))
             # What the way has passed already leads round in a circle, as a rule.
             passed = {step for _, step in way}
             here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
@@ -492,6 +495,16 @@ def _is_setting(value: Any) -> bool:
 def _has_own(function: types.FunctionType) -> bool:
     """Return whether a function has attributes of its own, or refers to itself to give it some."""
     return bool(vars(function)) or function.__name__ in function.__code__.co_names
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_in_methods(kind: Any) -> tuple[str, ...]:
+    """Return the names in the code of a class's methods, where it is the user's own."""
+    owners = [owner for owner in kind.__mro__ if _is_own(owner)]
+    functions = [
+        each for owner in owners for item in vars(owner).values() for each in functions_in(item)
+    ]
+    return tuple(dict.fromkeys(name for each in functions for name in each.__code__.co_names))
 
 
 def _left_out(module: str | None) -> bool:
