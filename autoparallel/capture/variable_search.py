@@ -19,6 +19,7 @@ from torch import nn
 
 from autoparallel.capture.library_questions import names_looked_up, questions_in
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
+from autoparallel.capture.outside_answers import NOTATIONS
 from autoparallel.graph.attribute_read import (
     ABSENT,
     SIMPLE,
@@ -46,7 +47,7 @@ from autoparallel.support.object_state import (
 __all__ = ["VariableSearch", "is_own_code", "searched"]
 
 # Packages whose own settings are not looked at; the standard library is none either.
-_LEFT_OUT = {"torch", "numpy", "einops", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
+_LEFT_OUT = {"torch", "numpy", "autoparallel", *NOTATIONS, *sys.stdlib_module_names} - {"__main__"}
 # Containers to which code writes, whatever is in them.
 _WRITTEN = (
     *(list, dict, set, collections.deque, bytearray),

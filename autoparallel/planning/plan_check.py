@@ -20,6 +20,7 @@ from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.placement import (
     Invariant,
     Layout,
+    Movement,
     Partial,
     Shard,
     is_possible_step,
@@ -29,6 +30,7 @@ from autoparallel.placement import (
 from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.planning.layout_check import require_storage, why_no_layout, wrong_plan
 from autoparallel.planning.stage_check import require_sound_stages
+from autoparallel.rewrite.conversions import begun_steps
 from autoparallel.rules.lookup import rule_of_whole_tensors
 from autoparallel.rules.loop_splits import LoopSplit, tile_of
 from autoparallel.rules.rule import OpCall, ShardingRule
@@ -293,6 +295,7 @@ class _Check:
                 )
             value = self.graph.values[name]
             why = "" if stages else self.why_no_conversion(row, value, tuple(readers))
+            why = why or self.why_no_beginning(row)
             if why:
                 raise wrong_plan(what, where, why)
 
@@ -323,6 +326,23 @@ class _Check:
                 return f"step {step}: truth values have no sum"
         if layout != row.target:
             return f"its steps end at {layout_text(layout)}"
+        return ""
+
+    def why_no_beginning(self, row: Conversion) -> str:
+        """Return why a conversion cannot begin ahead of its use as it says; "" if it can."""
+        if row.distance and not (row.begins and row.again):
+            return "only a dropped copy that begins ahead is made again ahead"
+        if not row.begins:
+            return ""
+        places = {node.name: index for index, node in enumerate(self.graph.calls)}
+        first = min((places[name] for name in row.readers if name in places), default=-1)
+        if self.graph.producers[row.value].kind != "parameter":
+            return "only a parameter is there before the first op"
+        if places.get(row.begins, len(places)) > first:
+            return f"it begins at {row.begins:.80}, which does not come before what reads it"
+        last = row.steps[begun_steps(row.steps) - 1 :][:1]
+        if not last or last[0].forward is not Movement.ALL_GATHER:
+            return "it is not gathered, and has nothing that could begin"
         return ""
 
     def recomputed(self) -> None:

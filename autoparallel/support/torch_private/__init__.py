@@ -66,6 +66,7 @@ from autoparallel.support.torch_private.process_groups import (
     flattened_group,
     functional_collectives,
     gloo_ranks,
+    let_gloo_end,
     pipeline_order,
     set_patience,
 )
@@ -221,6 +222,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_returned",
     "keeping_frames",
+    "let_gloo_end",
     "local_part",
     "local_parts",
     "multiply_all_",
