@@ -1,4 +1,4 @@
-"""Parameters that are gathered ahead, on processes: gradients, parts of graphs, stages, compiled."""
+"""Parameters gathered ahead, on processes: gradients, parts of graphs, stages, compiled."""
 
 from __future__ import annotations
 
