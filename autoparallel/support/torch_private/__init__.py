@@ -166,7 +166,6 @@ _HOMES = {
 __all__ = [
     "EXPORT_LOGGERS",
     "FAKE_TENSOR_LOGGER",
-    "let_gloo_end",
     "NN_BINDINGS",
     "FakeTensorMode",
     "LazyStage",
@@ -223,6 +222,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_returned",
     "keeping_frames",
+    "let_gloo_end",
     "local_part",
     "local_parts",
     "multiply_all_",
