@@ -122,9 +122,10 @@ def walk(order: _Order, stages: Sequence[StageSeconds]) -> tuple[Timed, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How many micro-batches a rank holds of each of its stages, at the moment at which they take
+    """The numbers of micro-batches that a rank holds of each stage at the moment at which they take
     most. stages: (stage, micro-batches). nbytes: of their activations. messages: the bytes of what
-    is received ahead, of gradients that have come, and of those that are being sent.
+    is received ahead, of gradients that have come, and of those that are being sent, and those that
+    a pass takes.
     """
 
     stages: tuple[tuple[int, int], ...]
@@ -134,15 +135,19 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class StageMessages:
-    """The bytes that a stage receives and sends of one micro-batch.
+    """The bytes that a stage receives, sends and computes with of one micro-batch.
 
     received: of the stage before. returned: the gradients that come of the stage after. back: those
-    that it sends to the one before.
+    that it sends to the one before. between: gradients that are kept until those of the weights are
+    computed of them, where a backward pass is in two halves. passing: bytes beyond all that is
+    kept, at the worst moment of a pass; the second half of a backward pass takes none.
     """
 
     received: float
     returned: float
     back: float
+    between: float = 0.0
+    passing: float = 0.0
 
 
 def held(
@@ -228,7 +233,7 @@ def _messages(
     passes: Sequence[Pass], messages: Sequence[Messages], sizes: Sequence[StageMessages]
 ) -> list[float]:
     """Return the bytes of messages that a rank holds in each of its passes."""
-    # Where gradients of weights are computed later, those that came are kept until then.
+    # Where gradients of weights are computed later, those that they need are kept until then.
     later = {
         (work.stage, work.microbatch): place
         for place, work in enumerate(passes)
@@ -241,9 +246,15 @@ def _messages(
             change[message.asked] += size.received
             change[place] -= size.received
         elif work.kind != WEIGHTS:
+            between = size.between if work.kind == INPUTS else 0.0
             change[message.asked] += size.returned
-            change[later.get((work.stage, work.microbatch), place) + 1] -= size.returned
+            # While they are computed, they are what the pass takes.
+            change[place + 1] += between
+            change[later.get((work.stage, work.microbatch), place) + 1] -= size.returned + between
             if message.held >= 0:
                 change[place] += size.back
                 change[message.held] -= size.back
-    return list(accumulate(change))[:-1]
+    return [
+        besides + (0.0 if work.kind == WEIGHTS else sizes[work.stage].passing)
+        for work, besides in zip(passes, accumulate(change), strict=False)
+    ]

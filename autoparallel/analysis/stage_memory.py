@@ -17,9 +17,13 @@ from autoparallel.analysis.memory_account import Account, Item, account_of, grou
 from autoparallel.analysis.pipeline_walk import Held, StageMessages, held
 from autoparallel.graph.graph import Graph, Value, hint
 from autoparallel.graph.part_sizes import local_shape
+from autoparallel.mesh import MICROBATCH
+from autoparallel.parallel.pipeline_schedules import joins_weights_once, weights_met
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.rewrite.stages import Stage, cut_plan
+from autoparallel.rules.lookup import known_rule
+from autoparallel.rules.rule import OpCall
 from autoparallel.runtime.message_orders import Messages, messages_of
 from autoparallel.runtime.schedule_orders import Pass, schedule_order
 
@@ -33,9 +37,8 @@ class StageMemory:
     items: of parameters, gradients, optimizer state, buffers and inputs, which are there all along.
     saved: what each micro-batch keeps until its backward pass: what autograd saves, what comes from
     the stage before, and what goes to the next one, of which `sent` bytes are kept for that alone.
-    messages: what comes and goes of one micro-batch. returned: of the last stage, what the caller
-    gets of one micro-batch. temporary: bytes at the worst moment of a pass beyond all these.
-    assumed: see Account.
+    messages: what comes and goes of one micro-batch, and what a pass takes beyond all these.
+    returned: of the last stage, what the caller gets of one micro-batch. assumed: see Account.
     """
 
     items: tuple[Item, ...]
@@ -43,7 +46,6 @@ class StageMemory:
     sent: int
     messages: StageMessages
     returned: int
-    temporary: int
     assumed: tuple[str, ...] = ()
 
     @property
@@ -112,10 +114,42 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
         tuple(items),
         tuple(saved),
         sent,
-        StageMessages(received, gradients, back),
+        StageMessages(
+            received,
+            gradients,
+            back,
+            _between_halves(stage, sizes),
+            passing=max(worst - held_nbytes, 0),
+        ),
         returned,
-        max(worst - held_nbytes, 0),
         tuple(walk.assumed),
+    )
+
+
+def _between_halves(stage: Stage, sizes: tuple[int, ...]) -> int:
+    """Return the bytes of gradients that are kept between the halves of a backward pass.
+
+    They are those of what is made of weights and of what came in; a sum hands its gradient on to
+    what it adds up. Stages of several ranks, and those that know no halves, go back at once.
+    """
+    graph, plan = stage.graph, stage.plan
+    alone = all(size == 1 for name, size in plan.mesh.axes if name != MICROBATCH)
+    back = any(graph.values[name].requires_grad for name in stage.takes)
+    if not (alone and back and joins_weights_once(stage)):
+        return 0
+    ops, _ = weights_met(stage)
+    handed: set[str] = set()
+    for node in graph.calls:
+        rule = known_rule(OpCall.of(graph, node)) if node.name in ops else None
+        for group in rule.linear if rule is not None else ():
+            handed |= {node.operands()[place] for place in group} if len(group) > 1 else set()
+    layouts = {op.name: op.results for op in plan.ops}
+    return sum(
+        _local_nbytes(value, layout, sizes)
+        for node in graph.calls
+        if node.name in ops
+        for value, layout in zip(node.results, layouts[node.name], strict=True)
+        if value.requires_grad and value.name not in handed
     )
 
 
@@ -157,7 +191,7 @@ def memory_of_ranks(
         rows = grouped(items)
         activations = sum(row.nbytes for row in rows if row.category == "activations")
         made = count * sum(stage.returned for stage in own)
-        passes = max(stage.temporary for stage in own) + made + int(moment.messages)
+        passes = made + int(moment.messages)
         # When all have gone back, every rank gets what is returned, of the whole batch.
         end = count * max(stage.returned for stage in stages) + made - activations
         assumed = tuple(name for stage in own for name in stage.assumed)

@@ -19,7 +19,7 @@ from autoparallel.rewrite.stages import Stage
 from autoparallel.runtime.message_orders import messages_of, sends_by_table
 from autoparallel.runtime.schedule_orders import schedule_class, schedule_order
 
-__all__ = ["IN_HALVES", "PipelineSchedules", "joins_weights_once", "schedule_of_run"]
+__all__ = ["IN_HALVES", "PipelineSchedules", "joins_weights_once", "schedule_of_run", "weights_met"]
 
 # Torch's classes that may compute gradients of weights later than those of a stage's inputs.
 IN_HALVES = frozenset(
@@ -57,11 +57,25 @@ def joins_weights_once(stage: Stage) -> bool:
     from the second op of a weight on there is no way any more.
     Example: `joins_weights_once(stage)` is False where one linear layer is called twice
     """
+    if not any(stage.graph.values[name].requires_grad for name in stage.takes):
+        return True
+    ops, weights = weights_met(stage)
+    met = Counter(weight for some in ops.values() for weight in some)
+    # What is handed on leaves by one op with what came in.
+    met.update(weight for name in stage.gives for weight in weights.get(name, ()))
+    return max(met.values(), default=0) <= 1
+
+
+def weights_met(stage: Stage) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
+    """Return the weights that meet what came in at each op, by its name, if there are such, and
+    those of which each value is made, by its name, where it is made of weights alone.
+
+    Example: `set(weights_met(stage)[0])` are the ops from which torch goes back to weights
+    """
     graph = stage.graph
     came = {name for name in stage.takes if graph.values[name].requires_grad}
-    # By value that follows from weights alone: which.
     weights: dict[str, frozenset[str]] = {}
-    ops: Counter[str] = Counter()
+    ops: dict[str, frozenset[str]] = {}
     for node in graph.nodes:
         made = [value.name for value in node.results if value.requires_grad]
         if node.kind == "parameter":
@@ -73,10 +87,8 @@ def joins_weights_once(stage: Stage) -> bool:
             weights |= dict.fromkeys(made, frozenset().union(*read))
         else:
             came |= set(made)
-            ops.update(weight for some in read for weight in some)
-    # What is handed on leaves by one op with what came in.
-    ops.update(weight for name in stage.gives for weight in weights.get(name, ()))
-    return not came or max(ops.values(), default=0) <= 1
+            ops[node.name] = frozenset().union(*read)
+    return {name: some for name, some in ops.items() if some}, weights
 
 
 class ReadySchedule:

@@ -264,8 +264,9 @@ class NetworkFactors:
             weight, together = name in self.network.weights, name in self.together
             block, modes = self.modes(name, readers)
             layouts = tuple(layouts for _, layouts in readers)
+            passed = self.saved is not None and name in self.saved.passed
             edge = self.network.edges.between(
-                value, produced, layouts, weight, together, modes, *self.needs(name)
+                value, produced, layouts, weight, together, modes, *self.needs(name), passed
             )
             self.network.values[name] = edge
             mode = (

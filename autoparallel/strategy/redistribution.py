@@ -205,6 +205,7 @@ class RedistributionTables:
         modes: tuple[RecomputedEnds, ...] = (),
         left: Left = Left.ALL,
         here: tuple[bool, bool] = (False, False),
+        passed: bool = False,
     ) -> RedistributionTable:
         """Return the tables of a value, from its producer to its reader or readers.
 
@@ -213,10 +214,11 @@ class RedistributionTables:
         may be recomputed, the ends that are. More than one makes `paid` a table of three variables,
         the last of which is the mode. left: of the readers that save it, those that still need it
         at the moment at which bytes are counted. here: of the call whose backward that is, whether
-        it needs a copy of the value, and makes a gradient of one beside the value's own.
+        it needs a copy of the value, and makes a gradient of one beside the value's own. passed:
+        what is saved of it is counted with views of it.
         """
         ends = id(produced), tuple(map(id, readers))
-        key = (_class(value, weight, together), ends, modes, left, here)
+        key = (_class(value, weight, together), ends, modes, left, here, passed)
         if key not in self._tables:
             if len(readers) == 1:
                 groups = readers[0].layouts
@@ -230,7 +232,9 @@ class RedistributionTables:
             routes = self.routes(value, weight, together, (*produced_layouts, *targets))
             plain = modes or (RecomputedEnds(False, (False,) * len(readers)),)
             tables = [
-                self._paid(value, produced, groups, saved, routes, targets, mode, left, here)
+                self._paid(
+                    value, produced, groups, saved, routes, targets, mode, left, here, passed
+                )
                 for mode in plain
             ]
             # What the caller holds cannot be dropped and redistributed again.
@@ -259,6 +263,7 @@ class RedistributionTables:
         mode: RecomputedEnds,
         left: Left,
         here: tuple[bool, bool],
+        passed: bool,
     ) -> Table:
         """Return table[producer's state, group]: each layout of the group is paid once.
 
@@ -285,7 +290,7 @@ class RedistributionTables:
             cost = cost + sum_of_columns(ahead, targets, groups)
         if not self.memory:
             return Table(cost)
-        table = self._weighed(value, produced, targets, saved, cost, ahead, mode, left)
+        table = self._weighed(value, produced, targets, saved, cost, ahead, mode, left, passed)
         if not any(here):
             return table
         # Copies that are made again are there when they are needed.
@@ -307,6 +312,7 @@ class RedistributionTables:
         ahead: Array,
         mode: RecomputedEnds,
         left: Left,
+        passed: bool,
     ) -> Table:
         """Return the table with bytes of what is saved, or recomputed from its source.
 
@@ -343,6 +349,8 @@ class RedistributionTables:
             tuple({_storage(layout): layout for layout in some}.values()) for some in saved
         )
         holds = _held(held, targets, distinct, left)
+        # Views count what they are views of, and what they are converted to can be dropped there.
+        elsewhere = holds if passed else np.zeros_like(holds)
         redistributed = sum_of_columns(other.astype(float), targets, distinct) > 0
         if stays:
             # Some readers are run again: what they take stays, beside what the others keep.
@@ -350,8 +358,8 @@ class RedistributionTables:
             is_counted = as_made if left is Left.ALL else np.zeros_like(as_made)
             least = holds if left is not Left.SOME else np.zeros_like(holds)
             holds = np.where(is_counted, holds, least + source[:, None])
-        if not redistributed.any() or mode.moved_again:
-            return Table(cost, holds)
+        if not redistributed.any() or mode.moved_again or passed:
+            return Table(cost, holds - elsewhere)
         time = sum_of_columns(ahead * other, targets, distinct)
         repeat = np.where(redistributed & np.isfinite(cost), cost + time, np.inf)
         fewer = np.where(redistributed, np.broadcast_to(source[:, None], holds.shape), 0.0)

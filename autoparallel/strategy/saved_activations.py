@@ -21,7 +21,7 @@ class SavedActivations:
     rules: per call node. Views save nothing themselves: a saved view keeps alive the tensor that it
     is a view of, and is counted there. device: as of Hardware. viewed: per result that is a view,
     the place of the first call that saves it, as of `needed_from`. roots: the values whose memory
-    is held by some call.
+    is held by some call. passed: values that are counted where views of them are saved.
     """
 
     def __init__(
@@ -44,6 +44,38 @@ class SavedActivations:
                     returned = value.name in graph.outputs
                     self.viewed[value.name] = -1.0 if returned else min(needed, default=math.inf)
         self.roots = frozenset(name for node in graph.calls for name in self.saved_by(node))
+        self.passed: set[str] = set()
+        for node in graph.calls:
+            aliases = self.saved.of(node.name).aliases
+            for value, alias in zip(node.results, aliases, strict=True):
+                starts = alias is None or node.operands()[alias] in self.passed
+                if starts and self._is_passed(node, value, alias is None):
+                    self.passed.add(value.name)
+
+    def _is_passed(self, node: Node, value: Value, is_own: bool) -> bool:
+        """Return whether a result is needed as views of it alone, which share it out among them.
+
+        is_own: it has memory of its own. What is read as a view may be converted before it is
+        saved, and then its own memory is not needed. So it is counted where the views are saved.
+        """
+        if is_own and self.saved.of(node.name).results[node.results.index(value)]:
+            return False
+        needing = []
+        for reader in self.graph.readers[value.name]:
+            places = tuple(_places(reader, value.name))
+            if self.needed_from(reader, places) < math.inf:
+                needing.append((reader, places))
+        if len(needing) != 1 or value.name in self.graph.outputs:
+            return False
+        ((reader, places),) = needing
+        saved = self.saved.of(reader.name)
+        pairs = zip(reader.results, saved.aliases, strict=True)
+        views = [view for view, alias in pairs if alias in places]
+        return (
+            not any(saved.operands[place] for place in places)
+            and all(0 <= self.viewed[view.name] < math.inf for view in views)
+            and sum(map(nbytes, views)) == nbytes(value)
+        )
 
     def saves(self, node: Node, places: tuple[int, ...]) -> bool:
         """Say whether the backward pass needs what `node` reads in these places.
@@ -123,8 +155,14 @@ class SavedActivations:
         """
         saved = self.saved.of(node.name)
         roots = [self.saved.storage_of(value.name) for value in node.results]
+        operands = node.operands()
         return tuple(
-            is_saved or (alias is not None and (root in self.roots or not self.is_computed(root)))
+            is_saved
+            or (
+                alias is not None
+                and operands[alias] not in self.passed
+                and (root in self.roots or not self.is_computed(root))
+            )
             for is_saved, alias, root in zip(saved.results, saved.aliases, roots, strict=True)
         )
 
