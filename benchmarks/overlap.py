@@ -3,11 +3,12 @@
     python benchmarks/overlap.py [--bandwidth 125e6] [--against folder] [--json out.json]
 
 A GPT is trained by two gloo processes, split by tensor parallelism, with and without sequence
-parallelism, and by data parallelism. The link is a model: each collective takes the latency and its
-bytes at the bandwidth, one after the other, from the moment when it is started. The clock is the
-processor's time of the rank's main thread, plus what it had to wait for the link so far. So the
-figures do not depend on what else the machine does, and nobody sleeps. A rank is *exposed* to the
-link for the seconds that its clock jumps when it waits for a result.
+parallelism, by data parallelism, and by ZeRO-3: with parameters that stay gathered to the end of
+the step, and with copies that are dropped and gathered again. The link is a model: each collective
+takes the latency and its bytes at the bandwidth, one after the other, from the moment when it is
+started. The clock is the processor's time of the rank's main thread, plus what it had to wait for
+the link so far. So the figures do not depend on what else the machine does, and nobody sleeps. A
+rank is *exposed* to the link for the seconds that its clock jumps when it waits for a result.
 
 Each way is measured waiting (overlap=False), overlapping, and, with --against, in another checkout
 of this project, whose module is run as it is.
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WAYS = ("tp", "sp", "dp")
+WAYS = ("tp", "sp", "dp", "zero3", "dropped")
 SIZES = {"layers": 4, "hidden": 256, "heads": 8, "vocabulary": 2048, "positions": 256}
 BATCH, SEQUENCE, STEPS = 8, 256, 5
 
@@ -74,8 +75,13 @@ class SlowOps:
         return result
 
 
-def measure(rank: int, way: str, options: dict[str, Any], link: tuple[float, float]) -> Any:
-    """Return a rank's seconds of a step: exposed, of the link, and of all; and its collectives."""
+def measure(
+    folder: str, way: str, options: dict[str, Any], link: tuple[float, float]
+) -> list[float]:
+    """Return a rank's seconds of a step: exposed, of the link, and of all; and its collectives.
+
+    folder: for files that both ranks read.
+    """
     import torch
 
     import autoparallel
@@ -90,6 +96,8 @@ def measure(rank: int, way: str, options: dict[str, Any], link: tuple[float, flo
     how: dict[str, Any] = {"world_size": 2, "sequence_parallel": way == "sp"}
     if way == "dp":
         how = {"mesh": autoparallel.Mesh(dp=2)}
+    if way in ("zero3", "dropped"):
+        how = zero_3(model, ids, way == "dropped", link, Path(folder) / "link.json")
     split = autoparallel.autoparallelize(
         model, example_inputs=(ids, ids), check_inputs=False, **how, **options
     )
@@ -101,6 +109,40 @@ def measure(rank: int, way: str, options: dict[str, Any], link: tuple[float, flo
         after = (slow.exposed, slow.busy, slow.now(), slow.calls)
         rows.append([b - a for a, b in zip(before, after, strict=True)])
     return [statistics.median(column) for column in zip(*rows[1:], strict=True)]
+
+
+def zero_3(
+    model: Any, ids: Any, dropped: bool, link: tuple[float, float], file: Path
+) -> dict[str, Any]:
+    """Return the options of ZeRO-3 on two ranks, planned for a processor on such a link.
+
+    dropped: gathered copies are dropped after the forward pass, all but a few: as a memory limit
+    has it. file: where the hardware is written, alike by both ranks.
+    """
+    from dataclasses import replace
+
+    import autoparallel
+    from autoparallel.analysis.memory import memory_of
+    from autoparallel.cost.hardware import find_hardware, write_hardware
+
+    latency, bandwidth = link
+    hardware = find_hardware("cpu")
+    regimes = tuple(
+        replace(each, bytes_per_second=bandwidth, hop_seconds=0.0, floor_seconds=latency)
+        for each in hardware.inside.regimes
+    )
+    write_hardware(replace(hardware, inside=type(hardware.inside)(regimes)), file)
+    how: dict[str, Any] = {
+        "mesh": autoparallel.Mesh(dp=2),
+        "constraints": ["fsdp on dp"],
+        "hardware": str(file),
+        "recompute": "none",
+    }
+    if dropped:
+        plan = autoparallel.make_plan(model, example_inputs=(ids, ids), **how)
+        gathered = sum(row.nbytes for row in plan.parameters)
+        how["memory_limit"] = memory_of(plan).total - gathered // 3
+    return how
 
 
 def ran(folder: str, way: str, options: dict[str, Any], link: tuple[float, float]) -> list[float]:
@@ -126,7 +168,7 @@ def work(rank: int, folder: str, way: str, options: dict[str, Any], link: Any) -
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    figures = measure(rank, way, options, link)
+    figures = measure(folder, way, options, link)
     dist.barrier()
     (Path(folder) / str(rank)).write_text(json.dumps(figures))
     dist.destroy_process_group()

@@ -117,8 +117,9 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
     from autoparallel import apply_plan
     from autoparallel.capture.example_inputs import split_example
     from autoparallel.capture.graph_breaks import trace
-    from autoparallel.cost.calibrate import Effort, calibrate, started
+    from autoparallel.cost.calibrate import calibrate, started
     from autoparallel.cost.hardware import write_hardware
+    from autoparallel.cost.timed_runs import Effort
     from autoparallel.mesh import Mesh
     from autoparallel.options import Options
     from autoparallel.planning.search import search

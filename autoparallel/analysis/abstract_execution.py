@@ -15,20 +15,20 @@ from typing import Any
 from autoparallel.cost.fake_run import (
     FakeTensorSpec,
     Observed,
-    StandInGroup,
     contiguous,
     observe,
-    random_arguments,
     runner,
     skeleton,
 )
 from autoparallel.cost.hardware import device_planned_for
 from autoparallel.cost.saved_tensors import fitted, stand_in
+from autoparallel.cost.stand_in_group import StandInGroup, random_arguments
 from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
 from autoparallel.graph.part_sizes import local_shape
 from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout
-from autoparallel.plan import OpChoice, Plan
+from autoparallel.plan import Conversion, OpChoice, Plan
 from autoparallel.plan.plan_cuts import cuts_of
+from autoparallel.rewrite.conversions import begun_ahead, begun_steps
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
 from autoparallel.runtime import kernels as runtime_kernels
@@ -103,7 +103,9 @@ class AbstractExecution:
     to. remade: names of calls whose results are made again one by one. storages, locals, moments:
     in the order in which the program makes them; their numbers are places in these lists. returned,
     written: numbers of the tensors that the caller gets, and that buffers become. assumed: names of
-    calls that could not be run, and are taken to save all that they read and make.
+    calls that could not be run, and are taken to save all that they read and make. ahead: numbers
+    of the storages that are gathered again ahead of their use, with their distances (see
+    `Conversion`), in the order in which the program first reads them.
 
     Example: `AbstractExecution(graph, plan, plan.recomputed, remade=plan.remade).storages`
     """
@@ -129,6 +131,9 @@ class AbstractExecution:
         self.locals: list[LocalTensor] = []
         self.moments: list[Moment] = []
         self.assumed: list[str] = []
+        self.ahead: list[tuple[int, int]] = []
+        self._begins = begun_ahead(plan)
+        self._begun: dict[tuple[str, tuple[Step, ...], str], int] = {}
         self._regions = {name: at for at, names in enumerate(recomputed) for name in names}
         # The region under way, and the values that have been made in it.
         self._inside: tuple[int, set[str]] = (-1, set())
@@ -221,14 +226,45 @@ class AbstractExecution:
         for count, step in enumerate(steps):
             key = (name, steps[: count + 1], scope)
             if key not in self._converted:
-                copy = self._step(self.graph.values[name], number, here, step, region)
+                if key in self._begun:
+                    copy = self._end(self._begun[key], region)
+                else:
+                    copy = self._step(self.graph.values[name], number, here, step, region)
                 self._converted[key] = copy
                 storage = self.locals[copy].storage
                 if again and self._drops and storage != first:
                     self.storages[storage].remade = (first,)
+                    distance = conversion.distance if conversion is not None else 0
+                    if distance and key in self._begun:
+                        self.ahead.append((storage, distance))
             number, here = self._converted[key], step.applied(here)
         assert here == layout, (name, here, layout)
         return number
+
+    def _begin(self, conversion: Conversion) -> None:
+        """Begin a conversion that is ended where its copy is first read."""
+        name, steps = conversion.value, conversion.steps
+        reader = next(reader for reader in conversion.readers if reader in self._choices)
+        scope, region = self._scope(name, conversion.again, self._regions.get(reader, -1))
+        number, here = self._at[name], self._layouts[name]
+        count = begun_steps(steps)
+        for at, step in enumerate(steps[:count], 1):
+            key = (name, steps[:at], scope)
+            there = self._converted if at < count else self._begun
+            if key not in self._converted and key not in there:
+                there[key] = self._step(
+                    self.graph.values[name], number, here, step, region, begun=at == count
+                )
+            number, here = there.get(key, -1), step.applied(here)
+
+    def _end(self, copy: int, region: int) -> int:
+        """Add the end of a move that has begun, and return the number of its result: backward, the
+        gradient's move begins there.
+        """
+        nbytes = self.locals[copy].spec.nbytes
+        self.storages[self.locals[copy].storage].read = len(self.moments)
+        self.moments.append(Moment("", region, (copy,), (), nbytes, nbytes))
+        return copy
 
     def _scope(self, name: str, again: bool, region: int) -> tuple[str, int]:
         """Return a name for the readers that share a redistribution, and the region that it belongs
@@ -249,10 +285,19 @@ class AbstractExecution:
             return f"region {region}", region
         return "", -1
 
-    def _step(self, value: Value, number: int, here: Layout, step: Step, region: int) -> int:
+    def _step(
+        self,
+        value: Value,
+        number: int,
+        here: Layout,
+        step: Step,
+        region: int,
+        begun: bool = False,
+    ) -> int:
         """Add one move on one axis, and return the number of its result.
 
-        number, here: the tensor and its layout. region: that of the redistribution.
+        number, here: the tensor and its layout. region: that of the redistribution. begun: the move
+        is ended later, where what came is unpacked.
         """
         local, there = self.locals[number], step.applied(here)
         axis, source, target = step.axis, step.source, step.target
@@ -286,7 +331,9 @@ class AbstractExecution:
             storage = self._new(value.name, "", "activation", seen.size(seen.storages[0]))
         # Collectives pack what they send and unpack what they get: one more tensor for that moment.
         buffer = 0
-        if kind is Movement.ALL_GATHER:
+        if begun:
+            pass
+        elif kind is Movement.ALL_GATHER:
             buffer = expected.nbytes
         elif kind in (Movement.REDUCE_SCATTER, Movement.ALL_TO_ALL):
             buffer = local.spec.nbytes
@@ -303,6 +350,8 @@ class AbstractExecution:
         region = self._regions.get(node.name, -1)
         if self._inside[0] != region:
             self._inside = (region, set())
+        for conversion in self._begins.get(node.name, ()):
+            self._begin(conversion)
         reads = tuple(
             self._read(name, layout, region)
             for name, layout in zip(node.operands(), choice.operands, strict=True)

@@ -120,6 +120,7 @@ class Liveness:
         for index, its_region in enumerate(self.region):
             ends[its_region] = index
         returned = {execution.locals[number].storage for number in execution.returned}
+        started = self._started()
         for number, storage in enumerate(execution.storages):
             if storage.kind != "activation":
                 continue
@@ -129,7 +130,7 @@ class Liveness:
             elif self.savers[number]:
                 alive(min(self.savers[number]), count, storage.nbytes)
             if self.again[number]:
-                last = max(self.again[number])
+                last = max(*self.again[number], started.get(number, -1))
                 its_region = self.region[storage.born]
                 alive(
                     min(self.again[number]),
@@ -145,6 +146,18 @@ class Liveness:
                 if last >= 0:
                     alive(index, last, execution.locals[number].gradient)
         return _alive(change, [moment.backward for moment in execution.moments])
+
+    def _started(self) -> dict[int, int]:
+        """Return, for each storage that is gathered again ahead of its use, the moment at whose
+        backward that is started: where another one is taken that comes a little later.
+        """
+        ahead = self.execution.ahead
+        taken = [max(self.again[number], default=-1) for number, _ in ahead]
+        return {
+            number: max(taken[at + 1 : at + 1 + distance], default=-1)
+            for at, (number, distance) in enumerate(ahead)
+            if taken[at] >= 0
+        }
 
     def _lasts(self) -> list[int]:
         """Return, for each tensor, the moment at whose backward its gradient first exists; -1 for

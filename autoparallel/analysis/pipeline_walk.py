@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+from autoparallel.runtime.message_orders import Messages
 from autoparallel.runtime.schedule_orders import FORWARD, INPUTS, WEIGHTS, Pass
 
-__all__ = ["Held", "StageSeconds", "Timed", "held", "held_together", "most_held", "walk"]
+__all__ = [
+    "Held",
+    "StageMessages",
+    "StageSeconds",
+    "Timed",
+    "held",
+    "held_together",
+    "most_held",
+    "walk",
+]
 
 _Order = Sequence[Sequence[Pass]]
 
@@ -111,27 +122,61 @@ def walk(order: _Order, stages: Sequence[StageSeconds]) -> tuple[Timed, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How many micro-batches a rank holds of each of its stages, at the moment at which they take
-    most. stages: (stage, micro-batches). nbytes: of their activations.
+    """The numbers of micro-batches that a rank holds of each stage at the moment at which they take
+    most. stages: (stage, micro-batches). nbytes: of their activations. messages: the bytes of what
+    is received ahead, of gradients that have come, and of those that are being sent, and those that
+    a pass takes.
     """
 
     stages: tuple[tuple[int, int], ...]
     nbytes: float
+    messages: float = 0.0
 
 
-def held(order: _Order, nbytes: Sequence[float]) -> tuple[Held, ...]:
+@dataclass(frozen=True, slots=True)
+class StageMessages:
+    """The bytes that a stage receives, sends and computes with of one micro-batch.
+
+    received: of the stage before. returned: the gradients that come of the stage after. back: those
+    that it sends to the one before. between: gradients that are kept until those of the weights are
+    computed of them, where a backward pass is in two halves. passing: bytes beyond all that is
+    kept, at the worst moment of a pass; the second half of a backward pass takes none.
+    """
+
+    received: float
+    returned: float
+    back: float
+    between: float = 0.0
+    passing: float = 0.0
+
+
+def held(
+    order: _Order,
+    nbytes: Sequence[float],
+    messages: Sequence[Sequence[Messages]] | None = None,
+    sizes: Sequence[StageMessages] = (),
+) -> tuple[Held, ...]:
     """Return what each rank holds of micro-batches that went forward and not yet all the way back.
 
-    order: see `walk`. nbytes: the activations that each stage keeps of one micro-batch. Where a
-    backward pass is in two halves, they are kept until the second one.
+    order: see `walk`. nbytes: the activations that each stage keeps of one micro-batch, with what
+    it received. Where a backward pass is in two halves, they are kept until the second one.
+    messages: as of `messages_of`, and sizes: of each stage; without them messages are not counted.
 
     >>> from autoparallel.runtime.schedule_orders import schedule_order
     >>> [each.nbytes for each in held(schedule_order("1f1b", 3, 1, 8), [10.0] * 3)]
     [30.0, 20.0, 10.0]
     """
+    under_way = [
+        _messages(passes, messages[rank], sizes) if messages else [0.0] * len(passes)
+        for rank, passes in enumerate(order)
+    ]
     return tuple(
-        max(_moments(passes, nbytes), key=lambda moment: moment.nbytes, default=Held((), 0.0))
-        for passes in order
+        max(
+            _moments(passes, nbytes, besides),
+            key=lambda moment: moment.nbytes + moment.messages,
+            default=Held((), 0.0),
+        )
+        for passes, besides in zip(order, under_way, strict=True)
     )
 
 
@@ -168,15 +213,48 @@ def held_together(order: _Order) -> tuple[int, ...]:
     return tuple(most)
 
 
-def _moments(passes: Sequence[Pass], nbytes: Sequence[float]) -> Iterator[Held]:
-    """Yield what a rank holds after each of its forward passes."""
+def _moments(
+    passes: Sequence[Pass], nbytes: Sequence[float], messages: Sequence[float]
+) -> Iterator[Held]:
+    """Yield what a rank holds in each of its passes, beside messages of so many bytes."""
     now: dict[int, int] = {}
     total = 0.0
-    for work in passes:
-        if work.kind == INPUTS:
-            continue
-        sign = 1 if work.kind == FORWARD else -1
-        now[work.stage] = now.get(work.stage, 0) + sign
-        total += sign * nbytes[work.stage]
-        if sign > 0:
-            yield Held(tuple(now.items()), total)
+    for work, besides in zip(passes, messages, strict=True):
+        if work.kind == FORWARD:
+            now[work.stage] = now.get(work.stage, 0) + 1
+            total += nbytes[work.stage]
+        yield Held(tuple(now.items()), total, besides)
+        if work.kind not in (FORWARD, INPUTS):
+            now[work.stage] -= 1
+            total -= nbytes[work.stage]
+
+
+def _messages(
+    passes: Sequence[Pass], messages: Sequence[Messages], sizes: Sequence[StageMessages]
+) -> list[float]:
+    """Return the bytes of messages that a rank holds in each of its passes."""
+    # Where gradients of weights are computed later, those that they need are kept until then.
+    later = {
+        (work.stage, work.microbatch): place
+        for place, work in enumerate(passes)
+        if work.kind == WEIGHTS
+    }
+    change = [0.0] * (len(passes) + 1)
+    for place, (work, message) in enumerate(zip(passes, messages, strict=True)):
+        size = sizes[work.stage]
+        if work.kind == FORWARD:
+            change[message.asked] += size.received
+            change[place] -= size.received
+        elif work.kind != WEIGHTS:
+            between = size.between if work.kind == INPUTS else 0.0
+            change[message.asked] += size.returned
+            # While they are computed, they are what the pass takes.
+            change[place + 1] += between
+            change[later.get((work.stage, work.microbatch), place) + 1] -= size.returned + between
+            if message.held >= 0:
+                change[place] += size.back
+                change[message.held] -= size.back
+    return [
+        besides + (0.0 if work.kind == WEIGHTS else sizes[work.stage].passing)
+        for work, besides in zip(passes, accumulate(change), strict=False)
+    ]

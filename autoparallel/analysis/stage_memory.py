@@ -14,12 +14,17 @@ from typing import Any
 from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory_account import Account, Item, account_of, grouped, resident
-from autoparallel.analysis.pipeline_walk import Held, held
+from autoparallel.analysis.pipeline_walk import Held, StageMessages, held
 from autoparallel.graph.graph import Graph, Value, hint
 from autoparallel.graph.part_sizes import local_shape
+from autoparallel.mesh import MICROBATCH
+from autoparallel.parallel.pipeline_schedules import joins_weights_once, weights_met
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline, Plan
 from autoparallel.rewrite.stages import Stage, cut_plan
+from autoparallel.rules.lookup import known_rule
+from autoparallel.rules.rule import OpCall
+from autoparallel.runtime.message_orders import Messages, messages_of
 from autoparallel.runtime.schedule_orders import Pass, schedule_order
 
 __all__ = ["StageMemory", "memory_of_pipeline", "memory_of_ranks", "memory_of_stages"]
@@ -30,23 +35,17 @@ class StageMemory:
     """Bytes of one stage on one rank.
 
     items: of parameters, gradients, optimizer state, buffers and inputs, which are there all along.
-    saved: what each micro-batch keeps until its backward pass: what autograd saves and what goes to
-    the next stage, of which `sent` bytes are kept for that alone. received: what comes from the
-    stages around for one micro-batch, of which `kept` bytes are among the saved ones; torch's
-    stages have a buffer of it for every micro-batch. back: the gradients that are sent back for
-    one; what is sent may be held until the step ends. returned: of the last stage, what the caller
-    gets of one micro-batch. temporary: bytes at the worst moment of a pass beyond all these.
-    assumed: see Account.
+    saved: what each micro-batch keeps until its backward pass: what autograd saves, what comes from
+    the stage before, and what goes to the next one, of which `sent` bytes are kept for that alone.
+    messages: what comes and goes of one micro-batch, and what a pass takes beyond all these.
+    returned: of the last stage, what the caller gets of one micro-batch. assumed: see Account.
     """
 
     items: tuple[Item, ...]
     saved: tuple[Item, ...]
     sent: int
-    received: int
-    kept: int
-    back: int
+    messages: StageMessages
     returned: int
-    temporary: int
     assumed: tuple[str, ...] = ()
 
     @property
@@ -78,7 +77,7 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
         whole = replace(parameter, gradient=parameter.storage)
         items += resident(whole, plan, values[parameter.name].requires_grad)
     saved: list[Item] = []
-    sent = received = kept = back = 0
+    sent = received = back = gradients = 0
     is_last = stage.number == len(stages) - 1
     out = set() if is_last else {walk.locals[number].storage for number in walk.returned}
     saving = frozenset(liveness.saved)
@@ -86,11 +85,10 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
     for number, storage in enumerate(walk.storages):
         item = Item("activations", storage.name, storage.where, 1, storage.nbytes)
         if storage.kind == "received":
+            # The library holds on to what came in, of which it asks for the gradient.
             received += storage.nbytes
             back += storage.nbytes if values[storage.name].requires_grad else 0
-            if liveness.savers[number] or number in out:
-                kept += storage.nbytes
-                saved.append(item)
+            saved.append(item)
         elif storage.kind == "activation":
             # The library holds on to what was sent, at which the backward pass begins.
             if number in every:
@@ -99,7 +97,7 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
         elif storage.kind in ("buffer", "input"):
             items.append(replace(item, category=f"{storage.kind}s"))
     if not is_last:
-        received += sum(
+        gradients = sum(
             _local_nbytes(values[name], layout, sizes)
             for name, layout in zip(stage.gives, plan.outputs, strict=True)
             if values[name].requires_grad
@@ -110,18 +108,48 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
             _local_nbytes(values[name], layout, sizes)
             for name, layout in zip(stage.gives, plan.outputs, strict=True)
         )
-    held_nbytes = sum(item.nbytes for item in saved) - kept
+    held_nbytes = sum(item.nbytes for item in saved) - received
     worst = liveness.activations + liveness.temporary
     return StageMemory(
         tuple(items),
         tuple(saved),
         sent,
-        received,
-        kept,
-        back,
+        StageMessages(
+            received,
+            gradients,
+            back,
+            _between_halves(stage, sizes),
+            passing=max(worst - held_nbytes, 0),
+        ),
         returned,
-        max(worst - held_nbytes, 0),
         tuple(walk.assumed),
+    )
+
+
+def _between_halves(stage: Stage, sizes: tuple[int, ...]) -> int:
+    """Return the bytes of gradients that are kept between the halves of a backward pass.
+
+    They are those of what is made of weights and of what came in; a sum hands its gradient on to
+    what it adds up. Stages of several ranks, and those that know no halves, go back at once.
+    """
+    graph, plan = stage.graph, stage.plan
+    alone = all(size == 1 for name, size in plan.mesh.axes if name != MICROBATCH)
+    back = any(graph.values[name].requires_grad for name in stage.takes)
+    if not (alone and back and joins_weights_once(stage)):
+        return 0
+    ops, _ = weights_met(stage)
+    handed: set[str] = set()
+    for node in graph.calls:
+        rule = known_rule(OpCall.of(graph, node)) if node.name in ops else None
+        for group in rule.linear if rule is not None else ():
+            handed |= {node.operands()[place] for place in group} if len(group) > 1 else set()
+    layouts = {op.name: op.results for op in plan.ops}
+    return sum(
+        _local_nbytes(value, layout, sizes)
+        for node in graph.calls
+        if node.name in ops
+        for value, layout in zip(node.results, layouts[node.name], strict=True)
+        if value.requires_grad and value.name not in handed
     )
 
 
@@ -132,26 +160,29 @@ def _local_nbytes(value: Value, layout: Layout, sizes: tuple[int, ...]) -> int:
 
 
 def memory_of_ranks(
-    plan: Plan, stages: Sequence[StageMemory], order: Sequence[Sequence[Pass]]
+    plan: Plan,
+    stages: Sequence[StageMemory],
+    order: Sequence[Sequence[Pass]],
+    messages: Sequence[Sequence[Messages]],
 ) -> tuple[Account, ...]:
     """Return the memory of each place on the axis of stages, at the worst moment of a step.
 
     plan: with its pipeline. stages: as of `memory_of_stages`. order: the passes of each rank.
+    messages: of these passes, as of `messages_of`.
 
-    Example: `memory_of_ranks(plan, memory_of_stages(stages), order)[0].activations`
+    Example: `memory_of_ranks(plan, memory_of_stages(stages), order, messages)[0].activations`
     """
     assert plan.pipeline is not None
     count = plan.pipeline.microbatches
     accounts = []
-    for moment in held(order, [stage.activations for stage in stages]):
+    sizes = [stage.messages for stage in stages]
+    for moment in held(order, [stage.activations for stage in stages], messages, sizes):
         own = [stages[number] for number, _ in moment.stages]
         items = [item for stage in own for item in stage.items]
         # Inputs of the model and buffers are there once, whatever stages read them.
         once = {(i.category, i.name): i for i in items if i.category in ("inputs", "buffers")}
         items = [i for i in items if (i.category, i.name) not in once] + list(once.values())
-        kept = 0
         for (number, batches), stage in zip(moment.stages, own, strict=True):
-            kept += batches * stage.kept
             items += [
                 replace(item, where=item.where or f"stage {number}", nbytes=batches * item.nbytes)
                 for item in stage.saved
@@ -160,8 +191,7 @@ def memory_of_ranks(
         rows = grouped(items)
         activations = sum(row.nbytes for row in rows if row.category == "activations")
         made = count * sum(stage.returned for stage in own)
-        passes = max(stage.temporary for stage in own) + made
-        passes += count * sum(stage.received + stage.back for stage in own) - kept
+        passes = made + int(moment.messages)
         # When all have gone back, every rank gets what is returned, of the whole batch.
         end = count * max(stage.returned for stage in stages) + made - activations
         assumed = tuple(name for stage in own for name in stage.assumed)
@@ -183,8 +213,8 @@ def memory_of_pipeline(plan: Plan, graph: Graph | None = None) -> tuple[Account,
     assert plan.captured is not None
     stages = memory_of_stages(cut_plan(graph or plan.captured.graph, plan))
     per_rank = pipeline.stages // pipeline.ranks
-    order = schedule_order(pipeline.schedule, pipeline.ranks, per_rank, pipeline.microbatches)
-    return memory_of_ranks(plan, stages, order)
+    numbers = pipeline.schedule, pipeline.ranks, per_rank, pipeline.microbatches
+    return memory_of_ranks(plan, stages, schedule_order(*numbers), messages_of(*numbers))
 
 
 def _told(moment: Held, pipeline: Pipeline) -> str:

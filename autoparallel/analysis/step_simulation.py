@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.analysis.step_rates import peak_of, tokens_and_unit
+from autoparallel.analysis.streams import (
+    GATHERED,
+    MOVED,
+    PIECES,
+    REDUCED,
+    Streams,
+    remaking,
+)
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import Hardware
 from autoparallel.mesh import MICROBATCH
 from autoparallel.placement import Layout, Movement
 from autoparallel.plan import Conversion, OpChoice, Plan
+from autoparallel.rewrite.conversions import begun_ahead, begun_steps
 from autoparallel.rewrite.gaps import find_gaps
 from autoparallel.runtime.products import piece_count
 
-__all__ = ["MOVED", "PIECES", "REDUCED", "StagePasses", "StepSimulation"]
+__all__ = ["StagePasses", "StepSimulation"]
 
 _Key = tuple[str, Layout]
-
-# What is waited for while nothing is computed: sums of products in pieces, moved gradients of
-# activations, reduced gradients of parameters. All other waits have no name.
-PIECES, MOVED, REDUCED = "pieces", "moved", "reduced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,65 +48,17 @@ class StagePasses:
     events: tuple[Event, ...]
 
 
-@dataclass
-class _Streams:
-    """Both streams: their events, and the time in seconds at which each is free.
-
-    waited: seconds in which nothing is computed, by what is waited for.
-    """
-
-    events: list[Event] = field(default_factory=list)
-    free: dict[str, float] = field(default_factory=lambda: {COMPUTE: 0.0, COMMUNICATION: 0.0})
-    waited: dict[str, float] = field(default_factory=dict)
-
-    def issue(self, stream: str, name: str, phase: str, seconds: float, ready: float) -> float:
-        """Do something when its inputs are ready and the stream is free, and return its end, in
-        seconds.
-        """
-        if seconds <= 0:
-            return ready
-        start = max(self.free[stream], ready)
-        self.free[stream] = start + seconds
-        self.events.append(Event(name, stream, phase, start, start + seconds))
-        return start + seconds
-
-    def wait(self, until: float, what: str = "") -> None:
-        """Compute nothing before a time. what: is waited for."""
-        idle = max(until - self.free[COMPUTE], 0.0)
-        self.waited[what] = self.waited.get(what, 0.0) + idle
-        self.free[COMPUTE] += idle
-
-
-def _remaking(plan: Plan) -> dict[str, list[OpChoice]]:
-    """Return the ops that are made again by themselves, in order, by the op whose backward pass is
-    the first to need them.
-    """
-    place = {op.name: index for index, op in enumerate(plan.ops)}
-    remade, first = frozenset(plan.remade), dict.fromkeys(plan.remade, -1)
-    readers: dict[str, list[str]] = {}
-    for op in plan.ops if remade else ():
-        for value in op.reads:
-            readers.setdefault(value, []).append(op.name)
-    for op in reversed(plan.ops):
-        if op.name in remade:
-            reading = (reader for value in op.makes for reader in readers.get(value, ()))
-            # What is made of it may be made again before its own reader's backward pass.
-            first[op.name] = max((first.get(name, place[name]) for name in reading), default=-1)
-    needed: dict[str, list[OpChoice]] = {}
-    for op in plan.ops:
-        if op.name in remade and first[op.name] >= 0:
-            needed.setdefault(plan.ops[first[op.name]].name, []).append(op)
-    return needed
-
-
 class StepSimulation:
     """The state of simulating one step.
 
     moves: of each redistribution, by phase and whether it is repeated. first: redistributions by
-    the reader that is first. gaps: see `find_gaps`; late: what is left to each, names and seconds.
-    bucket_nbytes: None for one reduction of gradients at the end. waiting: bytes of gradients that
-    wait to be reduced, by axis and collective. defers: it is a stage of a pipeline, all of whose
-    micro-batches reduce gradients of parameters together.
+    the reader that is first. gaps: see `find_gaps`; late: what is left to each: names, seconds, and
+    the conversions of their weights. bucket_nbytes: None for one reduction of gradients at the end.
+    waiting: bytes of gradients that wait to be reduced, by axis and collective. ahead: conversions
+    that begin before an op; underway: the ends of those that did, and the moves that are left;
+    coming: the same of their gradients. queue: conversions whose copies are gathered again ahead of
+    their use. defers: it is a stage of a pipeline, all of whose micro-batches reduce gradients of
+    parameters together.
     """
 
     def __init__(self, plan: Plan, hardware: Hardware, bucket_nbytes: int | None) -> None:
@@ -111,14 +68,14 @@ class StepSimulation:
         devices = tuple(1 if name == MICROBATCH else size for name, size in plan.mesh.axes)
         self.pace = hardware.at_pace_of(prod(devices))
         self.links = hardware.links(devices)
-        self.streams = _Streams()
+        self.streams = Streams()
         self.place = {op.name: index for index, op in enumerate(plan.ops)}
         self.region = {n: at for at, names in enumerate(plan.recomputed) for n in names}
         self.remade = frozenset(plan.remade)
-        self.remaking = _remaking(plan)
+        self.remaking = remaking(plan)
         self.weights = frozenset(parameter.name for parameter in plan.parameters)
         self.gaps = find_gaps(plan)
-        self.late: dict[int, list[tuple[str, float]]] = {}
+        self.late: dict[int, list[tuple[str, float, list[Conversion]]]] = {}
         self.moves: dict[tuple[_Key, str, bool], list[Transfer]] = {}
         for move in moves(plan):
             key = (move.conversion.value, move.conversion.target)
@@ -130,12 +87,23 @@ class StepSimulation:
             readers = [self.place[name] for name in conversion.readers if name in self.place]
             if readers:
                 self.first.setdefault(plan.ops[min(readers)].name, []).append(conversion)
-                # Copies of a region's own values are recomputed with the region; others are made
-                # again where the backward pass reads them first.
-                if maker.get(conversion.value) not in self.region:
-                    self.last.setdefault(plan.ops[max(readers)].name, []).append(conversion)
+                # Copies that a region reads are made again with the region; others are made again
+                # where the backward pass reads them first.
+                last = plan.ops[max(readers)].name
+                if maker.get(conversion.value) not in self.region and last not in self.region:
+                    self.last.setdefault(last, []).append(conversion)
         self.sums = {op.makes[0] for op in plan.ops if op.name in self.gaps.summed}
         self.waiting: dict[tuple[int, Movement], float] = {}
+        self.ahead = begun_ahead(plan)
+        self.underway: dict[_Key, tuple[float, list[Transfer]]] = {}
+        self.coming: dict[_Key, tuple[float, list[tuple[Transfer, int]]]] = {}
+        taken = {each for several in self.last.values() for each in several}
+        self.queue = [
+            conversion
+            for op in plan.ops
+            for conversion in self.first.get(op.name, ())
+            if conversion.distance and conversion in taken
+        ]
         self.defers = False
 
     def simulate(self) -> tuple[float, float, float]:
@@ -203,8 +171,37 @@ class StepSimulation:
     def convert(self, conversion: Conversion, phase: str, again: bool) -> None:
         """Move a value to the layout that its readers read, and wait for it."""
         key = (conversion.value, conversion.target)
-        for move in self.moves.get((key, "backward" if again else "forward", again), ()):
-            self.streams.wait(self.issue(move, phase, self.streams.free[COMPUTE]))
+        what = GATHERED if conversion.value in self.weights else ""
+        what = REDUCED if what and again else what
+        if key in self.underway:
+            end, moves = self.underway.pop(key)
+            self.streams.wait(end, what)
+        else:
+            moves = self.moves.get((key, "backward" if again else "forward", again), [])
+        for move in moves:
+            self.streams.wait(self.issue(move, phase, self.streams.free[COMPUTE]), what)
+
+    def begin(self, conversion: Conversion, phase: str, again: bool) -> None:
+        """Start the last collective that moves a value, after the moves before it."""
+        key = (conversion.value, conversion.target)
+        moves = self.moves.get((key, "backward" if again else "forward", again), [])
+        count = begun_steps([move.step for move in moves])
+        if key in self.underway or not count:
+            return
+        for move in moves[: count - 1]:
+            self.streams.wait(self.issue(move, phase, self.streams.free[COMPUTE]), GATHERED)
+        end = self.issue(moves[count - 1], phase, self.streams.free[COMPUTE])
+        self.underway[key] = end, moves[count:]
+
+    def take(self, conversion: Conversion) -> None:
+        """Gather a dropped copy again, and start those that are to be started then."""
+        if conversion in self.queue:
+            self.begin(conversion, "backward", again=True)
+            place = self.queue.index(conversion)
+            for at in range(place - 1, -1, -1):
+                if place - at <= self.queue[at].distance:
+                    self.begin(self.queue[at], "backward", again=True)
+        self.convert(conversion, "backward", again=True)
 
     def issue(self, move: Transfer, phase: str, ready: float) -> float:
         """Issue one move, on the links or in memory, and return its end."""
@@ -226,6 +223,10 @@ class StepSimulation:
 
     def run_op(self, op: OpChoice, phase: str, again: bool) -> None:
         """Run an op's forward pass after the moves of what it reads first."""
+        for conversion in self.ahead.get(op.name, ()):
+            # With a region, what is read in it is gathered again.
+            if not again or any(name in self.region for name in conversion.readers):
+                self.begin(conversion, phase, again)
         for conversion in self.first.get(op.name, ()):
             # A sum that is made piece by piece is made with its product.
             if again or conversion.value not in self.sums:
@@ -263,10 +264,14 @@ class StepSimulation:
                 start = self.streams.free[COMPUTE]
                 self.streams.issue(COMPUTE, made.name, "recompute", made.forward_seconds, start)
             for conversion in self.last.get(op.name, ()):
-                self.convert(conversion, "backward", again=True)
+                self.take(conversion)
             self.run_back(op)
+            self.receive(op)
         for gap in sorted(self.late, reverse=True):
             self.fill(gap)
+        for end, rest in self.coming.values():
+            self.streams.wait(end, REDUCED)
+            self.bring_back(rest, REDUCED)
         self.reduce_waiting(0)
 
     def run_back(self, op: OpChoice) -> None:
@@ -275,13 +280,22 @@ class StepSimulation:
         again = op.name in self.region or op.name in self.remade
         forward = op.forward_seconds * (2 if again else 1)
         seconds = op.seconds - forward
-        gap = self.gaps.products.get(op.name, 0)
+        gap, sent = self.gaps.products.get(op.name, 0), self.first.get(op.name, [])[::-1]
         if gap:
             # One product for either factor's gradient.
             seconds /= 2
-            self.late.setdefault(gap, []).append((f"{op.name} (weight)", seconds))
+            weights = [each for each in sent if each.value in self.weights]
+            sent = [each for each in sent if each.value not in self.weights]
+            self.late.setdefault(gap, []).append((f"{op.name} (weight)", seconds, weights))
         self.streams.issue(COMPUTE, op.name, "backward", seconds, self.streams.free[COMPUTE])
-        self.send_back(self.first.get(op.name, [])[::-1])
+        self.send_back(sent)
+
+    def receive(self, op: OpChoice) -> None:
+        """Wait for the gradients of what began before an op, the last one first."""
+        for conversion in reversed(self.ahead.get(op.name, ())):
+            end, moves = self.coming.pop((conversion.value, conversion.target), (0.0, []))
+            self.streams.wait(end, REDUCED)
+            self.bring_back(moves, REDUCED)
 
     def send_back(self, conversions: Sequence[Conversion]) -> None:
         """Bring the gradients that all readers of redistributions sum up to the layouts of their
@@ -290,12 +304,29 @@ class StepSimulation:
         conversions: in the order of the backward pass.
         """
         for conversion in conversions:
-            for move, gap in self.steps_back(conversion):
-                end = self.issue(move, "backward", self.streams.free[COMPUTE])
-                self.fill(gap)
-                self.streams.wait(end, MOVED)
+            moves = list(self.steps_back(conversion))
+            begun = conversion.steps[begun_steps(conversion.steps) - 1 :][:1]
+            last = [
+                at
+                for at, (move, _) in enumerate(moves, 1)
+                if conversion.begins and begun and move.step.axis == begun[0].axis
+            ]
+            count = last[-1] if last else len(moves)
+            what = REDUCED if conversion.value in self.weights else MOVED
+            self.bring_back(moves[: count - 1] if last else moves, what)
+            if last:
+                # It is waited for where the gather began.
+                end = self.issue(moves[count - 1][0], "backward", self.streams.free[COMPUTE])
+                self.coming[conversion.value, conversion.target] = end, moves[count:]
         if self.bucket_nbytes is not None:
             self.reduce_waiting(self.bucket_nbytes)
+
+    def bring_back(self, moves: Sequence[tuple[Transfer, int]], what: str) -> None:
+        """Make moves of a gradient, with their gaps, and wait for each. what: is waited for."""
+        for move, gap in moves:
+            end = self.issue(move, "backward", self.streams.free[COMPUTE])
+            self.fill(gap)
+            self.streams.wait(end, what)
 
     def steps_back(self, conversion: Conversion) -> Iterator[tuple[Transfer, int]]:
         """Yield the moves of a redistribution's gradient with their gaps, 0 for none; what is
@@ -322,9 +353,10 @@ class StepSimulation:
         return self.defers and of_weight and move.step.backward is Movement.NONE
 
     def fill(self, gap: int) -> None:
-        """Compute what was left to a gap."""
-        for name, seconds in self.late.pop(gap, ()):
+        """Compute what was left to a gap, and send the gradients of gathered weights back."""
+        for name, seconds, weights in self.late.pop(gap, ()):
             self.streams.issue(COMPUTE, name, "backward", seconds, self.streams.free[COMPUTE])
+            self.send_back(weights)
 
     def reduce_waiting(self, least: float) -> None:
         """Reduce the gradient bucket in one call where at least so many bytes wait."""

@@ -18,7 +18,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autoparallel.analysis.pipeline_step import timeline_of_stages
-from autoparallel.analysis.step_simulation import REDUCED, StagePasses, StepSimulation
+from autoparallel.analysis.step_simulation import StagePasses, StepSimulation
+from autoparallel.analysis.streams import REDUCED
 from autoparallel.analysis.training_step import Timeline
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.plan import Plan

@@ -37,7 +37,11 @@ from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.module_copy import keep_attributes, originals
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
-from autoparallel.support.torch_private import as_if_exported, tree_map
+from autoparallel.support.torch_private import (
+    as_if_exported,
+    remembering_meta_results,
+    tree_map,
+)
 
 __all__ = ["Census", "census_of", "require_agreement"]
 
@@ -160,8 +164,8 @@ def census_of(
         # Whatever records no gradients around the call: the graph has them all.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if mode is not None:
-            stack.enter_context(mode)
+        if on != "data":
+            stack.enter_context(remembering_meta_results() if mode is None else mode)
         fakes = {
             name: keep_attributes(tensor, copied(tensor, tensor.requires_grad))
             for name, tensor in state.items()

@@ -8,7 +8,6 @@ the class; rules for it are discovered by running both passes, as for any op tha
 from __future__ import annotations
 
 import contextlib
-import enum
 import hashlib
 import itertools
 import re
@@ -21,17 +20,23 @@ from typing import Any
 
 import torch
 
-from autoparallel.capture.function_examination import Examined, ResultSlot, examine
+from autoparallel.capture.function_examination import Examined, examine
+from autoparallel.capture.function_slots import (
+    PLAIN,
+    Slot,
+    Slots,
+    content,
+    filled,
+    is_same,
+    refused,
+)
 from autoparallel.capture.intercepted_calls import apply_function, unwatched
-from autoparallel.errors import CaptureError
 from autoparallel.support.torch_private import differentiates_custom_op, without_function_modes
 
 __all__ = ["FunctionOp", "applied", "function_op", "is_inside_ops", "note_inside_op"]
 
 _SPACE = "autograd_function"
 _library = torch.library.Library(_SPACE, "DEF")
-_PLAIN: tuple[type, ...] = (type(None), bool, float, complex, str, bytes, enum.Enum)
-_PLAIN = (*_PLAIN, torch.dtype, torch.layout, torch.memory_format)
 _DEEPEST = 6  # levels of functions and containers that a class refers to
 
 
@@ -90,16 +95,16 @@ def is_inside_ops(cls: Any) -> bool:
 def applied(cls: Any, args: Sequence[Any], is_model_memory: Callable[[Any], bool]) -> Any:
     """Record one op for `cls.apply(*args)`, inside of a trace, and return its result.
 
-    cls: the Function. args: tensors, integers and constants, perhaps in lists and tuples.
+    cls: the Function. args: tensors, integers and constants, perhaps in lists, tuples and dicts.
     is_model_memory: whether a tensor lies in the memory of the model. Raises CaptureError where an
     op of tensors and numbers cannot stand for it.
 
     Example: `applied(Reverse, (x, 0.5), lambda tensor: False)`.
     """
-    slots = _Slots(cls)
+    slots = Slots(cls)
     template = slots.template(tuple(args))
     if not slots.tensors:
-        raise _refused(cls, "no tensor is among its arguments", "give it the tensors it works on")
+        raise refused(cls, "no tensor is among its arguments", "give it the tensors it works on")
     device = slots.tensors[0].device.type
     kinds = tuple(dict.fromkeys((device, *(("cpu", "cuda") if device == "meta" else ()))))
     autocast = tuple(
@@ -109,88 +114,7 @@ def applied(cls: Any, args: Sequence[Any], is_model_memory: Callable[[Any], bool
     with _applying():
         results = operation.operator(*slots.tensors, *slots.integers)
     results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
-    return _filled(operation.examined.results, results, (), None)
-
-
-# -- arguments
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """The place of a tensor, an integer or a device among arguments or results.
-
-    kind: "tensor", "integer" or "device". index: among those of its kind.
-    """
-
-    kind: str
-    index: int
-
-
-class _Slots:
-    """The tensors and integers in the arguments of one call of a Function, in order."""
-
-    def __init__(self, cls: Any) -> None:
-        self.cls = cls
-        self.tensors: list[torch.Tensor] = []
-        self.integers: list[Any] = []
-
-    def template(self, item: Any, depth: int = 0) -> Any:
-        """Return an argument with slots in it; remember what belongs into them.
-
-        Raises CaptureError for what an op cannot be given.
-        """
-        if isinstance(item, torch.Tensor):
-            if depth > 1:
-                why = "autograd does not look at tensors in lists, and gives them no gradient"
-                raise _refused(self.cls, f"{why}", "pass each tensor as an argument of its own")
-            self.tensors.append(item)
-            return _Slot("tensor", len(self.tensors) - 1)
-        if isinstance(item, (int, torch.SymInt)) and not isinstance(item, (bool, enum.Enum)):
-            self.integers.append(item)
-            return _Slot("integer", len(self.integers) - 1)
-        if isinstance(item, torch.device):
-            return _Slot("device", 0)
-        if isinstance(item, (list, tuple)):
-            kind = list if isinstance(item, list) else tuple
-            return kind(self.template(part, depth + 1) for part in item)
-        if isinstance(item, _PLAIN) or _is_plain_function(item):
-            return item
-        raise _refused(
-            self.cls,
-            f"one of its arguments is a {type(item).__name__}",
-            "pass the tensors that it reads as arguments of their own",
-        )
-
-
-def _is_plain_function(item: Any) -> bool:
-    """Return whether it is a function by whose code all is said: none with variables around it."""
-    if isinstance(item, types.BuiltinFunctionType):
-        return True
-    return isinstance(item, types.FunctionType) and not item.__closure__
-
-
-def _filled(
-    template: Any, tensors: Sequence[Any], integers: Sequence[Any], device: torch.device | None
-) -> Any:
-    """Return a template with tensors, integers and a device in the places of its slots."""
-    if isinstance(template, ResultSlot):
-        return tensors[template.index]
-    if isinstance(template, _Slot):
-        if template.kind == "device":
-            return device
-        return (tensors if template.kind == "tensor" else integers)[template.index]
-    if isinstance(template, (list, tuple)):
-        return type(template)(_filled(part, tensors, integers, device) for part in template)
-    return template
-
-
-def _refused(cls: Any, why: str, fix: str = "") -> CaptureError:
-    """Return the error for a Function that no op can stand for."""
-    return CaptureError(
-        f"the autograd.Function {cls.__name__} cannot be an op of a graph",
-        why=why,
-        fix=fix or "keep it in a submodule of its own, which then stays Python",
-    )
+    return filled(operation.examined.results, results, (), None)
 
 
 # -- the op
@@ -215,7 +139,7 @@ def _applying() -> Iterator[None]:
 def _registered(
     cls: Any,
     template: Any,
-    slots: _Slots,
+    slots: Slots,
     autocast: tuple[tuple[str, torch.dtype], ...],
     is_model_memory: Callable[[Any], bool],
 ) -> FunctionOp:
@@ -232,12 +156,23 @@ def _registered(
             _CLASSES[known] = cls
             return _OPS[known]
 
+    given: list[tuple[Any, Any]] = []
+
     def apply(tensors: Sequence[Any], integers: Sequence[Any]) -> Any:
         """Apply the class to the arguments of the call, with these tensors and integers."""
-        return apply_function(cls, *_filled(template, tensors, integers, tensors[0].device))
+        arguments = filled(template, tensors, integers, tensors[0].device)
+        given.append((arguments, content(arguments)))
+        return apply_function(cls, *arguments)
 
     with unwatched():
         examined = examine(apply, cls.__name__, slots.tensors, slots.integers, is_model_memory)
+    # An op is given containers of its own: nobody would see what either pass puts into them.
+    if not all(is_same(content(arguments), before) for arguments, before in given):
+        raise refused(
+            cls,
+            "it writes to a list or a dict that it is given",
+            "return what it computes, and put it there outside",
+        )
     with _lock:
         # The same Function may stop other gradients for operands of other types.
         digest = hashlib.sha256(repr((text, examined.token)).encode()).hexdigest()[:8]
@@ -280,7 +215,7 @@ def _define(
             if getattr(_local, "tracing", False):
                 stack.enter_context(without_function_modes())
                 stack.enter_context(unwatched())
-            arguments = _filled(template, given, numbers, given[0].device)
+            arguments = filled(template, given, numbers, given[0].device)
             returned = apply_function(_CLASSES[target], *arguments)
         results = examined.tensors_of(returned)
         # Torch returns an operand, and a view of one, as they are. What an op returns is new.
@@ -315,9 +250,9 @@ class _Content:
     def of(self, item: Any, depth: int = 0) -> Any:
         """Return the content of anything that a Function may refer to."""
         inner = depth + 1
-        if isinstance(item, (int, *_PLAIN)) or item is Ellipsis:
+        if isinstance(item, (int, *PLAIN)) or item is Ellipsis:
             return (type(item).__name__, repr(item))
-        if isinstance(item, (_Slot, torch.device)):
+        if isinstance(item, (Slot, torch.device)):
             return repr(item)
         if isinstance(item, (list, tuple)):
             return (type(item).__name__, *(self.of(part, inner) for part in item))

@@ -12,6 +12,7 @@ import torch
 # Importing these fills the registry.
 from autoparallel.capture import (  # noqa: F401
     decompositions,
+    loss_decompositions,
     matrix_decompositions,
     random_decompositions,
 )

@@ -19,6 +19,7 @@ from autoparallel.capture.branch_ways import BRANCH
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
 from autoparallel.capture.custom_functions import function_op
+from autoparallel.capture.differentiable_results import differentiable_results
 from autoparallel.capture.function_calls import FunctionCalls
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
@@ -313,8 +314,12 @@ class Importer:
                 fix="use an op that returns what it makes, for each tensor",
             )
         flows = builder.records(call, grad)
-        if function is not None:
-            flows = flows and any(function.examined.differentiable)
+        passes = (
+            function.examined.differentiable
+            if function is not None
+            else differentiable_results(node)
+        )
+        flows = flows and any(passes)
         single = isinstance(example, torch.Tensor)
         base = base_of(node.name) if function is None else function.name.lower()
         unique = builder.fresh(base, 1 if single else len(example))
@@ -323,11 +328,7 @@ class Importer:
             builder.translated[node] = Ref(unique)
         else:
             results = tuple(
-                builder.value(
-                    f"{unique}_{index}",
-                    item,
-                    flows and (function is None or function.examined.differentiable[index]),
-                )
+                builder.value(f"{unique}_{index}", item, flows and passes[index])
                 for index, item in enumerate(example)
             )
             builder.translated[node] = tuple(Ref(value.name) for value in results)

@@ -70,6 +70,8 @@ _MEGATRON_2 = "arXiv:2104.04473, table 1; vocabulary padded to 51200"
 _LLAMA_2 = "arXiv:2307.09288, table 1, and the config.json of the weights"
 _LLAMA_3 = "arXiv:2407.21783, table 3, and the config.json of the weights"
 _MIXTRAL = "arXiv:2401.04088, table 1"
+_GPT_OSS = "arXiv:2508.10925, table 1, and the config.json of the weights"
+_QWEN_3 = "arXiv:2505.09388, table 2, and the config.json of the weights"
 _QWEN = "arXiv:2412.15115, table 1, and the config.json of the weights"
 
 # In the order in which they are listed.
@@ -114,6 +116,44 @@ BUNDLED: Mapping[str, BundledModel] = {
         _MIXTRAL,
         num_local_experts=8,
         num_experts_per_tok=2,
+    ),
+    "qwen3-30b-a3b": _decoder(
+        "Qwen3MoeForCausalLM",
+        (48, 2048, 6144, 32, 4, 151936),
+        4096,
+        _QWEN_3,
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+    ),
+    "gpt-oss-20b": _decoder(
+        "GptOssForCausalLM",
+        (24, 2880, 2880, 64, 8, 201088),
+        4096,
+        _GPT_OSS,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+    ),
+    "gpt-oss-120b": _decoder(
+        "GptOssForCausalLM",
+        (36, 2880, 2880, 64, 8, 201088),
+        4096,
+        _GPT_OSS,
+        head_dim=64,
+        num_local_experts=128,
+        num_experts_per_tok=4,
+    ),
+    "deepseek-v3": _decoder(
+        "DeepseekV3ForCausalLM",
+        (61, 7168, 18432, 128, 128, 129280),
+        4096,
+        "arXiv:2412.19437, section 4.2, and the config.json of the weights",
+        moe_intermediate_size=2048,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
     ),
     "opt-175b": BundledModel(
         "OPTForCausalLM",

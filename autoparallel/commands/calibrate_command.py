@@ -56,8 +56,9 @@ def _run(options: argparse.Namespace) -> int:
     # After the arguments have been looked at: what is wrong with them is told without torch.
     import torch
 
-    from autoparallel.cost.calibrate import Effort, calibrate, started
+    from autoparallel.cost.calibrate import calibrate, started
     from autoparallel.cost.hardware import write_hardware
+    from autoparallel.cost.timed_runs import Effort
 
     cuda = torch.cuda.is_available()
     clock = time.process_time if options.clock == "cpu" else time.perf_counter

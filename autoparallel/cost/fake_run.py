@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,29 +17,26 @@ from typing import Any
 
 import torch
 
+from autoparallel.cost.backward_workspace import backward_workspace, nested_tensors
 from autoparallel.cost.gpu_kernels import gpu_kernel
 from autoparallel.graph.aliasing import shares_memory
 from autoparallel.graph.graph import Ref, Sym
 from autoparallel.graph.operators import operator_of
-from autoparallel.placement import Invariant
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.runtime import kernels, rng
 from autoparallel.runtime import random_ops as draws
-from autoparallel.runtime.groups import Group
 from autoparallel.runtime.memory_order import in_memory_order
-from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.fake_tensors import fake_mode
 from autoparallel.support.torch_private import (
     FAKE_TENSOR_LOGGER,
     FakeTensorMode,
     OpOverload,
-    TorchDispatchMode,
     has_meta_kernel,
     storage_key,
 )
 
-__all__ = ["FakeTensorSpec", "Observed", "StandInGroup", "contiguous", "observe"]
-__all__ += ["random_arguments", "runner", "skeleton"]
+__all__ = ["FakeTensorSpec", "Observed", "contiguous", "observe"]
+__all__ += ["runner", "skeleton"]
 
 # Their backward pass is one kernel on a device, and several ops on tensors of no device.
 _ONE_KERNEL_BACKWARD = {"aten::mish"}
@@ -124,34 +120,6 @@ class Observed:
         return self.sizes[storage - self.operands]
 
 
-class StandInGroup(Group):
-    """A process group without processes: collectives return memory of the right size.
-
-    Kernels that communicate can so be run as on one of `world_size` ranks.
-    """
-
-    def __init__(self, world_size: int, rank: int = 0) -> None:
-        self.rank, self.world_size = rank, world_size
-
-    def all_reduce(self, tensor: torch.Tensor, operation: str = "sum") -> torch.Tensor:
-        """Return zeros of the tensor's shape."""
-        return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return zeros with the ranks' parts along a new first dim."""
-        return tensor.new_zeros((self.world_size, *tensor.shape))
-
-    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return zeros of one rank's part: the tensor without its first dim."""
-        return tensor.new_zeros(tensor.shape[1:])
-
-    def all_to_all(
-        self, tensors: list[torch.Tensor], shapes: list[tuple[int, ...]]
-    ) -> list[torch.Tensor]:
-        """Return zeros of the shapes that the other ranks would send."""
-        return [tensors[0].new_zeros(shape) for shape in shapes]
-
-
 def _drawing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a random op that leaves the user's generators as they are."""
 
@@ -181,26 +149,10 @@ def runner(
     return getattr(kernels, rule.function) if rule and rule.function else operator_of(target)
 
 
-def random_arguments(shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return the arguments of a random op besides its own, for an unsplit tensor of this shape."""
-    alone = StandInGroup(1)
-    ranks = Ranks(("",), (alone,), alone)
-    return {"key": 0, "shape": torch.Size(shape), "placements": (Invariant(),), "ranks": ranks}
-
-
 @cache
 def _mode() -> FakeTensorMode:
     """Return the one fake-tensor mode: its cache serves all calls."""
     return fake_mode()
-
-
-def _tensors(structure: Any) -> list[torch.Tensor]:
-    """Return the tensors in nested tuples and lists, in order."""
-    if isinstance(structure, torch.Tensor):
-        return [structure]
-    if isinstance(structure, (tuple, list)):
-        return [tensor for item in structure for tensor in _tensors(item)]
-    return []
 
 
 def _actual(structure: Any, operands: Any, device: str) -> Any:
@@ -229,53 +181,6 @@ def _stand_in(spec: FakeTensorSpec, device: str) -> torch.Tensor:
     return tensor.requires_grad_(spec.requires_grad)
 
 
-class _LiveMemory(TorchDispatchMode):
-    """Counts bytes of storages allocated within and not yet freed.
-
-    live: bytes by storage. most: the largest sum at one time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.most = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        before = {storage_key(tensor) for tensor in _tensors(args)}
-        results = func(*args, **(kwargs or {}))
-        for tensor in _tensors(results):
-            storage = tensor.untyped_storage()
-            # Views and in-place results lie in an operand's storage: nothing was allocated.
-            if storage_key(storage) not in before and storage_key(storage) not in self.live:
-                self.live[storage_key(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage_key(storage))
-        self.most = max(self.most, sum(self.live.values()))
-        return results
-
-
-def _backward_workspace(results: list[torch.Tensor], operands: list[torch.Tensor]) -> int:
-    """Return the bytes that a call's backward needs at its worst moment besides its gradients.
-
-    0 where the backward cannot be run without data.
-    """
-    ends = [tensor for tensor in results if tensor.requires_grad and tensor.grad_fn is not None]
-    starts = [tensor for tensor in operands if tensor.requires_grad]
-    if not ends or not starts:
-        return 0
-    incoming = [torch.empty_like(tensor) for tensor in ends]
-    memory = _LiveMemory()
-    try:
-        with torch.no_grad(), memory:
-            gradients = torch.autograd.grad(ends, starts, incoming, allow_unused=True)
-    except Exception:  # any op may refuse to run without data, in any way
-        return 0
-    returned = {storage_key(tensor) for tensor in gradients if tensor is not None}
-    returned_nbytes = sum(nbytes for key, nbytes in memory.live.items() if key in returned)
-    return max(memory.most - returned_nbytes, 0)
-
-
 def _run(
     function: Callable[..., Any],
     args: Any,
@@ -301,7 +206,7 @@ def _run(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        results = _tensors(function(*positional, **named))
+        results = nested_tensors(function(*positional, **named))
     # Storages are numbered in the order of operands, results, saved tensors. `alive` keeps them, so
     # that no address is used twice while they are numbered.
     numbers: dict[int, int] = {}
@@ -328,7 +233,7 @@ def _run(
         tuple(of[count : count + len(results)]),
         tuple(sizes),
         tuple(sorted(set(of[count + len(results) :]))),
-        backward=_backward_workspace(results, operands) if backward else 0,
+        backward=backward_workspace(results, operands) if backward else 0,
     )
 
 

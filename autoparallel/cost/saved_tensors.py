@@ -10,13 +10,12 @@ from typing import Any
 from autoparallel.cost.fake_run import (
     FakeTensorSpec,
     Observed,
-    StandInGroup,
     contiguous,
     observe,
-    random_arguments,
     runner,
     skeleton,
 )
+from autoparallel.cost.stand_in_group import StandInGroup, random_arguments
 from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.placement import local_size
 from autoparallel.rules.loop_splits import LoopSplit, place

@@ -25,13 +25,16 @@ IMPORTS = {
     "move": "from autoparallel.runtime.collectives import convert_fixed as move",
     "pending_sum": "from autoparallel.runtime.collectives import pending_sum",
     "convert_again": "from autoparallel.runtime.recompute import convert_again",
+    "begin": "from autoparallel.runtime.flights import begin",
+    "end": "from autoparallel.runtime.flights import end",
+    "end_again": "from autoparallel.runtime.recompute import end_again",
     "parts_are_alike": "from autoparallel.runtime.recompute import parts_are_alike",
     "recomputed": "from autoparallel.runtime.recompute import recomputed",
     "remade": "from autoparallel.runtime.recompute import remade",
     "part": "from autoparallel.rewrite.program import part",
 }
 _PRODUCTS = {"linear", "mm"}
-_CONVERSIONS = {"convert", "move", "convert_again"}
+_CONVERSIONS = {"convert", "move", "convert_again", "begin"}
 _LINE = 98
 
 

@@ -9,7 +9,7 @@ leaves the checkpoint before it as it was.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,17 @@ from autoparallel.parallel.checkpoint_files import (
     together,
     write_checkpoint,
 )
+from autoparallel.parallel.checkpoint_match import (
+    EXTRA,
+    GROUPS,
+    KINDS,
+    MODEL,
+    OPTIMIZER,
+    PLAIN,
+    parameter_groups,
+    require_optimizers,
+    require_same_tensors,
+)
 from autoparallel.parallel.checkpoint_metadata import CheckpointReader, read_metadata
 from autoparallel.parallel.deferred import is_deferred
 from autoparallel.parallel.module_state import State
@@ -39,19 +50,11 @@ from autoparallel.parallel.saved_optimizers import (
     as_optimizers,
     describe,
     entries_of,
-    require_same_optimizers,
     without_absent,
 )
 from autoparallel.parallel.seeds import rng_state, set_rng_state
 
 __all__ = ["checkpoint_content", "load_checkpoint", "save_checkpoint", "write_content"]
-
-# What comes before the names of the model's and of the optimizer's tensors.
-_MODEL, _OPTIMIZER = "model.", "optimizer.state."
-# What comes before the names of all that is no tensor; see plain_values.py.
-_PLAIN = "plain."
-# What the optimizers are known by, the settings of their groups, and what the user gave besides.
-_KINDS, _GROUPS, _EXTRA = "optimizer.kinds", "optimizer.groups", "extra"
 
 
 def save_checkpoint(
@@ -92,14 +95,14 @@ def checkpoint_content(
     """
     optimizers, state = as_optimizers(optimizer), _state_of(module)
     stored, _ = _tensors(module, module.state_dict(), optimizers)
-    stored[_EXTRA] = dict(extra or {})
+    stored[EXTRA] = dict(extra or {})
     if state is None:
         stored["torch_rng"] = torch.get_rng_state()
     else:
         stored["rng"] = rng_state(module)
     if optimizers:
-        stored[_KINDS] = describe(module, optimizers)
-        stored[_GROUPS] = [_settings(group) for group in _groups(optimizers)]
+        stored[KINDS] = describe(module, optimizers)
+        stored[GROUPS] = [_settings(group) for group in parameter_groups(optimizers)]
     return dict(_as_written(name, value) for name, value in stored.items())
 
 
@@ -141,13 +144,13 @@ def load_checkpoint(
         f"reading the checkpoint in {target}",
         lambda: _contents(target),
     )
-    names = (_KINDS, _GROUPS) if optimizers else ()
-    saved: dict[str, Any] = dict.fromkeys(name for name in names if _PLAIN + name in known)
+    names = (KINDS, GROUPS) if optimizers else ()
+    saved: dict[str, Any] = dict.fromkeys(name for name in names if PLAIN + name in known)
     _read(saved, known, target)
     together(
-        "checking the optimizer", lambda: _require_optimizers(module, optimizers, saved, target)
+        "checking the optimizer", lambda: require_optimizers(module, optimizers, saved, target)
     )
-    has_state = bool(optimizers) and any(name.startswith(_OPTIMIZER) for name in known)
+    has_state = bool(optimizers) and any(name.startswith(OPTIMIZER) for name in known)
     if has_state:
         # Loading is in place, and an optimizer has no state before its first step. This makes it
         # as a step would, with gradients of zero.
@@ -159,16 +162,16 @@ def load_checkpoint(
                 get_optimizer_state_dict(module, fresh)
     values = module.state_dict()
     stored, owners = _tensors(module, values, optimizers if has_state else ())
-    for name in [name for name in owners if {name, _PLAIN + name}.isdisjoint(known)]:
+    for name in [name for name in owners if {name, PLAIN + name}.isdisjoint(known)]:
         # Of a parameter that had never had a gradient.
         entries, key = owners.pop(name)
         del stored[name], entries[key]
-    absent = {_MODEL + path for path, value in values.items() if _is_absent(module, value)}
-    together("checking the model", lambda: _require_same(stored, known, target, absent))
-    stored[_EXTRA] = None
+    absent = {MODEL + path for path, value in values.items() if _is_absent(module, value)}
+    together("checking the model", lambda: require_same_tensors(stored, known, target, absent))
+    stored[EXTRA] = None
     if state is None and "torch_rng" in known:
         stored["torch_rng"] = torch.get_rng_state()
-    if state is not None and _PLAIN + "rng" in known:
+    if state is not None and PLAIN + "rng" in known:
         stored["rng"] = None
     _read(stored, known, target)
     # Tensors were filled in place. What is no tensor, such as a count of steps, is a new object.
@@ -177,10 +180,10 @@ def load_checkpoint(
             entries[key] = stored[name]
     for path, value in values.items():
         if not isinstance(value, torch.Tensor):
-            values[path] = stored[_MODEL + path]
+            values[path] = stored[MODEL + path]
     # A module may make of its state dict what it likes, by hooks or an extra state.
     module.load_state_dict(values)
-    for group, settings in zip(_groups(optimizers), saved.get(_GROUPS) or (), strict=False):
+    for group, settings in zip(parameter_groups(optimizers), saved.get(GROUPS) or (), strict=False):
         for key, setting in settings.items():
             held: Any = group.get(key)
             is_tensor = isinstance(held, torch.Tensor) and isinstance(setting, torch.Tensor)
@@ -189,7 +192,7 @@ def load_checkpoint(
         set_rng_state(module, stored["rng"])
     if "torch_rng" in stored:
         torch.set_rng_state(stored["torch_rng"])
-    loaded: dict[str, Any] = stored[_EXTRA]
+    loaded: dict[str, Any] = stored[EXTRA]
     return loaded
 
 
@@ -200,9 +203,9 @@ def _contents(target: Path) -> Mapping[str, Any]:
     release of it.
     """
     known: Mapping[str, Any] = read_metadata(target).state_dict_metadata
-    if _PLAIN + _EXTRA in known:
+    if PLAIN + EXTRA in known:
         return known
-    if isinstance(known.get(_EXTRA), BytesStorageMetadata):
+    if isinstance(known.get(EXTRA), BytesStorageMetadata):
         raise CheckpointError(
             f"the checkpoint in {target} was written by an earlier release",
             why="it has values in a pickle, and to read one runs the code that is in it",
@@ -211,7 +214,7 @@ def _contents(target: Path) -> Mapping[str, Any]:
         )
     raise CheckpointError(
         f"the checkpoint in {target} is none of save_checkpoint()",
-        why=f"it has {', '.join(list(known)[:4]) or 'nothing'}, and no {_EXTRA}",
+        why=f"it has {', '.join(list(known)[:4]) or 'nothing'}, and no {EXTRA}",
         fix="load it with torch.distributed.checkpoint into full_state_dict(module), and that with "
         "module.load_state_dict",
     )
@@ -221,7 +224,7 @@ def _as_written(name: str, value: Any) -> tuple[str, Any]:
     """Return the name and the tensor that a value is written as."""
     if isinstance(value, torch.Tensor):
         return name, value
-    return _PLAIN + name, _described(packed(value, name))
+    return PLAIN + name, _described(packed(value, name))
 
 
 def _read(stored: dict[str, Any], known: Mapping[str, Any], target: Path) -> None:
@@ -233,12 +236,12 @@ def _read(stored: dict[str, Any], known: Mapping[str, Any], target: Path) -> Non
         return
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     plain = {
-        name: torch.empty(known[_PLAIN + name].size, dtype=torch.uint8)
+        name: torch.empty(known[PLAIN + name].size, dtype=torch.uint8)
         for name, value in stored.items()
         if not isinstance(value, torch.Tensor)
     }
     wanted = {name: value for name, value in stored.items() if name not in plain}
-    wanted.update((_PLAIN + name, _described(content)) for name, content in plain.items())
+    wanted.update((PLAIN + name, _described(content)) for name, content in plain.items())
 
     def read() -> None:
         try:
@@ -272,39 +275,6 @@ def _state_of(module: nn.Module) -> State | None:
     return module.__dict__.get("_autoparallel")
 
 
-def _require_optimizers(
-    module: nn.Module, optimizers: Optimizers, saved: Mapping[str, Any], target: Path
-) -> None:
-    """Raise AutoParallelError where optimizers are given and the checkpoint is of others, or none.
-
-    saved: the kinds and the groups' settings, as far as they are in the checkpoint.
-    """
-    described = describe(module, optimizers)
-    if not optimizers:
-        return
-    if _GROUPS not in saved:
-        raise AutoParallelError(
-            f"the checkpoint in {target} has no optimizer",
-            why="it was saved without one",
-            fix="leave it out here, too, and begin it anew",
-        )
-    if _KINDS in saved:
-        require_same_optimizers(saved[_KINDS], described, target)
-    groups = _groups(optimizers)
-    if len(saved[_GROUPS]) != len(groups):
-        raise AutoParallelError(
-            f"the optimizer has {len(groups)} groups of parameters, and that of the checkpoint in "
-            f"{target} had {len(saved[_GROUPS])}",
-            why="learning rate and other settings are saved for each group",
-            fix="make the optimizer with as many groups as it was saved with",
-        )
-
-
-def _groups(optimizers: Optimizers) -> list[dict[str, Any]]:
-    """Return the groups of parameters of all optimizers, in order."""
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an optimizer's group says besides its parameters, such as the learning rate."""
     return {key: value for key, value in group.items() if key != "params"}
@@ -320,11 +290,11 @@ def _tensors(
     """
     # What the ranks of other stages hold, they save and load.
     held = {path: value for path, value in values.items() if not _is_absent(module, value)}
-    stored = {f"{_MODEL}{path}": _described(value) for path, value in held.items()}
+    stored = {f"{MODEL}{path}": _described(value) for path, value in held.items()}
     owners: dict[str, tuple[dict[Any, Any], Any]] = {}
     for name, entries, key in entries_of(module, optimizers):
-        stored[_OPTIMIZER + name] = _described(entries[key])
-        owners[_OPTIMIZER + name] = (entries, key)
+        stored[OPTIMIZER + name] = _described(entries[key])
+        owners[OPTIMIZER + name] = (entries, key)
     return stored, owners
 
 
@@ -346,64 +316,6 @@ def _described(value: Any) -> Any:
     if isinstance(value, DTensor):
         return value.detach()
     return in_pieces(value.detach(), value.size(), (), (), ())
-
-
-def _require_same(
-    stored: Mapping[str, Any],
-    known: Mapping[str, Any],
-    folder: Path,
-    absent: Collection[str] = (),
-) -> None:
-    """Raise AutoParallelError that names all tensors that are not in the checkpoint as they are.
-
-    stored: what is to be filled. known: torch's metadata of what the checkpoint has, by name.
-    absent: the names of what other ranks fill.
-    """
-    wrong, rounded = [], []
-    for name, value in stored.items():
-        is_tensor = isinstance(value, torch.Tensor)
-        saved = known.get(name if is_tensor else _PLAIN + name)
-        if saved is None and (name in known or _PLAIN + name in known):
-            wrong.append(f"{name} is a tensor only in one of the two")
-        elif saved is None:
-            wrong.append(f"{name} is not in it")
-        elif is_tensor:
-            dtypes = (value.dtype, saved.properties.dtype)
-            if saved.size != value.size():
-                wrong.append(f"{name} is {tuple(value.size())}, there {tuple(saved.size)}")
-            # Another precision is read; fractions would be cut off without a word.
-            elif dtypes[0] != dtypes[1] and not all(dtype.is_floating_point for dtype in dtypes):
-                wrong.append(f"{name} is {dtypes[0]}, there {dtypes[1]}")
-            elif _is_narrower(*dtypes):
-                rounded.append(f"{name} is {dtypes[0]}, there {dtypes[1]}")
-    wrong += [
-        f"{name.removeprefix(_PLAIN)} is in it alone"
-        for name in known
-        if name.removeprefix(_PLAIN).startswith(_MODEL)
-        and name.removeprefix(_PLAIN) not in stored
-        and name not in absent
-    ]
-    if wrong:
-        raise AutoParallelError(
-            f"the checkpoint in {folder} is of another model or optimizer",
-            why="; ".join(wrong[:8]) + (f"; {len(wrong) - 8} more" if len(wrong) > 8 else ""),
-            fix="pass the model and the optimizer that were given to save_checkpoint()",
-        )
-    if rounded:
-        more = f" and {len(rounded) - 1} more" if len(rounded) > 1 else ""
-        warnings.warn(
-            f"the checkpoint in {folder} has tensors of wider types: numbers are rounded, and are "
-            f"infinite where they are too large: {rounded[0]}{more}",
-            stacklevel=2,
-        )
-
-
-def _is_narrower(own: torch.dtype, other: torch.dtype) -> bool:
-    """Return whether a floating point type holds fewer numbers than another."""
-    if not (own.is_floating_point and other.is_floating_point):
-        return False
-    one, two = torch.finfo(own), torch.finfo(other)
-    return one.max < two.max or one.eps > two.eps
 
 
 @contextmanager

@@ -32,25 +32,29 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.graph.attribute_write import AttributeWrite
+from autoparallel.parallel.frozen_values import (
+    ALL,
+    DEEPEST,
+    equal,
+    frozen,
+    is_array,
+    shows_bytes,
+    variable_in,
+)
 from autoparallel.parallel.shown_parameters import held_by
-from autoparallel.support.object_state import bytes_of, is_of_library, own_attributes
+from autoparallel.support.object_state import is_of_library, own_attributes
 
-__all__ = ["Guards", "equal", "frozen"]
+__all__ = ["Guards"]
 
-_DEEPEST = 5  # containers inside of containers whose contents are compared
 _SAME = operator.is_
-_ALL = None  # in place of a step into a container: all that it holds
 # Names that modules have from torch and from this project.
 _LEFT_OUT = {*vars(nn.Module()), "_autoparallel", "_generator"}
-_LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # Objects that hold what can change, but for lists, dicts and objects of classes in Python, which
 # are looked into by themselves.
 _CHANGING = (
     *(collections.deque, set, bytearray, array.array, types.SimpleNamespace),
     *(functools.partial, types.MethodType, weakref.ref),
 )
-# They keep caches of their own.
-_OPERATORS = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor))
 _GET: Any = dict.get
 _ABSENT = itertools.repeat(ABSENT)
 
@@ -188,11 +192,11 @@ class Guards:
 
     def contents(self, value: Any, depth: int) -> None:
         """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
-        if (id(value), _ALL) in self.own:
+        if (id(value), ALL) in self.own:
             return
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
         partly = any(owner == id(value) for owner, _ in self.own)
-        changing = isinstance(value, _CHANGING) or _is_array(value) or _shows_bytes(value)
+        changing = isinstance(value, _CHANGING) or is_array(value) or shows_bytes(value)
         functions = None if partly or not enclosing else _Functions.around(value)
         if functions is not None:
             self.lists.append((functions, list(functions)))
@@ -200,7 +204,7 @@ class Guards:
         if changing or enclosing or partly:
             self.kept.append((value, self.frozen(value)))
             return
-        if depth > _DEEPEST or not isinstance(value, (list, tuple, dict)):
+        if depth > DEEPEST or not isinstance(value, (list, tuple, dict)):
             return
         if isinstance(value, dict):
             self.lists.append((_Items(value), [*value.keys(), *value.values()]))
@@ -304,7 +308,7 @@ class _Functions:
             if any(each is one for one in functions):
                 continue
             functions.append(each)
-            values = [_contents(cell) for cell in each.__closure__ or ()]
+            values = [variable_in(cell) for cell in each.__closure__ or ()]
             values += [*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()]
             for value in values:
                 if isinstance(value, types.FunctionType):
@@ -319,7 +323,7 @@ class _Functions:
     def __iter__(self) -> Iterator[Any]:
         for each in self.functions:
             yield from (each.__code__, each.__defaults__, each.__kwdefaults__)
-        yield from map(_contents, self.cells)
+        yield from map(variable_in, self.cells)
 
 
 class _Items:
@@ -352,112 +356,9 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
     return item
 
 
-def equal(one: Any, other: Any, depth: int = 0) -> bool:
-    """Return whether a forward could not tell two values apart.
-
-    Numbers and texts are compared with their types, containers item by item, all else by identity.
-    """
-    if one is other:
-        return True
-    if type(one) is not type(other) or depth > _DEEPEST:
-        return False
-    if isinstance(one, SIMPLE):
-        # nan is nan, and 0.0 is not -0.0.
-        return (one == other and repr(one) == repr(other)) or repr(one) == repr(other) == "nan"
-    if isinstance(one, (list, tuple)):
-        pairs = zip(one, other, strict=False)
-        return len(one) == len(other) and all(equal(a, b, depth + 1) for a, b in pairs)
-    if isinstance(one, dict):
-        if list(one) != list(other):
-            return False
-        return all(equal(one[key], other[key], depth + 1) for key in one)
-    return False
-
-
-def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any:
-    """Return what a forward could see of an object, as it is now, to be compared by `equal`.
-
-    Objects are what they have, and functions what their code refers to. What cannot be looked into
-    is itself, and equal to nothing else. own: places that are left out, each the identity of a
-    container and a step into it, or None for all that it holds.
-
-    >>> import types
-    >>> settings = types.SimpleNamespace(tau=1.0)
-    >>> before = frozen(settings)
-    >>> equal(before, frozen(types.SimpleNamespace(tau=1.0)))
-    True
-    >>> settings.tau = 2.0
-    >>> equal(before, frozen(settings))
-    False
-    """
-    if isinstance(value, SIMPLE) or depth > _DEEPEST:
-        return value
-    if (id(value), _ALL) in own:
-        return type(value)
-    inner = functools.partial(frozen, depth=depth + 1, own=own)
-    if isinstance(value, (list, tuple, collections.deque)):
-        return (type(value), *map(inner, value))
-    if isinstance(value, dict):
-        return (type(value), *_items(value, "item", value, own, inner))
-    if isinstance(value, (set, frozenset)):
-        return (type(value), *sorted(map(repr, value)))
-    if isinstance(value, (bytearray, array.array)):
-        return (type(value), bytes(value))
-    if _is_array(value):
-        return (type(value), str(value.dtype), str(value.shape), value.tobytes())
-    if isinstance(value, torch.Tensor) and not value.is_inference():
-        return (value, value._version)
-    if isinstance(value, weakref.ref):
-        return (type(value), inner(value()))
-    if isinstance(value, functools.partial):
-        return (type(value), inner(value.func), inner(value.args), inner(value.keywords))
-    if isinstance(value, types.MethodType):
-        return (type(value), value.__func__, inner(value.__self__))
-    if isinstance(value, types.FunctionType):
-        if (value.__module__ or "").partition(".")[0] in _LIBRARIES:
-            return value
-        cells = [inner(_contents(cell)) for cell in value.__closure__ or ()]
-        return (value.__code__, inner(value.__defaults__), inner(value.__kwdefaults__), *cells)
-    if isinstance(value, (type, nn.Module, torch.Tensor, torch.Generator, *_OPERATORS)):
-        return value
-    if _shows_bytes(value):
-        return (type(value), bytes_of(value))
-    attributes = own_attributes(value)
-    if not attributes and not hasattr(value, "__dict__"):
-        return value
-    return (type(value), *_items(attributes, "attribute", value, own, inner))
-
-
-def _items(
-    mapping: Mapping[Any, Any], kind: str, owner: Any, own: frozenset[Any], inner: Any
-) -> list[Any]:
-    """Return keys and frozen values of what an owner holds, but for places that are left out."""
-    return [
-        (key, inner(item)) for key, item in mapping.items() if (id(owner), (kind, key)) not in own
-    ]
-
-
 def _owned(module: nn.Module, writes: Iterable[AttributeWrite]) -> Iterator[Any]:
     """Yield the places that a program sets: the identity of a container, and the step into it."""
     for write in writes:
         with contextlib.suppress(AttributeError, KeyError, IndexError, TypeError):
             owner, (kind, key) = write.owner(module), write.route[-1]
-            yield id(owner), (_ALL if kind == "content" else (kind, key))
-
-
-def _is_array(value: Any) -> bool:
-    """Return whether a value is an array of numpy, which is not imported to find out."""
-    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
-
-
-def _shows_bytes(value: Any) -> bool:
-    """Return whether an object, no text or number, shows its memory, as arrays of C's do."""
-    return not isinstance(value, SIMPLE) and bytes_of(value) is not None
-
-
-def _contents(cell: types.CellType) -> Any:
-    """Return the variable in a cell, None where it has no value yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
+            yield id(owner), (ALL if kind == "content" else (kind, key))

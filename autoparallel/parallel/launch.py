@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -15,7 +16,7 @@ from autoparallel.parallel.meeting import start_process_group
 from autoparallel.runtime.faults import note_uncaught
 from autoparallel.runtime.groups import ProcessGroup
 from autoparallel.runtime.ranks import Ranks, process_ranks, single_rank
-from autoparallel.support.torch_private import flattened_group
+from autoparallel.support.torch_private import flattened_group, let_gloo_end
 
 __all__ = [
     "communication_device",
@@ -57,7 +58,7 @@ def join_world(world_size: int) -> ProcessGroup | None:
         start_process_group("nccl" if cuda else "gloo")
     if dist.get_world_size() != world_size:
         raise _other_size(world_size, dist.get_world_size())
-    note_uncaught()
+    _watch_the_end()
     return ProcessGroup(dist.group.WORLD)
 
 
@@ -98,7 +99,7 @@ def join_devices(devices: DeviceMesh) -> Ranks:
         )
     if mesh.world_size == 1:
         return single_rank(mesh)
-    note_uncaught()
+    _watch_the_end()
     world = ProcessGroup(devices.get_group() if len(mesh.axes) == 1 else flattened_group(devices))
     number = 0
     for (_, size), coordinate in zip(mesh.axes, place, strict=True):
@@ -170,6 +171,16 @@ def communication_device() -> str:
     """Return the type of the device, "cpu" or "cuda", on which the process group communicates."""
     nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     return "cuda" if nccl and torch.cuda.is_available() else "cpu"
+
+
+def _watch_the_end() -> None:
+    """Have the end of this process be told to the other ranks if an error is the reason, and come
+    after gloo's threads have ended what they do.
+    """
+    note_uncaught()
+    # Once, however often this is called.
+    atexit.unregister(let_gloo_end)
+    atexit.register(let_gloo_end)
 
 
 def _other_size(asked: int, launched: int) -> WorldSizeError:

@@ -20,7 +20,8 @@ from autoparallel.graph.captured import Captured, Modes, Surroundings
 from autoparallel.graph.graph import Sym
 from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.parallel.flat_calls import FlatCalls
-from autoparallel.parallel.guards import Guards, equal, frozen
+from autoparallel.parallel.frozen_values import equal, frozen
+from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
 from autoparallel.parallel.local_parameters import LocalParameters

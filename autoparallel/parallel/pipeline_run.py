@@ -332,9 +332,9 @@ class PipelineRun:
         try:
             with self.place.answered("a send or receive between stages"):
                 if gradients is None:
-                    schedule.step(number=numbers, return_outputs=False)
+                    schedule.step(number=numbers)
                 else:
-                    schedule.step(number=numbers, target=numbers, losses=[], return_outputs=False)
+                    schedule.step(number=numbers, target=numbers, losses=[])
         except Exception as error:
             # It remembers the micro-batches that it was at.
             self.schedules.forget()

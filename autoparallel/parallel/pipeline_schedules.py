@@ -11,13 +11,15 @@ import torch
 from autoparallel.options import SCHEDULES
 from autoparallel.parallel.pipeline_call import PipelineCall
 from autoparallel.parallel.pipeline_place import PipelinePlace
+from autoparallel.parallel.pipeline_sends import Sends
 from autoparallel.parallel.stage_module import StageModule
 from autoparallel.plan import Pipeline
 from autoparallel.rewrite.stage_programs import StagePrograms
 from autoparallel.rewrite.stages import Stage
-from autoparallel.runtime.schedule_orders import schedule_class
+from autoparallel.runtime.message_orders import messages_of, sends_by_table
+from autoparallel.runtime.schedule_orders import schedule_class, schedule_order
 
-__all__ = ["IN_HALVES", "PipelineSchedules", "joins_weights_once", "schedule_of_run"]
+__all__ = ["IN_HALVES", "PipelineSchedules", "joins_weights_once", "schedule_of_run", "weights_met"]
 
 # Torch's classes that may compute gradients of weights later than those of a stage's inputs.
 IN_HALVES = frozenset(
@@ -55,11 +57,25 @@ def joins_weights_once(stage: Stage) -> bool:
     from the second op of a weight on there is no way any more.
     Example: `joins_weights_once(stage)` is False where one linear layer is called twice
     """
+    if not any(stage.graph.values[name].requires_grad for name in stage.takes):
+        return True
+    ops, weights = weights_met(stage)
+    met = Counter(weight for some in ops.values() for weight in some)
+    # What is handed on leaves by one op with what came in.
+    met.update(weight for name in stage.gives for weight in weights.get(name, ()))
+    return max(met.values(), default=0) <= 1
+
+
+def weights_met(stage: Stage) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
+    """Return the weights that meet what came in at each op, by its name, if there are such, and
+    those of which each value is made, by its name, where it is made of weights alone.
+
+    Example: `set(weights_met(stage)[0])` are the ops from which torch goes back to weights
+    """
     graph = stage.graph
     came = {name for name in stage.takes if graph.values[name].requires_grad}
-    # By value that follows from weights alone: which.
     weights: dict[str, frozenset[str]] = {}
-    ops: Counter[str] = Counter()
+    ops: dict[str, frozenset[str]] = {}
     for node in graph.nodes:
         made = [value.name for value in node.results if value.requires_grad]
         if node.kind == "parameter":
@@ -71,10 +87,23 @@ def joins_weights_once(stage: Stage) -> bool:
             weights |= dict.fromkeys(made, frozenset().union(*read))
         else:
             came |= set(made)
-            ops.update(weight for some in read for weight in some)
-    # What is handed on leaves by one op with what came in.
-    ops.update(weight for name in stage.gives for weight in weights.get(name, ()))
-    return not came or max(ops.values(), default=0) <= 1
+            ops[node.name] = frozenset().union(*read)
+    return {name: some for name, some in ops.items() if some}, weights
+
+
+class ReadySchedule:
+    """One of torch's schedules, with a rank's stages. sends: as of Stage."""
+
+    def __init__(self, schedule: Any, stages: Sequence[Any], sends: Sends | None) -> None:
+        self.schedule, self.stages, self.sends = schedule, stages, sends
+
+    def step(self, **options: Any) -> None:
+        """Run a step; nothing of it is kept. options: of torch's schedule."""
+        self.schedule.step(**options, return_outputs=False)
+        if self.sends is not None:
+            self.sends.finish()
+        for stage in self.stages:
+            stage.clear_runtime_states()
 
 
 class PipelineSchedules:
@@ -92,9 +121,9 @@ class PipelineSchedules:
     ) -> None:
         self.pipeline, self.place = pipeline, place
         self.programs, self.modules = programs, modules
-        self.ready: dict[Any, Any] = {}
+        self.ready: dict[Any, ReadySchedule] = {}
 
-    def of(self, call: PipelineCall, trains: bool) -> Any:
+    def of(self, call: PipelineCall, trains: bool) -> ReadySchedule:
         """Return torch's schedule for inputs of these sizes."""
         # What is made in inference mode cannot be written to outside of it.
         modes = (trains, torch.is_inference_mode_enabled())
@@ -109,13 +138,14 @@ class PipelineSchedules:
         """Forget all schedules, as after a step that was not finished."""
         self.ready.clear()
 
-    def _made(self, call: PipelineCall, trains: bool) -> Any:
+    def _made(self, call: PipelineCall, trains: bool) -> ReadySchedule:
         """Return a new schedule, with stages of its own."""
         # Importing them takes a while, and most meshes have no stages.
         from torch.distributed import pipelining
 
         from autoparallel.parallel.pipeline_stage import Stage as TorchStage
 
+        sends = self._sends() if trains else None
         stages = [
             TorchStage(
                 module,
@@ -125,6 +155,7 @@ class PipelineSchedules:
                 input_args=tuple(one.empty(call.symbols, each.places[0]) for one in each.enters),
                 output_args=module.returns(call),
                 group=self.place.group,
+                sends=sends,
             )
             for each, module in zip(self.programs, self.modules, strict=True)
         ]
@@ -133,7 +164,20 @@ class PipelineSchedules:
         single = len(stages) == 1 and name in (SCHEDULES["gpipe"].alone, SCHEDULES["1f1b"].alone)
         kind = getattr(pipelining, name)
         what = stages[0] if single else stages
-        return kind(what, self.pipeline.microbatches, loss_fn=loss, scale_grads=False)
+        schedule = kind(what, self.pipeline.microbatches, loss_fn=loss, scale_grads=False)
+        return ReadySchedule(schedule, stages, sends)
+
+    def _sends(self) -> Sends | None:
+        """Return the sends of this rank in a step that trains; None where they are torch's."""
+        from autoparallel.support.torch_private.lazy_stage import MAKES_BUFFERS
+
+        pipeline = self.pipeline
+        each = pipeline.stages // pipeline.ranks
+        numbers = pipeline.schedule, pipeline.ranks, each, pipeline.microbatches
+        if not (MAKES_BUFFERS and sends_by_table(*numbers)):
+            return None
+        rank = self.place.number
+        return Sends(schedule_order(*numbers)[rank], messages_of(*numbers)[rank])
 
 
 def _own_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

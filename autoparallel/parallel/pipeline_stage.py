@@ -8,26 +8,53 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.pipelining import PipelineStage
 
+from autoparallel.parallel.pipeline_sends import Sends
 from autoparallel.parallel.stage_module import StageModule
+from autoparallel.support.torch_private import LazyStage
 
 __all__ = ["Stage"]
 
 
-class Stage(PipelineStage):
+class Stage(LazyStage):
     """A stage whose gradients of weights may be computed later than those of its inputs.
 
     Torch finds what gradients of weights begin with on the way from the outputs to the inputs.
     Where no input has a gradient there is none, and torch would leave the weights without one: such
     a stage does all of its backward pass when gradients of weights are due. Where the module knows
     no halves, it does all of it at once.
+
+    sends: those of its rank; None where torch waits for each of them soon, or sends them together
+    with what it receives.
     """
 
-    def __init__(self, module: StageModule, *args: Any, **options: Any) -> None:
+    def __init__(
+        self, module: StageModule, *args: Any, sends: Sends | None = None, **options: Any
+    ) -> None:
         super().__init__(module, *args, **options)
-        self.module = module
+        self.module, self.sends = module, sends
         self.put_off: dict[int, torch.Tensor | None] = {}
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **options: Any) -> Any:
+        """Compute a micro-batch, of which the inputs have been received."""
+        if self.sends is not None:
+            self.sends.received(self.stage_index, True, fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **options)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
+        """Return what sends a micro-batch to the next stage, if this does not send it itself."""
+        return self._left_to_send(True, fwd_chunk_id, super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
+        """Return what sends gradients to the stage before, if this does not send them itself."""
+        return self._left_to_send(False, bwd_chunk_id, super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _left_to_send(self, forward: bool, microbatch: int, ops: list[Any]) -> list[Any]:
+        """Return the sends that are torch's to begin."""
+        if self.sends is None:
+            return ops
+        self.sends.send(self.stage_index, forward, microbatch, ops)
+        return []
 
     def backward_one_chunk(
         self,
@@ -37,6 +64,8 @@ class Stage(PipelineStage):
         last_backward: bool = False,
     ) -> None:
         """Compute the gradients of a micro-batch, or those of what came in alone."""
+        if self.sends is not None:
+            self.sends.received(self.stage_index, False, bwd_chunk_id)
         full_backward = full_backward or not self.module.halves
         if self.has_backward and not (full_backward or self.is_first or self.module.has_way_back):
             self.put_off[bwd_chunk_id] = loss

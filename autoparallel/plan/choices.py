@@ -91,7 +91,11 @@ class Conversion:
     seconds: predicted time of both passes. together: the value is a parameter whose gradient is
     reduced at the end of the backward pass, in one collective with other gradients (one gradient
     bucket). again: the redistributed copy is dropped after the forward pass and recomputed in the
-    backward pass.
+    backward pass. begins: the op before which the last collective of the steps is started, which is
+    waited for where the copy is first read; backward, the gradient's is started where it is there,
+    and waited for after that op. "" where each is waited for at once. distance: of a dropped copy;
+    it is gathered again when the backward pass takes another such copy that is read at most so many
+    later, 0 for where it is read.
     """
 
     value: str
@@ -105,6 +109,8 @@ class Conversion:
     seconds: float = 0.0
     together: bool = False
     again: bool = False
+    begins: str = ""
+    distance: int = 0
 
     @property
     def moves(self) -> tuple[tuple[int, Movement, Movement], ...]:

@@ -16,6 +16,7 @@ from autoparallel.graph.captured import Captured
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.eased_plans import solved_or_refused
+from autoparallel.planning.gathers_ahead import without_gathers_ahead
 from autoparallel.planning.memory_advice import does_not_fit
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
@@ -319,8 +320,16 @@ def _better(problem: Problem, solution: Solution, start: Mapping[str, int] | Non
 def _read(
     captured: Captured, model: str, network: CostNetwork, solution: Solution, judge: Judge
 ) -> tuple[Plan, Account]:
-    """Return the plan of a solution, and all of its memory on the rank that needs most."""
+    """Return the plan of a solution, and all of its memory on the rank that needs most.
+
+    Where gathers that begin ahead of their use take too much, they begin where they are read.
+    """
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
     current().spend(len(network.graph.nodes) * _SECONDS_PER_NODE)
     account = judge(plan)
+    if account.total > allowed_nbytes(network) and any(row.begins for row in plan.conversions):
+        waiting = without_gathers_ahead(plan)
+        less = judge(waiting)
+        if less.total < account.total:
+            plan, account = waiting, less
     return replace(plan, memory=account.rows), account

@@ -14,30 +14,28 @@ from torch import nn
 
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.discovery.registered_rules import require_proven
-from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.graph import Dim, Node, Sym, Value
+from autoparallel.graph.graph import Node, Sym, Value
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.placement import (
     Invariant,
     Layout,
+    Movement,
     Partial,
     Shard,
-    can_be_shared,
-    divides_in_runs,
-    fewest_runs,
     is_possible_step,
     layout_text,
     whole_layout,
 )
-from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.plan import Conversion, OpChoice, Plan
+from autoparallel.planning.layout_check import require_storage, why_no_layout, wrong_plan
 from autoparallel.planning.stage_check import require_sound_stages
+from autoparallel.rewrite.conversions import begun_steps
 from autoparallel.rules.lookup import rule_of_whole_tensors
 from autoparallel.rules.loop_splits import LoopSplit, tile_of
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.strategies import Strategy, strategies
-from autoparallel.runtime.tensor_parts import require_refined
-from autoparallel.strategy.mesh_strategies import is_nested, joint_strategies
+from autoparallel.strategy.mesh_strategies import joint_strategies
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 
 __all__ = ["require_sound"]
@@ -83,7 +81,7 @@ def _require_agreement(plan: Plan, model: nn.Module) -> None:
     for path, parameter in named.items():
         choice = known.get(first.setdefault(id(parameter), path))
         if choice is not None:
-            _require_storage(choice, tuple(parameter.shape), plan, path)
+            require_storage(choice, tuple(parameter.shape), plan, path)
     rows = [
         (f"{path}/{op.name}", op.target, op.operands, op.results, op.kernels)
         for part in plan.parts
@@ -91,84 +89,22 @@ def _require_agreement(plan: Plan, model: nn.Module) -> None:
         for op in part.plan.ops
     ]
     if rows != [(op.name, op.target, op.operands, op.results, op.kernels) for op in plan.ops]:
-        raise _wrong(plan.model, "", "its ops are not those of its parts")
+        raise wrong_plan(plan.model, "", "its ops are not those of its parts")
     for part in plan.parts:
         if (part.plan.mesh, part.plan.options) != (plan.mesh, plan.options):
-            raise _wrong(part.paths[0], "", "it is planned for another mesh, or other options")
+            raise wrong_plan(part.paths[0], "", "it is planned for another mesh, or other options")
         for path, choice in product(part.paths, part.plan.parameters):
             full = f"{path}.{choice.path}"
             whole = known.get(first.get(id(named.get(full)), ""))
             if whole is None or whole.storage != choice.storage:
-                raise _wrong(
+                raise wrong_plan(
                     full, path, "the plan of the part stores it otherwise than the model's"
                 )
         # What Python calls returns whole tensors, and is given such.
         if any(layout != whole_layout(len(plan.mesh.axes)) for layout in part.plan.outputs):
-            raise _wrong(part.paths[0], "", "it returns parts of tensors to the Python around it")
-
-
-def _require_storage(
-    choice: ParameterChoice, shape: tuple[Dim, ...], plan: Plan, where: str
-) -> None:
-    """Raise PlanError unless a parameter is stored, updated and its gradient held in parts that
-    there are, of which one is cut from the other.
-    """
-    sizes = tuple(size for _, size in plan.mesh.axes)
-    for layout in (choice.storage, choice.gradient, choice.state):
-        # What is updated is no part of a computation, so that ranks may have more or less of it.
-        why = _why_no_layout(layout, shape, sizes, even=layout is choice.storage)
-        if why:
-            raise _wrong(choice.path, where, f"{layout_text(layout)} of a tensor {shape}: {why}")
-        if not all(isinstance(placement, (Invariant, Shard)) for placement in layout):
-            raise _wrong(choice.path, where, f"parameters are not stored as {layout_text(layout)}")
-    require_refined(choice.storage, choice.state, choice.path)
-    triples = zip(choice.storage, choice.gradient, choice.state, strict=True)
-    if any(gradient not in (storage, state) for storage, gradient, state in triples):
-        held = layout_text(choice.gradient)
-        raise _wrong(choice.path, where, f"its gradient is {held}, as neither it nor its state")
-
-
-def _why_no_layout(
-    layout: Layout, shape: Sequence[Dim], sizes: tuple[int, ...], even: bool = True
-) -> str:
-    """Return why no tensor of this shape lies so on a mesh of axes of these sizes; "" if one can.
-
-    even: whether axes that cut the same dim must give all ranks as much. A size that the inputs
-    decide may be cut anywhere: its parts are computed when it is known.
-    """
-    if len(layout) != len(sizes):
-        return f"the mesh has {len(sizes)} axes"
-    for placement, ranks in zip(layout, sizes, strict=True):
-        if ranks == 1 and placement != Invariant():
-            return "one rank alone has all of it"
-        if not isinstance(placement, Shard):
-            continue
-        if placement.dim >= len(shape):
-            return f"it has {len(shape)} dims"
-        size, blocks, unit = shape[placement.dim], placement.blocks, placement.unit
-        if isinstance(size, Sym) and (blocks, unit) != (1, 1):
-            return "the inputs decide on that size"
-        if isinstance(size, int) and not (
-            divides_in_runs(size, blocks, unit) and fewest_runs(size, blocks, unit) >= 2
-        ):
-            return f"{size} elements are not divided into such runs"
-        if isinstance(size, int) and not can_be_shared(placement, size, ranks):
-            return f"{ranks} ranks do not share {size} elements so"
-        if placement.repeat != 1 and isinstance(size, Sym):
-            return "the inputs decide on that size"
-    # Sizes that the inputs decide divide by anything: 0 does.
-    known = tuple(0 if isinstance(size, Sym) or not even else size for size in shape)
-    return "" if is_nested(known, layout, sizes) else "the axes cut it at different places"
-
-
-def _wrong(what: str, where: str, why: str) -> PlanError:
-    """Return the error for a part of a plan that is not as the planner makes it."""
-    return PlanError(
-        f"the plan cannot be followed: {what}",
-        where=where,
-        why=why,
-        fix="plan again, or give the whole text that plan.to_json() wrote",
-    )
+            raise wrong_plan(
+                part.paths[0], "", "it returns parts of tensors to the Python around it"
+            )
 
 
 class _Check:
@@ -207,7 +143,7 @@ class _Check:
             self.named(op, node)
             self.reads_and_makes(op)
         if len(self.plan.outputs) != len(self.graph.outputs):
-            raise _wrong(self.plan.model, "", f"it returns {len(self.graph.outputs)} tensors")
+            raise wrong_plan(self.plan.model, "", f"it returns {len(self.graph.outputs)} tensors")
         self.returned()
         self.conversions(stages=True)
 
@@ -215,26 +151,28 @@ class _Check:
         """Check that the plan has the parameters and the ops of the graph."""
         graph, plan = self.graph, self.plan
         if plan.fingerprint != graph.fingerprint:
-            raise _wrong(plan.model, "", "it was made for another program")
+            raise wrong_plan(plan.model, "", "it was made for another program")
         for node in graph.nodes:
             if node.kind != "call":
                 self.made[node.result.name] = self.whole
         nodes = [node for node in graph.nodes if node.kind == "parameter"]
         self.parameters(nodes, stored=not stages)
         if [op.name for op in plan.ops] != [node.name for node in graph.calls]:
-            raise _wrong(plan.model, "", "its ops are not those of the model")
+            raise wrong_plan(plan.model, "", "its ops are not those of the model")
 
     def parameters(self, nodes: Sequence[Node], stored: bool) -> None:
         """Check which parameters there are. stored: and how they are stored."""
         rows = [(choice.name, choice.path) for choice in self.plan.parameters]
         if rows != [(node.name, node.target) for node in nodes]:
-            raise _wrong(self.plan.model, "", "its parameters are not those of the model")
+            raise wrong_plan(self.plan.model, "", "its parameters are not those of the model")
         for choice, node in zip(self.plan.parameters, nodes, strict=True):
             value = node.result
             if choice.shape != value.shape or choice.nbytes != nbytes(value):
-                raise _wrong(choice.path, node.where, f"it is {value}, of {nbytes(value)} bytes")
+                raise wrong_plan(
+                    choice.path, node.where, f"it is {value}, of {nbytes(value)} bytes"
+                )
             if stored:
-                _require_storage(choice, value.shape, self.plan, node.where)
+                require_storage(choice, value.shape, self.plan, node.where)
             self.made[value.name] = choice.storage
 
     def op(self, op: OpChoice, node: Node, matched: MatchedCall, inert: bool) -> None:
@@ -243,15 +181,15 @@ class _Check:
         values = [self.graph.values[name] for name in (*op.reads, *op.makes)]
         layouts = (*op.operands, *op.results)
         for value, layout in zip(values, layouts, strict=True):
-            why = _why_no_layout(layout, value.shape, self.sizes)
+            why = why_no_layout(layout, value.shape, self.sizes)
             if why:
-                raise _wrong(what, where, f"{layout_text(layout)} of {value}: {why}")
+                raise wrong_plan(what, where, f"{layout_text(layout)} of {value}: {why}")
         if op.kernels and len(op.kernels) != len(self.sizes):
-            raise _wrong(what, where, f"it has {len(op.kernels)} kernels on {self.plan.mesh}")
+            raise wrong_plan(what, where, f"it has {len(op.kernels)} kernels on {self.plan.mesh}")
         if not self.is_allowed(op, node, matched, inert):
             sides = (", ".join(map(layout_text, side)) for side in (op.operands, op.results))
             kernels = f" by {', '.join(op.kernels)}" if any(op.kernels) else ""
-            raise _wrong(what, where, f"its rule does not allow {' -> '.join(sides)}{kernels}")
+            raise wrong_plan(what, where, f"its rule does not allow {' -> '.join(sides)}{kernels}")
         self.reads_and_makes(op)
 
     def reads_and_makes(self, op: OpChoice) -> None:
@@ -269,11 +207,11 @@ class _Check:
         where = ", ".join(text for text in (node.where, node.line) if text)
         what = f"{op.name} ({node.target})"
         if (op.target, op.where, op.line) != (node.target, node.where, node.line):
-            raise _wrong(what, where, "the plan has another op, or another line, of that name")
+            raise wrong_plan(what, where, "the plan has another op, or another line, of that name")
         if (op.reads, op.makes) != names:
-            raise _wrong(what, where, "it reads, or makes, other values in the plan")
+            raise wrong_plan(what, where, "it reads, or makes, other values in the plan")
         if (len(op.operands), len(op.results)) != (len(op.reads), len(op.makes)):
-            raise _wrong(what, where, "the plan has layouts for more or fewer tensors")
+            raise wrong_plan(what, where, "the plan has layouts for more or fewer tensors")
         return what, where
 
     def is_allowed(self, op: OpChoice, node: Node, matched: MatchedCall, inert: bool) -> bool:
@@ -316,16 +254,16 @@ class _Check:
         graph = self.graph
         values = [graph.values[name] for name in graph.outputs]
         if len(self.plan.outputs) != len(values):
-            raise _wrong(self.plan.model, "", f"it returns {len(values)} tensors")
+            raise wrong_plan(self.plan.model, "", f"it returns {len(values)} tensors")
         has_loss = any(not value.shape and value.requires_grad for value in values)
         for value, layout in zip(values, self.plan.outputs, strict=True):
-            why = _why_no_layout(layout, value.shape, self.sizes)
+            why = why_no_layout(layout, value.shape, self.sizes)
             in_parts = [placement for placement in layout if placement != Invariant()]
             plain = all(isinstance(part, Shard) and part == Shard(part.dim) for part in in_parts)
             if not plain or (in_parts and (self.captured.part or not has_loss)):
                 why = why or "the caller reads it whole"
             if why:
-                raise _wrong(f"return of {value}", "", f"{layout_text(layout)}: {why}")
+                raise wrong_plan(f"return of {value}", "", f"{layout_text(layout)}: {why}")
         self.returned()
 
     def returned(self) -> None:
@@ -342,21 +280,24 @@ class _Check:
         """
         rows = {(item.value, item.target): item for item in self.plan.conversions}
         if len(rows) < len(self.plan.conversions):
-            raise _wrong(self.plan.model, "", "it converts a value to one layout twice")
+            raise wrong_plan(self.plan.model, "", "it converts a value to one layout twice")
         for name, layout in {**dict.fromkeys(rows), **dict.fromkeys(self.wanted)}:
             what = f"conversion of {name:.80} to {layout_text(layout)}"
             readers = self.wanted.get((name, layout))
             if readers is None:
-                raise _wrong(what, "", "nothing reads it so")
+                raise wrong_plan(what, "", "nothing reads it so")
             producer = self.graph.producers[name]
             where = ", ".join(text for text in (producer.where, producer.line) if text)
             row = rows.get((name, layout))
             if row is None:
-                raise _wrong(what, where, f"there is none, and {', '.join(readers)} reads it so")
+                raise wrong_plan(
+                    what, where, f"there is none, and {', '.join(readers)} reads it so"
+                )
             value = self.graph.values[name]
             why = "" if stages else self.why_no_conversion(row, value, tuple(readers))
+            why = why or self.why_no_beginning(row)
             if why:
-                raise _wrong(what, where, why)
+                raise wrong_plan(what, where, why)
 
     def why_no_conversion(self, row: Conversion, value: Value, readers: tuple[str, ...]) -> str:
         """Return why a conversion is not one of this value; "" if it is."""
@@ -378,13 +319,30 @@ class _Check:
             if not is_possible_step(layout, step):
                 return f"step {step} moves what an inner axis has cut"
             layout = step.applied(layout)
-            why = _why_no_layout(layout, value.shape, self.sizes)
+            why = why_no_layout(layout, value.shape, self.sizes)
             if why:
                 return f"step {step}: {why}"
             if isinstance(step.target, Partial) and value.dtype == torch.bool:
                 return f"step {step}: truth values have no sum"
         if layout != row.target:
             return f"its steps end at {layout_text(layout)}"
+        return ""
+
+    def why_no_beginning(self, row: Conversion) -> str:
+        """Return why a conversion cannot begin ahead of its use as it says; "" if it can."""
+        if row.distance and not (row.begins and row.again):
+            return "only a dropped copy that begins ahead is made again ahead"
+        if not row.begins:
+            return ""
+        places = {node.name: index for index, node in enumerate(self.graph.calls)}
+        first = min((places[name] for name in row.readers if name in places), default=-1)
+        if self.graph.producers[row.value].kind != "parameter":
+            return "only a parameter is there before the first op"
+        if places.get(row.begins, len(places)) > first:
+            return f"it begins at {row.begins:.80}, which does not come before what reads it"
+        last = row.steps[begun_steps(row.steps) - 1 :][:1]
+        if not last or last[0].forward is not Movement.ALL_GATHER:
+            return "it is not gathered, and has nothing that could begin"
         return ""
 
     def recomputed(self) -> None:
@@ -394,11 +352,11 @@ class _Check:
         for group in self.plan.recomputed:
             where = [places.get(name, -1) for name in group]
             if not group or where != list(range(where[0], where[0] + len(group))) or where[0] < 0:
-                raise _wrong(
+                raise wrong_plan(
                     f"recomputation of {', '.join(group)[:200]}", "", "these ops are no neighbours"
                 )
             if taken & set(group):
-                raise _wrong(f"recomputation of {group[0]}", "", "two groups have the same op")
+                raise wrong_plan(f"recomputation of {group[0]}", "", "two groups have the same op")
             taken.update(group)
 
     def remade(self, matched: Mapping[str, MatchedCall]) -> None:
@@ -421,7 +379,7 @@ class _Check:
             elif (rule := matched[name].rule) is not None and rule.random:
                 why = "it draws random numbers"
             if why:
-                raise _wrong(f"{name} is made again", "", why)
+                raise wrong_plan(f"{name} is made again", "", why)
 
 
 def _tiles(rule: ShardingRule, placements: Iterable[object], ranks: int) -> Iterator[LoopSplit]:

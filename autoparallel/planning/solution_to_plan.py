@@ -14,6 +14,7 @@ from autoparallel.graph.graph import Graph, hint
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Layout, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
+from autoparallel.planning.gathers_ahead import with_gathers_ahead
 from autoparallel.planning.unsplit_reasons import is_left_whole, why_whole
 from autoparallel.strategy.cost_network import CostNetwork, reduced_together
 from autoparallel.strategy.parameter_storage import ParameterStorage
@@ -91,7 +92,7 @@ def plan_of_solution(
     dropped = network.made_again(solution) | _remade_copies(graph, network, ops, made, made_again)
     conversions = _conversions(graph, network, ops, made, outputs, chosen, dropped, repeated)
     seconds += sum(conversion.seconds for conversion in conversions)
-    return Plan(
+    plan = Plan(
         model=model,
         mesh=mesh,
         options=network.options,
@@ -113,6 +114,7 @@ def plan_of_solution(
         inputs=_inputs(captured, graph),
         returned=tuple(leaf_paths(captured.outputs, "tensor")),
     )
+    return with_gathers_ahead(plan, network.hardware)
 
 
 def with_reasons(plan: Plan, network: CostNetwork, added: Mapping[str, float]) -> Plan:

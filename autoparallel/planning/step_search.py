@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.step_simulation import MOVED, PIECES, REDUCED
+from autoparallel.analysis.streams import GATHERED, MOVED, PIECES, REDUCED
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.graph.captured import Captured
 from autoparallel.plan import Plan
@@ -42,12 +42,20 @@ __all__ = ["StepSearch", "Timed", "step_weights"]
 _MOST_BOUNDS, _MOST_REPLIES = 3, 2
 # What it takes to make a plan and simulate its step, by the nodes of the graph.
 _SECONDS_PER_NODE = 3e-5
+# What is waited for, by the kind of seconds that it is a part of.
+_WAITS = {
+    Kind.PIECES: PIECES,
+    Kind.MOVED: MOVED,
+    Kind.REDUCED: REDUCED,
+    Kind.GATHERED: GATHERED,
+}
 # A bound that rises by less than this share is left.
 _RISES = 1e-3
 # Steps that differ by less than this share are equal: the first one found is taken.
 _EQUAL = 1e-9
 _GRID = tuple(
-    Means(computing / 4, hidden / 8, exposed / 8)
+    Means(computing / 4, hidden / 8, exposed / 8, gathering / 2)
+    for gathering in range(3)
     for computing in range(5)
     for hidden in range(9)
     for exposed in range(9 - hidden)
@@ -255,7 +263,7 @@ class StepSearch:
             assignment = best.solution.assignment if own else self.sum.assignment
             seconds = self.parts.seconds(assignment)
             weights = np.ones(len(Kind))
-            for kind, what in ((Kind.PIECES, PIECES), (Kind.MOVED, MOVED), (Kind.REDUCED, REDUCED)):
+            for kind, what in _WAITS.items():
                 if seconds[kind]:
                     weights[kind] = min(best.waits.get(what, 0.0) / seconds[kind], 1.0)
             self._estimate = best, self.parts.problem(self.problem, weights)

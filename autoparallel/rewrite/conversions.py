@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from autoparallel.graph.graph import Graph
 from autoparallel.placement import (
@@ -15,7 +15,7 @@ from autoparallel.placement import (
 )
 from autoparallel.plan import Conversion, Plan
 
-__all__ = ["Conversions", "find_deferred", "layouts_made"]
+__all__ = ["Conversions", "begun_ahead", "begun_steps", "find_deferred", "layouts_made"]
 
 # By a parameter's node: the mesh axes on which its gradient is summed by who runs the program.
 # One collective for all parameters of an axis then sums the gradients after the backward pass.
@@ -65,6 +65,30 @@ class Conversions:
         """
         conversion = self.known.get((name, target))
         return conversion is not None and conversion.again
+
+
+def begun_ahead(plan: Plan) -> dict[str, list[Conversion]]:
+    """Return the conversions whose last collective begins ahead of its use, by the op before which
+    it does, in the order in which they begin.
+
+    Example: `begun_ahead(plan)["layer_norm"]`
+    """
+    begun: dict[str, list[Conversion]] = {}
+    for conversion in plan.conversions:
+        if conversion.begins:
+            begun.setdefault(conversion.begins, []).append(conversion)
+    return begun
+
+
+def begun_steps(steps: Sequence[Step]) -> int:
+    """Return the number of steps up to the last one that communicates: where a conversion begins
+    ahead of its use, this one is started there, and those before it are done.
+
+    >>> from autoparallel.placement import Replicate, Shard
+    >>> begun_steps((Step(0, Shard(0), Replicate()), Step(1, Invariant(), Replicate())))
+    1
+    """
+    return max((at for at, step in enumerate(steps, 1) if step.forward.collective), default=0)
 
 
 def _made(plan: Plan) -> dict[str, Layout]:

@@ -183,7 +183,9 @@ class _Emitter(ConversionEmitter):
             self.cuts[f"({', '.join((self.speller.size(size), *cuts))})"] = None
 
     def call(self, node: Node) -> None:
-        """Emit one op: the conversions of its operands, then the op itself."""
+        """Emit one op: what begins before it, the conversions of its operands, then the op."""
+        for conversion in self.ahead.get(node.name, ()):
+            self.begin(conversion)
         # The addition of its bias emits both.
         if node.name in self.fused:
             return

@@ -18,10 +18,12 @@ from autoparallel.placement import (
     Step,
     layout_text,
 )
-from autoparallel.plan import Plan
+from autoparallel.plan import Conversion, Plan
 from autoparallel.rewrite.conversions import (
     Conversions,
     Deferred,
+    begun_ahead,
+    begun_steps,
     find_deferred,
     layouts_made,
 )
@@ -47,6 +49,7 @@ class ConversionEmitter:
     program. block: the recomputed block that is open, if one is; inside: values produced in it.
     open: the op that is being written. blocks: number and members of the recomputed block of each
     op. converted: the names of conversions that are in the text already, by value, steps and scope.
+    ahead: see `begun_ahead`; begun: the names of those that have begun, and what else ends them.
     cuts: every sharded size, where dropped copies must be redistributed alike on all ranks
     (`drops`). fused: see `find_fused`. gaps: see `find_gaps`. order: of dims in memory. filled:
     the identifiers of gaps, and the products in them, by number (see `fill`).
@@ -85,6 +88,8 @@ class ConversionEmitter:
         }
         self.remade, self.count = frozenset(plan.remade), 0
         self.converted: dict[tuple[str, tuple[Step, ...], str], str] = {}
+        self.ahead = begun_ahead(plan)
+        self.begun: dict[tuple[str, tuple[Step, ...], str], tuple[str, str]] = {}
         self.rules = {
             node.name: rules[node.name]
             if node.name in rules
@@ -130,7 +135,7 @@ class ConversionEmitter:
         current, steps = self.made[name], self.routes.steps(name, layout, self.deferred)
         read = self.names.values[name]
         again = self.routes.is_again(name, layout)
-        scope, outside = self.scope(name, again)
+        scope, outside = self.scope(name, again, self.open if self.block is not None else "")
         value = self.graph.values[name]
         for count, step in enumerate(steps):
             # By the steps so far, so that two layouts share the copies on the way to both.
@@ -139,14 +144,14 @@ class ConversionEmitter:
             if key not in self.converted:
                 target_name = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
                 gap = self.gaps.conversions.get((name, steps[: count + 1]), 0)
-                line = self.step(value, read, target_name, current, step, again, gap, outside)
-                # Before the block, so that the copy is kept when the block is recomputed.
-                if outside:
-                    self.lines.insert(len(self.lines) - 1, line)
-                elif self.block is not None:
-                    self.block.lines.append(line)
+                if key in self.begun:
+                    handle, rest = self.begun[key]
+                    function = "end_again" if again else "end"
+                    text = f"{target_name} = {function}({handle}{rest})"
+                    line = Line(text, (handle,), (target_name,))
                 else:
-                    self.lines.append(line)
+                    line = self.step(value, read, target_name, current, step, again, gap, outside)
+                self.place(line, outside)
                 self.converted[key] = target_name
             read, current = self.converted[key], target
         if current != layout and name not in self.deferred:
@@ -158,25 +163,93 @@ class ConversionEmitter:
             )
         return read
 
-    def scope(self, name: str, again: bool) -> tuple[str, bool]:
+    def place(self, line: Line, outside: bool) -> None:
+        """Add the line of a conversion. outside: before the block that is open, so that the copy is
+        kept when the block is recomputed.
+        """
+        if outside:
+            self.lines.insert(len(self.lines) - 1, line)
+        else:
+            self.append(line)
+
+    def begin(self, conversion: Conversion) -> None:
+        """Emit the beginning of a conversion that is ended where its copy is first read.
+
+        Raises PlanError where it is read in a recomputed block, and is to begin outside of it.
+        """
+        name, again = conversion.value, conversion.again
+        steps = self.routes.steps(name, conversion.target, self.deferred)
+        reader = next(reader for reader in conversion.readers if reader in self.choices)
+        block = self.blocks.get(reader)
+        scope, _ = self.scope(name, again, reader if block is not None else "")
+        open_name = "" if self.block is None else self.block.name
+        if scope.startswith("block_") and scope != open_name:
+            raise PlanError(
+                f"{name} is read by {reader} in ops that are recomputed together, and begins to be "
+                f"gathered outside of these, at {conversion.begins}",
+                fix="plan again",
+            )
+        # What is read outside of a block, or by several, begins before the one that is open.
+        outside = self.block is not None and scope != open_name
+        count = begun_steps(steps)
+        value, read, current = self.graph.values[name], self.names.values[name], self.made[name]
+        for at, step in enumerate(steps[:count], 1):
+            key = (name, steps[:at], scope)
+            target = step.applied(current)
+            if at == count:
+                if key not in self.begun and key not in self.converted:
+                    self.begun[key] = self.started(value, read, current, step, conversion, outside)
+                return
+            if key not in self.converted:
+                made = self.names.fresh(f"{self.names.values[name]}_{layout_name(target)}")
+                self.place(self.step(value, read, made, current, step, again, 0, outside), outside)
+                self.converted[key] = made
+            read, current = self.converted[key], target
+
+    def started(
+        self,
+        value: Value,
+        read: str,
+        current: Layout,
+        step: Step,
+        conversion: Conversion,
+        outside: bool,
+    ) -> tuple[str, str]:
+        """Emit the start of one step on one axis, and return its name, and what else ends it.
+
+        value, read, current, step, outside: as of `step`.
+        """
+        axis = self.names.axes[step.axis]
+        handle = self.names.fresh(f"{self.names.values[value.name]}_over_{axis}")
+        source, target = map(self.speller.placement, (step.source, step.target))
+        size = ""
+        if isinstance(step.source, Shard):
+            local = self.local.dim(value, step.source.dim, current, without=step.axis)
+            size = f", {self.speller.size(local)}"
+        text = f"{handle} = begin({read}, {axis}, {source}, {target}{size})"
+        self.place(Line(text, (read,), (handle,)), outside)
+        if not conversion.again:
+            return handle, ""
+        self.drops = True
+        return handle, f", alike, {conversion.distance}" if conversion.distance else ", alike"
+
+    def scope(self, name: str, again: bool, reader: str) -> tuple[str, bool]:
         """Return the block in which a conversion may be read ("" for everywhere), and whether its
         lines belong before the block that is open.
 
-        In a block are the copies of values that only the block reads, and those that are dropped
-        and redistributed again.
+        reader: the op that reads it in a block; "" outside of all. In a block are the copies of
+        values that only the block reads, and those that are dropped and redistributed again.
         """
-        if self.block is None:
+        if not reader:
             return ("again" if again else ""), False
+        block = self.blocks[reader]
         if again:
-            return self.block.name, False
+            return f"block_{block[0]}", False
         if name in self.inside:
             return "", False
-        alone = all(
-            self.blocks.get(reader.name) == self.blocks[self.open]
-            for reader in self.graph.readers[name]
-        )
+        alone = all(self.blocks.get(other.name) == block for other in self.graph.readers[name])
         if alone and name not in self.graph.outputs:
-            return self.block.name, False
+            return f"block_{block[0]}", False
         return "", True
 
     def step(

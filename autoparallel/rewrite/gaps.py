@@ -56,7 +56,9 @@ def find_gaps(plan: Plan) -> Gaps:
     The gradient of a conversion is started when it is there, and waited for when nothing else is
     ready. Nothing waits for the gradient of a weight, so it fills gaps: those of conversions that
     the program makes before the product, because the backward pass runs the other way round. Each
-    of the last two gaps gets one such gradient before the last one gets more.
+    of the last two gaps gets one such gradient before the last one gets more. The gradient of a
+    weight that is gathered has to be reduced afterwards, which needs something left to hide it: a
+    gap that is left before the first product is none for it.
     """
     if not plan.options.overlap:
         return Gaps()
@@ -65,6 +67,7 @@ def find_gaps(plan: Plan) -> Gaps:
     conversions: dict[tuple[str, tuple[Step, ...]], int] = {}
     filled: list[int] = []
     products: dict[str, int] = {}
+    early = 0
     for op in plan.ops:
         for read in zip(op.reads, op.operands, strict=True):
             conversion = known.get(read)
@@ -77,14 +80,23 @@ def find_gaps(plan: Plan) -> Gaps:
                     conversions[key] = len(filled)
         weight = parameters.get(op.reads[1]) if len(op.reads) > 1 else None
         late = op.target in LATE_PRODUCTS and weight is not None and len(weight.shape) == 2
-        if late and filled and not any(op.kernels):
+        if late and not early:
+            early = len(filled) + 1
+        gathered = late and known.get((op.reads[1], op.operands[1]))
+        least = early if gathered and _is_gathered(gathered) else 1
+        if late and len(filled) >= least and not any(op.kernels):
             last = len(filled)
-            empty = [gap for gap in (last, last - 1) if gap and not filled[gap - 1]]
+            empty = [gap for gap in (last, last - 1) if gap >= least and not filled[gap - 1]]
             gap = empty[0] if empty else last
             if filled[gap - 1] < MOST_IN_GAP:
                 products[op.name] = gap
                 filled[gap - 1] += 1
     return Gaps(conversions, products, _summed(plan, known, products))
+
+
+def _is_gathered(conversion: Conversion) -> bool:
+    """Return whether a conversion gathers parts, and so reduces the gradient to parts."""
+    return any(step.forward.collective is Collective.ALL_GATHER for step in conversion.steps)
 
 
 def _summed(

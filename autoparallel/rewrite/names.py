@@ -14,8 +14,9 @@ __all__ = ["Names", "layout_name", "placement_name"]
 # Names that an emitted program reads besides those of values, placements and mesh axes.
 RESERVED = frozenset(
     """
-    F again alike buffers constants convert convert_again device forward functools inputs kernels
-    math move parameters part parts_are_alike pending_sum ranks recomputed remade rng torch
+    F again alike begin buffers constants convert convert_again device end end_again forward
+    functools inputs kernels math move parameters part parts_are_alike pending_sum ranks recomputed
+    remade rng torch
     """.split()
 )
 # Names of placements, constants and recomputed blocks, which the writers below make up.

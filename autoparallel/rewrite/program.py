@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from autoparallel.graph.graph import Dim
 from autoparallel.placement import Layout, part_bounds
-from autoparallel.runtime import collectives, kernels, overlap
+from autoparallel.runtime import collectives, flights, kernels, overlap
 from autoparallel.runtime import random_ops as draws
 from autoparallel.runtime import recompute as again
 from autoparallel.runtime.groups import Group
@@ -170,6 +170,9 @@ def names_of(ranks: Ranks, axes: tuple[str, ...], constants: Mapping[str, Any]) 
         "math": math,
         "convert": collectives.convert,
         "convert_again": again.convert_again,
+        "begin": flights.begin,
+        "end": flights.end,
+        "end_again": again.end_again,
         "parts_are_alike": again.parts_are_alike,
         "recomputed": again.recomputed,
         "remade": again.remade,
@@ -194,7 +197,7 @@ def drops_copies(source: str) -> bool:
     >>> drops_copies("y = convert_again(x, tp, S0, R)"), drops_copies("y = convert(x, tp, S0, R)")
     (True, False)
     """
-    return "convert_again(" in source or "= remade(" in source
+    return any(call in source for call in ("convert_again(", "end_again(", "= remade("))
 
 
 def compiled(source: str, name: str, ranks: Ranks, names: Mapping[str, Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ count, are not handed on: each stage that reads them computes them, once a step,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
 from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.placement import Layout, Replicate, layout_gradient, whole_layout
-from autoparallel.plan import Pipeline, Plan
+from autoparallel.plan import Conversion, Pipeline, Plan
 from autoparallel.rewrite.conversions import (
     Conversions,
     Deferred,
@@ -217,7 +217,7 @@ class Cut:
             parameters=tuple(row for row in self.plan.parameters if row.name in nodes),
             ops=tuple(op for op in self.plan.ops if op.name in calls),
             conversions=tuple(
-                row
+                _begun_here(row, calls, graph)
                 for row in self.plan.conversions
                 if row.value in graph.values and row.value not in arrived
             ),
@@ -232,6 +232,16 @@ class Cut:
             remade=tuple(name for name in self.plan.remade if name in calls),
             pipeline=None,
         )
+
+
+def _begun_here(row: Conversion, calls: Container[str], graph: Graph) -> Conversion:
+    """Return a conversion as a stage has it: what would begin in an earlier stage begins with this
+    one's first op. calls: names of the stage's ops.
+    """
+    if not row.begins or row.begins in calls:
+        return row
+    is_read = any(reader in calls for reader in row.readers)
+    return replace(row, begins=graph.calls[0].name if is_read else "")
 
 
 def cut_plan(graph: Graph, plan: Plan) -> tuple[Stage, ...]:

@@ -1,17 +1,24 @@
-"""Copies and results that are not saved: known by their memory, made again from their sources."""
+"""Copies and results that are not saved: known by their memory, made again from their sources.
+
+Copies of parameters are gathered again ahead of their use: where the backward pass takes one, it
+starts gathering those that it will take next.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from autoparallel.placement import Placement
-from autoparallel.runtime.groups import Group
-from autoparallel.runtime.moves import move
+from autoparallel.runtime.groups import Group, Result
+from autoparallel.runtime.moves import start_move
 from autoparallel.support.torch_private import (
     StorageWeakRef,
+    at_end_of_backward,
+    backward_pass,
     storage_key,
 )
 
@@ -42,7 +49,9 @@ class _Copy:
 
     source: what was redistributed, or its place in another copy. placements: of source and copy.
     size: of the whole along the source's split dim. wanted: the number of places in the backward
-    pass that have yet to read the copy. held: the copy while it is wanted again.
+    pass that have yet to read the copy. held: the copy while it is wanted again. underway: the move
+    that makes it again, and its source, from its start to its end. queue, place: where it stands
+    among the copies that are made again ahead of their use, if it is.
     """
 
     def __init__(
@@ -56,6 +65,31 @@ class _Copy:
         self.version = source._version if isinstance(source, torch.Tensor) else 0
         self.wanted = 0
         self.held: torch.Tensor | None = None
+        self.underway: tuple[torch.Tensor, Result] | None = None
+        self.queue: _Queue | None = None
+        self.place = 0
+
+    def start(self, others: _Others) -> None:
+        """Start making the copy again, if that has not begun. Raises RuntimeError where its source
+        has been written to since. others: as of `again`.
+        """
+        if self.underway is not None:
+            _require_version(self.underway[0], self.version)
+            return
+        source = _there(self.source, self.version, others)
+        with torch.no_grad():
+            wait = start_move(source, self.group, *self.placements, self.size)
+        self.underway = source, wait
+
+    def finish(self) -> torch.Tensor:
+        """Return the copy that was started."""
+        assert self.underway is not None
+        (source, wait), self.underway = self.underway, None
+        with torch.no_grad():
+            moved = wait()
+            # Where the move returns its source, the first copy was a clone all the same: views of
+            # it are places in memory of its own.
+            return moved.clone() if _same_memory(moved, source) else moved
 
     def again(self, others: _Others) -> torch.Tensor:
         """Return the copy, recomputed. Raises RuntimeError where its source has been written to
@@ -63,21 +97,73 @@ class _Copy:
 
         others: what was made again for the same place, which is added to.
         """
-        source = _there(self.source, self.version, others)
-        with torch.no_grad():
-            moved = move(source, self.group, *self.placements, self.size)
-            # Where the move returns its source, the first copy was a clone all the same: views of
-            # it are places in memory of its own.
-            return moved.clone() if _same_memory(moved, source) else moved
+        self.start(others)
+        return self.finish()
 
     def taken(self) -> torch.Tensor:
         """Return the copy for one of the places that want it; it is held until the last of them has
         had it.
         """
-        copy = self.again({}) if self.held is None else self.held
+        if self.held is None:
+            self.start({})
+            if self.queue is not None:
+                self.queue.start_before(self.place)
+            copy = self.finish()
+        else:
+            copy = self.held
         self.wanted -= 1
         self.held = copy if self.wanted > 0 else None
         return copy
+
+
+class _Queue:
+    """The copies of a forward pass that are made again ahead of their use, in their order.
+
+    copies: each, while it is there, with its distance: it is started when the backward pass takes
+    one that comes at most so many later in the forward pass. furthest: the largest distance.
+    started: those that were, by a backward pass of this number, and may not have been taken yet.
+    """
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[weakref.ref[_Copy], int]] = []
+        self.furthest = 0
+        self.started: list[_Copy] = []
+        self.number = -1
+
+    def add(self, copy: _Copy, distance: int) -> None:
+        """Add the next copy of the forward pass."""
+        copy.queue, copy.place = self, len(self.copies)
+        self.copies.append((weakref.ref(copy), distance))
+        self.furthest = max(self.furthest, distance)
+
+    def start_before(self, place: int) -> None:
+        """Start the copies that are to be started when the one at a place is taken."""
+        number = backward_pass()
+        if number == -1:
+            # Somebody looks at what a node has saved.
+            return
+        for at in range(place - 1, max(place - self.furthest, 0) - 1, -1):
+            reference, distance = self.copies[at]
+            copy = reference()
+            if copy is None or place - at > distance or copy.wanted <= 0:
+                continue
+            # A source that has been written to is told of where its copy is taken.
+            source = copy.source
+            if isinstance(source, _View) or source._version != copy.version:
+                continue
+            if copy.held is None and copy.underway is None:
+                if self.number != number:
+                    self.number = number
+                    at_end_of_backward(self.end)
+                copy.start({})
+                self.started.append(copy)
+
+    def end(self) -> None:
+        """Wait for what was started and, as only a part of the graph ran, not taken."""
+        started, self.started = self.started, []
+        for copy in started:
+            if copy.underway is not None:
+                copy.finish()
 
 
 class _Made:
@@ -164,11 +250,12 @@ class Copies:
     """The copies of one forward pass, by their memory, which is not kept alive.
 
     known: from a storage's address to a weak reference to it, its version when the copy was made,
-    and the copy.
+    and the copy. queue: of the copies that are made again ahead of their use.
     """
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[StorageWeakRef, int, _Copy | _Made]] = {}
+        self.queue = _Queue()
 
     def add(
         self,
@@ -177,15 +264,20 @@ class Copies:
         group: Group,
         placements: tuple[Placement, Placement],
         size: int,
+        distance: int = 0,
     ) -> None:
         """Note where a copy came from; one that shares the memory of its source costs nothing and
         is left.
 
         tensor: the copy. placements: of source and copy. size: of the whole along the split dim of
-        the source.
+        the source. distance: of a copy that is made again ahead of its use, see `_Queue`; 0 for
+        others.
         """
         if not _same_memory(tensor, source):
-            self.know(tensor, _Copy(self.origin(source), group, placements, size))
+            copy = _Copy(self.origin(source), group, placements, size)
+            if distance:
+                self.queue.add(copy, distance)
+            self.know(tensor, copy)
 
     def add_made(
         self, result: torch.Tensor, block: Callable[..., Any], inputs: tuple[torch.Tensor, ...]

@@ -1,12 +1,7 @@
 """Collectives that run while other work is done: conversions in two halves, and late products.
 
-A conversion is two nodes of autograd's graph. `begin` starts its collective, and `end` waits for
-the result. The backward pass runs them the other way round: the node of `end` starts the collective
-of the gradient, and that of `begin` waits for it. Autograd runs the nodes that are ready in the
-order of their numbers, those that were recorded last first. So whatever was recorded between the
-two halves hides the collective, in either pass. Collectives are started in the order in which
-their conversions were recorded, the same on all ranks, also where the ranks' graphs differ, as
-where a kernel is chosen by the size of a part.
+A conversion is two nodes of autograd's graph, and what is recorded between them hides its
+collective in either pass (`runtime.flights`).
 
 What hides a gradient's collective is the gradients of weights. Nothing waits for these but the
 optimizer, while everything waits for the gradients of activations. So they are computed in a *gap*:
@@ -16,8 +11,7 @@ the sequence-parallel one).
 
 There are two ways. Where the weights are at hand when the conversion is made, as parameters are,
 they are operands of it as well, and its one node computes their gradients (`runtime.filled_gaps`).
-Weights that are gathered later get nodes
-of their own, which are numbered to run in the gap.
+Weights that are gathered later get nodes of their own, which are numbered to run in the gap.
 
 All of this is ordinary autograd. Derivatives of any order are right, and under torch.compile, which
 has an order of its own, the functions here are the plain ones.
@@ -32,11 +26,12 @@ from typing import Any
 
 import torch
 
-from autoparallel.placement import Invariant, Partial, Placement, gradient
+from autoparallel.placement import Invariant, Partial, Placement
 from autoparallel.runtime.collectives import convert as convert_and_wait
 from autoparallel.runtime.collectives import for_parts, pending_sum
 from autoparallel.runtime.filled_gaps import Gap, Later, convert_filled, is_plain
-from autoparallel.runtime.groups import Group, Result
+from autoparallel.runtime.flights import begin, end
+from autoparallel.runtime.groups import Group
 from autoparallel.runtime.joined_products import (
     convert_then_linear,
     convert_then_mm,
@@ -44,9 +39,7 @@ from autoparallel.runtime.joined_products import (
     mm_then_convert,
 )
 from autoparallel.runtime.memory_order import in_rows, outer_dim, to_back, to_front
-from autoparallel.runtime.moves import start_move
 from autoparallel.runtime.products import Linear, Mm, bias_gradient, summed_product
-from autoparallel.runtime.routes import route_between
 from autoparallel.support.torch_private import backward_pass, place_in_backward, run_in_place
 
 __all__ = [
@@ -69,82 +62,6 @@ __all__ = [
 
 # So many products may leave the gradients of their weights to one gap.
 MOST_IN_GAP = 3
-
-
-class _Flight:
-    """One conversion on its way: the collectives that were started and not yet waited for.
-
-    group, source, target: of the conversion. size, back_size: of the whole along the split dims of
-    the source and of the gradient's source. forward, backward: functions that wait for the results.
-    """
-
-    def __init__(
-        self, x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int
-    ) -> None:
-        self.group, self.source, self.target, self.size = group, source, target, size
-        self.back_size = route_between(group, source, target).back_size(x, size)
-        self.forward: tuple[torch.Tensor, Result] | None = None
-        self.backward: Result | None = None
-
-    def start(self, x: torch.Tensor) -> None:
-        """Start moving the value."""
-        wait = start_move(x, self.group, self.source, self.target, self.size)
-        self.forward = (x, wait)
-
-    def finish(self) -> torch.Tensor:
-        """Return the moved value."""
-        assert self.forward is not None
-        (x, wait), self.forward = self.forward, None
-        moved = wait()
-        # As of `Convert`: autograd wants another tensor where nothing moves.
-        return torch.ops.aten.alias(x) if moved is x else moved
-
-    def start_back(self, grad: torch.Tensor) -> None:
-        """Start moving the gradient; where it is to be differentiated in turn, move it now."""
-        ends = (self.group, gradient(self.target), gradient(self.source), self.back_size)
-        if torch.is_grad_enabled():
-            moved = convert_and_wait(grad, *ends)
-            self.backward = lambda: moved
-        else:
-            self.backward = start_move(grad, *ends)
-
-    def finish_back(self) -> torch.Tensor:
-        """Return the moved gradient."""
-        wait, self.backward = self.backward, None
-        assert wait is not None
-        return wait()
-
-
-class _Begin(torch.autograd.Function):
-    """The first half of a conversion. Its result is a number that only ties the halves together."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, flight: _Flight) -> torch.Tensor:
-        """Start moving x."""
-        ctx.flight = flight
-        flight.start(x)
-        return x.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, tie: torch.Tensor) -> Any:
-        """Wait for the gradient of x."""
-        return ctx.flight.finish_back(), None
-
-
-class _End(torch.autograd.Function):
-    """The second half of a conversion."""
-
-    @staticmethod
-    def forward(ctx: Any, tie: torch.Tensor, flight: _Flight) -> torch.Tensor:
-        """Wait for what was moved."""
-        ctx.flight, ctx.tie = flight, tie.detach()
-        return flight.finish()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        """Start moving the gradient."""
-        ctx.flight.start_back(grad)
-        return ctx.tie, None
 
 
 class _Gaps(threading.local):
@@ -181,52 +98,6 @@ def with_gaps(gaps: dict[int, list[int]]) -> Iterator[None]:
         _gaps.numbers = before
 
 
-# A conversion that has begun: the tie and the flight; or its result, where it was done at once.
-Begun = torch.Tensor | tuple[torch.Tensor, _Flight]
-
-
-def begin(
-    x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int = 0, gap: int = 0
-) -> Begun:
-    """Start the conversion of a tensor, and return what `end` takes. Collective.
-
-    x, group, source, target, size: as in `convert` of `runtime.collectives`. gap: the conversion's
-    number in the program, by which late products know it; 0 where none does.
-
-    >>> from autoparallel.placement import Partial, Invariant
-    >>> from autoparallel.runtime.groups import SingleGroup
-    >>> end(begin(torch.ones(2), SingleGroup(), Partial(), Invariant()))
-    tensor([1., 1.])
-    """
-    if is_plain(x):
-        if gap and not torch.compiler.is_compiling():
-            _gaps.numbers.pop(gap, None)  # of an earlier program
-        return convert_and_wait(x, group, source, target, size)
-    flight = _Flight(x, group, source, target, size)
-    tie: torch.Tensor = _Begin.apply(x, flight)
-    if gap:
-        # Nodes between the halves lend their numbers to late products, which run after the
-        # collective was started and before it is waited for. Each has its own: of nodes with one
-        # number, any may run first, and the ranks would differ.
-        _gaps.numbers[gap] = []
-        for _ in range(MOST_IN_GAP):
-            tie = tie.clone()
-            _gaps.numbers[gap].append(place_in_backward(tie))
-    return tie, flight
-
-
-def end(begun: Begun) -> torch.Tensor:
-    """Wait for a conversion that has begun, and return the converted tensor.
-
-    Example: `end(begin(x, group, Shard(0), Replicate(), 12))` is `convert(x, ...)`, and what is
-    written between the two runs beside the collective, in the backward pass as well.
-    """
-    if isinstance(begun, torch.Tensor):
-        return begun
-    moved: torch.Tensor = _End.apply(*begun)
-    return moved
-
-
 def convert(
     x: torch.Tensor, group: Group, source: Placement, target: Placement, size: int, gap: int
 ) -> torch.Tensor:
@@ -240,7 +111,22 @@ def convert(
     >>> convert(torch.ones(2), SingleGroup(), Partial(), Invariant(), 0, 1)
     tensor([1., 1.])
     """
-    return end(begin(x, group, source, target, size, gap))
+    if is_plain(x):
+        if not torch.compiler.is_compiling():
+            _gaps.numbers.pop(gap, None)  # of an earlier program
+        return convert_and_wait(x, group, source, target, size)
+    begun = begin(x, group, source, target, size)
+    assert not isinstance(begun, torch.Tensor)
+    tie, flight = begun
+    assert tie is not None
+    # Nodes between the halves lend their numbers to late products, which run after the collective
+    # was started and before it is waited for. Each has its own: of nodes with one number, any may
+    # run first, and the ranks would differ.
+    _gaps.numbers[gap] = []
+    for _ in range(MOST_IN_GAP):
+        tie = tie.clone()
+        _gaps.numbers[gap].append(place_in_backward(tie))
+    return end((tie, flight))
 
 
 class _WeightGradient(torch.autograd.Function):

@@ -22,6 +22,7 @@ from autoparallel.runtime.collectives import convert, convert_fixed
 from autoparallel.runtime.dropped_copies import (
     Copies,
 )
+from autoparallel.runtime.flights import Begun, end
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.runtime.rng import drawing_from, generator
@@ -34,6 +35,7 @@ __all__ = [
     "convert_beside",
     "cuts_are_alike",
     "dropping",
+    "end_again",
     "move_beside",
     "parts_are_alike",
     "recomputed",
@@ -107,6 +109,31 @@ def convert_again(
     copies: Copies | None = getattr(_current, "copies", None)
     if copies is not None and drop:
         copies.add(copy, x, group, (source, target), size)
+    return copy
+
+
+def end_again(begun: Begun, drop: bool = True, distance: int = 0) -> torch.Tensor:
+    """Wait for a conversion that has begun, as `end` does, and save its source for the backward
+    pass, not the result, where `drop` says so.
+
+    begun: by `begin` of `runtime.flights`. drop: as of `convert_again`. distance: the backward pass
+    starts to make the copy again when it takes another such copy that comes at most so many later
+    in the program; 0 for where it is read.
+
+    >>> from autoparallel.placement import Replicate, Shard
+    >>> from autoparallel.runtime.flights import begin
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> end_again(begin(torch.ones(2), SingleGroup(), Shard(0), Replicate(), 2), True, 1)
+    tensor([1., 1.])
+    """
+    copies: Copies | None = getattr(_current, "copies", None)
+    if copies is None or not drop or isinstance(begun, torch.Tensor):
+        return end(begun)
+    flight = begun[1]
+    source = flight.value
+    copy = end(begun)
+    ends = flight.group, (flight.source, flight.target), flight.size
+    copies.add(copy, source, *ends, distance)
     return copy
 
 

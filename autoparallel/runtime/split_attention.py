@@ -14,15 +14,12 @@ dealt back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from autoparallel.placement import Invariant, Replicate, Shard, part_bounds
+from autoparallel.placement import Invariant, Replicate, Shard
 from autoparallel.runtime.attention_blocks import (
-    Seen,
     Total,
     block,
     block_gradients,
@@ -30,16 +27,15 @@ from autoparallel.runtime.attention_blocks import (
     hidden_queries,
     levelled,
     precise,
-    seen,
 )
+from autoparallel.runtime.attention_work import SEQUENCE, Travelling, Work, deal_of_sequence
 from autoparallel.runtime.collectives import convert
-from autoparallel.runtime.dealt_pieces import Deal, Interval, collected, dealt
-from autoparallel.runtime.groups import Group, Result
+from autoparallel.runtime.dealt_pieces import collected, dealt
+from autoparallel.runtime.groups import Group
 from autoparallel.runtime.moves import move
 
 __all__ = ["attention_queries", "attention_ring"]
 
-_SEQUENCE = 2  # of (b, n, s, d)
 _KEYS = "keys"
 
 
@@ -125,8 +121,8 @@ def _split_attention(
     mask = _like_batches(mask, query)
     tensors = tuple(map(_batches, tensors))  # type: ignore[assignment]
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
-    deals = tuple(_deal(length, group.world_size, causal) for length in lengths)
-    work = _Work(group, causal, scale, deals[0], deals[1], passes)
+    deals = tuple(deal_of_sequence(length, group.world_size, causal) for length in lengths)
+    work = Work(group, causal, scale, deals[0], deals[1], passes)
     if causal:
         split = (True, passes, passes)
         tensors = tuple(  # type: ignore[assignment]
@@ -162,114 +158,6 @@ def _like_batches(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tenso
     return mask.flatten(0, -4)
 
 
-def _deal(length: int, world_size: int, causal: bool) -> Deal:
-    """Return the places of the sequence that each rank works on."""
-    if not causal:
-        parts = tuple((part_bounds(length, world_size, rank),) for rank in range(world_size))
-        return Deal(_SEQUENCE, length, parts)
-    count = 2 * world_size
-    pieces = [part_bounds(length, count, piece) for piece in range(count)]
-    # Rank 0, which holds the longest part of whatever is split, begins in the middle: the last
-    # pieces may be shorter.
-    pairs = tuple(
-        (pieces[world_size - 1 - rank], pieces[world_size + rank]) for rank in range(world_size)
-    )
-    return Deal(_SEQUENCE, length, pairs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What is computed where.
-
-    queries, keys: the places that each rank works on, and passes on. passes: whether keys are split
-    and passed round; else they are whole, and in their order.
-    """
-
-    group: Group
-    causal: bool
-    scale: float
-    queries: Deal
-    keys: Deal
-    passes: bool
-
-    @property
-    def steps(self) -> int:
-        """The number of parts of the keys."""
-        return self.group.world_size if self.passes else 1
-
-    def owner(self, step: int) -> int:
-        """Return the rank whose keys are here at a step."""
-        return (self.group.rank - step) % self.group.world_size
-
-    def pieces_of_queries(self) -> list[tuple[slice, Interval]]:
-        """Return this rank's pieces of the queries: where they lie here, and their places."""
-        return _placed(self.queries.intervals[self.group.rank])
-
-    def pieces_of_keys(self, step: int, queries: Interval) -> list[tuple[slice, Interval]]:
-        """Return the pieces of the keys that are here at a step, for a piece of the queries."""
-        if self.passes:
-            return _placed(self.keys.intervals[self.owner(step)])
-        if not self.causal:
-            return _placed(((0, self.keys.size),))
-        # All that come before are seen; of those at the same places, a triangle.
-        first, last = (min(place, self.keys.size) for place in queries)
-        return _placed(((0, first), (first, last)))
-
-    def length(self, step: int) -> int:
-        """Return the number of keys that are here at a step."""
-        return self.keys.length(self.owner(step)) if self.passes else self.keys.size
-
-    def blocks(
-        self, step: int, mask: torch.Tensor | None, device: torch.device
-    ) -> Iterator[tuple[int, slice, slice, Seen]]:
-        """Yield the blocks of a step: the number of the piece of queries and where it lies, where
-        the keys lie, and what is seen of them.
-        """
-        for number, (rows, places) in enumerate(self.pieces_of_queries()):
-            cut = mask if mask is None or mask.size(-2) == 1 else mask[..., rows, :]
-            for columns, keys in self.pieces_of_keys(step, places):
-                sight = seen(places, keys, self.causal, cut, device)
-                if sight is not None:
-                    yield number, rows, columns, sight
-
-
-def _placed(intervals: tuple[Interval, ...]) -> list[tuple[slice, Interval]]:
-    """Return where intervals lie that are laid end to end, and the intervals."""
-    placed, at = [], 0
-    for start, stop in intervals:
-        placed.append((slice(at, at + stop - start), (start, stop)))
-        at += stop - start
-    return placed
-
-
-class _Travelling:
-    """Keys and values on their way round, or their gradients: two tensors as one flat one.
-
-    like: key and value as this rank has them, for the sizes of the others'.
-    """
-
-    def __init__(self, work: _Work, like: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.work, self.like = work, like
-
-    def start(self, pair: tuple[torch.Tensor, torch.Tensor], step: int) -> Result:
-        """Start sending what is here at a step to the next rank."""
-        flat = torch.cat([each.reshape(-1) for each in pair])
-        length, rows = self.work.length(step + 1), sum(map(_elements_of_a_place, self.like))
-        return self.work.group.start_pass_on(flat, (length * rows,))
-
-    def opened(self, flat: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the two tensors that came for a step."""
-        length = self.work.length(step)
-        shapes = [(*each.shape[:-2], length, each.size(-1)) for each in self.like]
-        first, second = flat.split([torch.Size(shape).numel() for shape in shapes])
-        return first.view(shapes[0]), second.view(shapes[1])
-
-
-def _elements_of_a_place(x: torch.Tensor) -> int:
-    """Return the number of elements that (b, n, s, d) has for one s."""
-    return x.size(0) * x.size(1) * x.size(3)
-
-
 class _Attention(torch.autograd.Function):
     """Attention block by block. Saved are this rank's tensors, its result and its sums alone."""
 
@@ -280,12 +168,12 @@ class _Attention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        work: _Work,
+        work: Work,
     ) -> torch.Tensor:
         """Compute with what is here while the next part is on its way."""
         level, added = levelled(query, mask)
         totals = [Total() for _ in work.pieces_of_queries()]
-        way = _Travelling(work, (key, value))
+        way = Travelling(work, (key, value))
         here = (key, value)
         for step in range(work.steps):
             last = step == work.steps - 1
@@ -319,7 +207,7 @@ class _Attention(torch.autograd.Function):
         torch's own.
         """
         query, key, value, mask, result, sums = ctx.saved_tensors
-        work: _Work = ctx.work
+        work: Work = ctx.work
         if torch.is_grad_enabled():
             return (*_differentiable_gradients((query, key, value, mask), grad, work), None)
         kind = precise(query.dtype)
@@ -330,7 +218,7 @@ class _Attention(torch.autograd.Function):
         of_mask = None
         if mask is not None and ctx.needs_input_grad[3]:
             of_mask = torch.zeros_like(mask, dtype=kind)
-        way = _Travelling(work, (key, value))
+        way = Travelling(work, (key, value))
         here, known, sent = (key, value), None, None
         for step in range(work.steps):
             last = step == work.steps - 1
@@ -367,7 +255,7 @@ class _Attention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         mask: torch.Tensor | None,
-        work: _Work,
+        work: Work,
     ) -> Any:
         """Return the type of the result for the checker of `spmd_types`: that of a product of rows
         of queries with keys, which are whole, or parts that all ranks get.
@@ -392,7 +280,7 @@ def _add_mask(
     added: torch.Tensor,
     rows: slice,
     columns: slice,
-    work: _Work,
+    work: Work,
     step: int,
 ) -> None:
     """Add what a block gives to the gradient of a mask, in place."""
@@ -407,7 +295,7 @@ def _add_mask(
 def _differentiable_gradients(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     grad: torch.Tensor,
-    work: _Work,
+    work: Work,
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of query, key, value and mask, which can be differentiated in turn."""
     query, key, value, mask = tensors
@@ -417,7 +305,7 @@ def _differentiable_gradients(
     for each in (key, value):
         if work.passes:
             held = collected(each, work.group, work.keys) if work.causal else each
-            shard = Shard(_SEQUENCE)
+            shard = Shard(SEQUENCE)
             each = convert(held, work.group, shard, Replicate(), work.keys.size)
         whole.append(each.repeat_interleave(query.size(1) // each.size(1), 1))
     scores = query @ whole[0].mT * work.scale

@@ -5,6 +5,8 @@ For all plans at once a *lower bound* is a sum over tables as well, so that the 
 one. It follows from how the emitted module overlaps (`runtime/overlap.py`):
 
 - A sum of a product over the ranks runs beside that product, but for its last piece.
+- Parameters are gathered beside the rest of the forward pass, and once more, where copies are
+  dropped, beside the backward pass.
 - The gradient of an activation is moved beside gradients of weights, and nothing else.
 - Gradients of parameters are reduced beside the rest of the backward pass; those of parameters
   that are read before the first product (embeddings) come last, when nothing is left to compute.
@@ -12,7 +14,8 @@ one. It follows from how the emitted module overlaps (`runtime/overlap.py`):
 
 So a step takes at least
 
-    fixed + max(products, pieces) + max(backward + max(late, moved), moved + reduced)
+    fixed + max(forward + max(products, pieces), pieces + gathered)
+          + max(backward + max(late, moved), moved + reduced)
 
 with the seconds of the kinds below. Each maximum is at least any weighted mean of its sides, and
 for fixed weights that mean is a sum over tables. Its least value over all plans is a bound on the
@@ -30,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.graph.graph import Node
-from autoparallel.placement import Invariant, Layout, Partial, Placement
+from autoparallel.placement import Invariant, Layout, Partial, Placement, Shard
 from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.runtime.products import MOST_PIECES
 from autoparallel.strategy.cost_network import CostNetwork
@@ -51,7 +54,8 @@ class Kind(IntEnum):
     FIXED: what nothing hides and what hides nothing. PRODUCTS: forward products that may be summed
     in pieces; PIECES: those sums, but for the last piece. BACKWARD: computing in the backward pass,
     but for LATE: gradients of weights, which wait for a gap. MOVED: moves of gradients of
-    activations. REDUCED: reductions of gradients of parameters.
+    activations. REDUCED: reductions of gradients of parameters, and second gathers of parameters.
+    FORWARD: all other computing in the forward pass. GATHERED: first gathers of parameters.
     """
 
     FIXED = 0
@@ -61,6 +65,8 @@ class Kind(IntEnum):
     LATE = 4
     MOVED = 5
     REDUCED = 6
+    FORWARD = 7
+    GATHERED = 8
 
 
 # The tables of one variable or factor by kind; those that are left out are zero.
@@ -70,41 +76,46 @@ _Parts = tuple[tuple[Kind, Array], ...]
 def least_step(seconds: Array) -> float:
     """Return the least that a step can take with these seconds, by kind.
 
-    >>> least_step(np.array([1.0, 4.0, 2.0, 3.0, 2.0, 5.0, 1.0]))
-    13.0
+    >>> least_step(np.array([1.0, 4.0, 2.0, 3.0, 2.0, 5.0, 1.0, 1.0, 4.0]))
+    15.0
     """
-    fixed, products, pieces, backward, late, moved, reduced = map(float, seconds)
-    return fixed + max(products, pieces) + max(backward + max(late, moved), moved + reduced)
+    fixed, products, pieces, backward, late, moved, reduced, forward, gathered = map(float, seconds)
+    ahead = max(forward + max(products, pieces), pieces + gathered)
+    return fixed + ahead + max(backward + max(late, moved), moved + reduced)
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """The weights of the two means: how much the sides of the maxima count.
+    """The weights of the means: how much the sides of the maxima count.
 
     computing: of products, against their pieces. hidden, exposed: of the backward pass where late
     gradients hide what is moved, and where they do not; what is left to 1 is that of sending alone.
+    gathering: of gathering in the forward pass, against computing there.
 
-    >>> Means(1.0, 1.0, 0.0).weights.tolist()
-    [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    >>> Means(1.0, 1.0, 0.0, 0.0).weights.tolist()
+    [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
     """
 
     computing: float
     hidden: float
     exposed: float
+    gathering: float
 
     @property
     def weights(self) -> Array:
         """The weight of each kind of seconds."""
-        sending = 1.0 - self.hidden - self.exposed
+        sending, forward = 1.0 - self.hidden - self.exposed, 1.0 - self.gathering
         return np.array(
             [
                 1.0,
-                self.computing,
-                1.0 - self.computing,
+                forward * self.computing,
+                forward * (1.0 - self.computing) + self.gathering,
                 self.hidden + self.exposed,
                 self.hidden,
                 self.exposed + sending,
                 sending,
+                forward,
+                self.gathering,
             ]
         )
 
@@ -228,7 +239,7 @@ class StepParts:
             parts: _Parts = ((Kind.PRODUCTS, forward), (Kind.LATE, late_half))
             backward = backward - late_half
         else:
-            parts = ((Kind.FIXED, forward),)
+            parts = ((Kind.FORWARD, forward),)
         if again is not None:
             backward = backward + again.cost
         # What comes after the last product of the backward pass may hide the last reductions.
@@ -255,22 +266,24 @@ class StepParts:
         back = np.where(possible, edge.routes.backward_seconds(targets)[row], 0.0)
         columns: dict[Kind, Array] = {}
         forward = ahead
-        if stored:
+        gathered = _are_gathered(layouts, targets, network.edges.groups) if stored else None
+        if gathered is not None:
             reduced = np.where(possible, edge.routes.reduced_seconds(targets)[row], 0.0)
             links, sizes, groups = network.edges.links, network.edges.sizes, network.edges.groups
             read = network.graph.values[value]
             zero = zero_gradient_table(read, stored, targets, links, sizes, groups)
             possible = possible & np.isfinite(zero)
-            # A gathered parameter's gradient is scattered while nothing else is done.
             if groups:
                 # Of paths in whatever order it is not known what is reduced: all may be.
                 reduced = back
-            forward = ahead + np.maximum(back - reduced, 0.0)
+            scattered = np.maximum(back - reduced, 0.0)
             reduced = np.where(possible, (reduced + zero) * network.shares.once, 0.0)
+            reduced = reduced + np.where(gathered, scattered, 0.0)
+            forward = np.where(gathered, 0.0, ahead + scattered)
+            columns[Kind.GATHERED] = np.where(gathered, ahead, 0.0)
+            columns[Kind.REDUCED] = np.zeros_like(reduced) if first else reduced
             if first:
                 forward = forward + reduced
-            else:
-                columns[Kind.REDUCED] = reduced
         else:
             columns[Kind.MOVED] = back
             # What is returned is summed at once.
@@ -280,11 +293,17 @@ class StepParts:
                 forward = ahead - columns[Kind.PIECES]
         columns[Kind.FIXED] = np.where(possible, forward, np.inf)
         parts: list[tuple[Kind, Array]] = []
+        twice = {Kind.FIXED: ahead}
+        if gathered is not None:
+            twice = {
+                Kind.FIXED: np.where(gathered, 0.0, ahead),
+                Kind.REDUCED: np.where(gathered, ahead, 0.0),
+            }
         for kind, seconds in columns.items():
             table = sum_of_columns(seconds, targets, edge.groups)
-            if kind is Kind.FIXED and any(edge.again):
-                twice = table + sum_of_columns(ahead, targets, edge.groups)
-                modes = [twice if again else table for again in edge.again]
+            if kind in twice and any(edge.again):
+                both = table + sum_of_columns(twice[kind], targets, edge.groups)
+                modes = [both if again else table for again in edge.again]
             else:
                 modes = [table] * len(edge.again)
             table = modes[0] if len(modes) == 1 else np.stack(modes, axis=-1)
@@ -313,6 +332,25 @@ def _is_late(node: Node, parameters: Mapping[str, Node]) -> bool:
     operands = node.operands()
     weight = parameters.get(operands[1]) if len(operands) > 1 else None
     return node.target in LATE_PRODUCTS and weight is not None and len(weight.result.shape) == 2
+
+
+def _are_gathered(
+    sources: tuple[Layout, ...], targets: tuple[Layout, ...], groups: AxisGroups = ()
+) -> NDArray[np.bool_]:
+    """Return, per source and target, whether parameters are gathered between them, and all that
+    takes time between them is sent. groups: of axes whose order is left open, if any.
+    """
+    axes = range(len(targets[0])) if targets else ()
+    spread = tuple(groups) or tuple((axis,) for axis in axes)
+
+    def counts(layout: Layout, kinds: tuple[type, ...]) -> list[int]:
+        return [sum(isinstance(layout[axis], kinds) for axis in group) for group in spread]
+
+    split = np.array([counts(source, (Shard,)) for source in sources])[:, None]
+    joined = np.array([counts(target, (Shard,)) for target in targets])[None]
+    sums = np.array([sum(counts(target, (Partial,))) > 0 for target in targets])[None]
+    gathers: NDArray[np.bool_] = (split > joined).any(axis=-1) & ~sums
+    return gathers
 
 
 def _sums_once(

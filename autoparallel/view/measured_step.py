@@ -35,10 +35,13 @@ _TARGETS = re.compile(r"\[?([A-Za-z_]\w*(?:, [A-Za-z_]\w*)*)\]? = (?!\w+\.size\(
 # A redistribution in a program, by itself or joined with the product before or after it: what is
 # moved, along which axis, and the number of the gap that it leaves.
 _MOVED = re.compile(
-    r"(?:\w+\.)?(convert|move|convert_again|convert_filled|convert_then_\w+)\((\w+), (\w+), "
+    r"(?:\w+\.)?(convert|move|begin|convert_again|convert_filled|convert_then_\w+)"
+    r"\((\w+), (\w+), "
     r".*?(?:, (\d+))?\)$"
 )
 _THEN_MOVED = re.compile(r"(?:\w+\.)?\w+_then_convert\(\w+, \w+, (\w+), ")
+# The end of one that was begun ahead: it is called VALUE_over_AXIS until then.
+_ENDED = re.compile(r"end(?:_again)?\((\w+)_over_(\w+?)_*(?:, .*)?\)$")
 _GAP = re.compile(r"\bgap=(\d+)")
 # Gradients of weights run in gaps that others leave, under the numbers of those.
 _OF_WEIGHTS = "_WeightGradientBackward"
@@ -269,6 +272,9 @@ def _line(event: Any) -> _Line:
             # What fills a gap is computed by the node that leaves it.
             backward = f"gradients of weights beside {value}" if "filled" in moved[1] else ""
             name = ""
+    elif moved := _ENDED.match(does):
+        name, value, axis = "", moved[1], moved[2]
+        backward = name
     elif moved := _THEN_MOVED.match(does):
         # The result is called VALUE_PLACEMENT.
         name = backward = value = name.rpartition("_")[0]

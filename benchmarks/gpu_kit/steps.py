@@ -191,8 +191,9 @@ def _share(
 def predicted(setting: Setting, folder: Any) -> Iterator[dict[str, Any]]:
     """Calibrate quickly, and compare the predicted step of a GPT with the measured one."""
     import autoparallel
-    from autoparallel.cost.calibrate import Effort, calibrate
+    from autoparallel.cost.calibrate import calibrate
     from autoparallel.cost.hardware import write_hardware
+    from autoparallel.cost.timed_runs import Effort
 
     with torch.no_grad():
         measured = calibrate(Effort.quick(setting.cuda))

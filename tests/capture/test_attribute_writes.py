@@ -19,7 +19,7 @@ from autoparallel.capture.attribute_writes import Attributes
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.export import capture
 from autoparallel.errors import CaptureError
-from autoparallel.parallel.guards import equal, frozen
+from autoparallel.parallel.frozen_values import equal, frozen
 
 X = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(6, 8)
 

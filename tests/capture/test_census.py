@@ -125,3 +125,30 @@ def test_what_a_census_says() -> None:
     assert census.functions == {"Doubled"}
     assert not census.hooks
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda w: torch.ops.aten.native_batch_norm(w, None, None, None, None, True, 0.1, 1e-5)[1],
+        lambda w: torch.nn.functional.layer_norm(w, [4]).detach() + torch.histc(w, 4, 0, 1),
+        lambda w: torch.ops.aten.native_layer_norm(w, [4], None, None, 1e-5)[2],
+    ],
+    ids=["statistics of a batch", "a histogram", "statistics of rows"],
+)
+def test_results_without_a_gradient_are_no_difference(of: Any) -> None:
+    """Torch gives these none, though their operand is trained; no gradient reaches it."""
+
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.told = nn.Linear(4, 4), nn.Parameter(torch.rand(4, 4))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.used(x).sum(), of(self.told)
+
+    captured = graph_of(Told())
+    assert [captured.graph.values[name].requires_grad for name in captured.graph.outputs] == [
+        True,
+        False,
+    ]

@@ -17,7 +17,7 @@ from broad_cases import broad
 from autoparallel import make_plan
 from autoparallel.analysis.timeline import timeline
 from autoparallel.cli import main
-from autoparallel.cost.calibrate import Effort, _Bench
+from autoparallel.cost.calibrate import _Bench
 from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.fit import Call, Move, Product, Samples, fit
 from autoparallel.cost.hardware import (
@@ -32,6 +32,7 @@ from autoparallel.cost.hardware import (
 )
 from autoparallel.cost.matmul import product_seconds
 from autoparallel.cost.memory_moves import moved_seconds
+from autoparallel.cost.timed_runs import Effort
 from autoparallel.placement import Collective
 from autoparallel.train.models import GPT, GPTConfig
 

@@ -33,6 +33,7 @@ sys.modules["unseen_settings"] = settings
 SCALE = 1.0
 VARIABLE = contextvars.ContextVar("VARIABLE", default=1.0)
 EMPTY: contextvars.ContextVar[float] = contextvars.ContextVar("EMPTY")
+UNSET = contextvars.ContextVar("UNSET", default=2.0)
 
 
 def looked_up() -> float:
@@ -109,6 +110,19 @@ def test_what_a_forward_reads_around_it(kind: str, monkeypatch: pytest.MonkeyPat
     model = Model()
     follows(lambda: (model, script), 2)
     assert autoparallel.make_plan(model, 2, example_inputs=X).breaks == ()
+
+
+def test_a_context_variable_at_its_own_default() -> None:
+    """A plan fits the model that it was made for, where nobody has set the variable."""
+
+    class Model(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.a(x) * UNSET.get())
+
+    model = Model()
+    plan = autoparallel.make_plan(model, 2, example_inputs=X)
+    made = autoparallel.simulate(model, example_inputs=X, plan=plan)
+    torch.testing.assert_close(made.output, model(X).detach())
 
 
 class Plain(Base):

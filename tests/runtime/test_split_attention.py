@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from autoparallel.runtime.attention_blocks import Total, block, levelled, seen
+from autoparallel.runtime.attention_work import Work, deal_of_sequence
 from autoparallel.runtime.groups import AbsentGroup, SingleGroup
-from autoparallel.runtime.split_attention import _deal, _Work, attention_queries
+from autoparallel.runtime.split_attention import attention_queries
 
 
 @pytest.mark.parametrize("passes", [False, True])
@@ -18,10 +19,10 @@ def test_a_causal_mask_leaves_all_ranks_the_same_work(world_size: int, passes: b
     computed.
     """
     length = 24
-    deal = _deal(length, world_size, True)
+    deal = deal_of_sequence(length, world_size, True)
     works = []
     for rank in range(world_size):
-        work = _Work(AbsentGroup(rank, world_size), True, 1.0, deal, deal, passes)
+        work = Work(AbsentGroup(rank, world_size), True, 1.0, deal, deal, passes)
         seen = 0
         for step in range(work.steps):
             for _, rows, _, sight in work.blocks(step, None, torch.device("cpu")):

@@ -202,4 +202,21 @@ ON_SEVERAL_AXES = {
         """),
         Split(2, 75, 0.0, False, True, whole=0.5, sparing=True),
     ),
+    "statistics of a batch that are returned, to which torch gives no gradient": (
+        Program("""
+        i0 = input(6, 4)
+        p0 = parameter(5, 6)
+        p1 = parameter(4, 4)
+        n0 = torch.ops.aten.native_batch_norm
+        v0a, v0b, v0c = n0(p0, None, None, None, None, True, 0.1, 1e-05)
+        v1 = F.linear(i0, p1)
+        v2a, v2b, v2c = v1.chunk(3, dim=0)
+        v3 = v2c * 1.25
+        v3.add_(v2c)
+        v5 = v3.narrow(0, 0, 1)
+        v6 = (v5 * v5).sum()
+        return v6, v0c
+        """),
+        Split(5, 254, 0.0, sparing=True),
+    ),
 }

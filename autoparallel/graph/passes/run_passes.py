@@ -9,6 +9,7 @@ from autoparallel.graph.graph import (
 )
 from autoparallel.graph.passes.attention_dropout import explicit_attention_dropout
 from autoparallel.graph.passes.bias_and_mean import split_bias, split_mean
+from autoparallel.graph.passes.causal_masks import explicit_causal_masks
 from autoparallel.graph.passes.complex_writes import real_scatters
 from autoparallel.graph.passes.experts_in_turn import join_experts_in_turn
 from autoparallel.graph.passes.flattened_batches import explicit_bias_of_batches, unmerge_batches
@@ -43,6 +44,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     drop_empty_parts,
     drop_identities,
     explicit_sizes,
+    explicit_causal_masks,
     # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
     join_writes,

@@ -59,12 +59,14 @@ from autoparallel.support.torch_private.fused_attention import (
     attention_gradients,
     has_attention_sums,
 )
+from autoparallel.support.torch_private.meta_results import remembering_meta_results
 from autoparallel.support.torch_private.process_groups import (
     default_store,
     fake_process_group,
     flattened_group,
     functional_collectives,
     gloo_ranks,
+    let_gloo_end,
     pipeline_order,
     set_patience,
 )
@@ -129,10 +131,14 @@ if TYPE_CHECKING:
     from torch.utils._pytree import tree_unflatten as tree_unflatten
     from torch.utils._sympy.printers import PythonPrinter as PythonPrinter
 
+    from autoparallel.support.torch_private.lazy_stage import LazyStage as LazyStage
+
 # The module that has a name, imported when the name is first asked for.
 _HOMES = {
     # Runs an op on tensors that have sizes and strides but no data.
     "FakeTensorMode": "torch._subclasses.fake_tensor",
+    # A stage of a pipeline that has memory for what it receives only while it is needed.
+    "LazyStage": "autoparallel.support.torch_private.lazy_stage",
     # The type of an op with one schema, which the calls of an exported program name.
     "OpOverload": "torch._ops",
     # Prints an expression in sizes as Python.
@@ -162,6 +168,7 @@ __all__ = [
     "FAKE_TENSOR_LOGGER",
     "NN_BINDINGS",
     "FakeTensorMode",
+    "LazyStage",
     "OpOverload",
     "PythonPrinter",
     "ShapeEnv",
@@ -215,6 +222,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_returned",
     "keeping_frames",
+    "let_gloo_end",
     "local_part",
     "local_parts",
     "multiply_all_",
@@ -228,6 +236,7 @@ __all__ = [
     "references_to",
     "remembering_arithmetic",
     "remembering_fake_results",
+    "remembering_meta_results",
     "run_as_python",
     "run_in_place",
     "run_when_ready",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,13 @@ __all__ = [
     "flattened_group",
     "functional_collectives",
     "gloo_ranks",
+    "let_gloo_end",
     "pipeline_order",
     "set_patience",
 ]
+
+# The threads in which gloo waits for collectives and runs them, as the system lists them.
+_GLOO_THREADS = "pt_gloo_runloop"
 
 
 def fake_process_group(rank: int, world_size: int) -> None:
@@ -90,6 +96,33 @@ def set_patience(backend: Any, group: Any, least: timedelta) -> None:
         options = getattr(group._get_backend(device), "options", None)
         waits.append(getattr(options, "_timeout", least))
     backend._set_default_timeout(max(waits))
+
+
+def let_gloo_end(patience: float = 5.0) -> None:
+    """Wait until gloo's threads have let go of the tensors of collectives that are over.
+
+    Such a thread may be the last to hold a tensor. To free it, it takes Python's lock, and where
+    the interpreter ends meanwhile, it ends the process: "terminate called without an active
+    exception". Those that wait for work, or for another rank, are not waited for. patience: the
+    longest time, in seconds. Nothing happens on systems that do not tell of threads.
+    """
+    calm, end = 0, time.monotonic() + patience
+    while calm < 2 and time.monotonic() < end:
+        # Threads that are waiting for Python's lock have it meanwhile.
+        time.sleep(0.0005)
+        calm = 0 if _gloo_runs() else calm + 1
+
+
+def _gloo_runs() -> bool:
+    """Return whether a thread of gloo is running, or waits for no more than a processor."""
+    for task in Path("/proc/self/task").glob("*/stat"):
+        try:
+            name, _, rest = task.read_text().partition(" (")[2].rpartition(") ")
+        except OSError:  # it has ended
+            continue
+        if name == _GLOO_THREADS and rest.startswith("R"):
+            return True
+    return False
 
 
 def flattened_group(devices: DeviceMesh) -> Any:

@@ -20,6 +20,7 @@ FILES = (
     "derivatives",
     "precision",
     "weights",
+    "copies",
     "optimizers",
     "calling",
     "inputs",

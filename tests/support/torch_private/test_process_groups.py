@@ -63,3 +63,35 @@ def test_pipeline_order() -> None:
     assert {kind for _, kind, _ in halves[0]} == {"F", "I", "W"}
     alone = torch_private.pipeline_order("ScheduleGPipe", 2, 1, 2)
     assert alone[0] == [(0, "F", 0), (0, "F", 1), (0, "B", 0), (0, "B", 1)]
+
+
+def test_gloo_s_threads_have_let_go_of_tensors_at_the_end() -> None:
+    """A thread of gloo that holds the last reference to a tensor waits for Python's lock as the
+    interpreter ends: alone, that ends the process; it is waited for.
+    """
+    program = (
+        "import atexit, sys, time, torch, torch.distributed as dist\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from datetime import timedelta\n"
+        "from autoparallel.support import torch_private\n"
+        "store, patience = dist.HashStore(), timedelta(seconds=60)\n"
+        "with ThreadPoolExecutor(2) as threads:\n"
+        "    join = lambda rank: torch_private.gloo_ranks(store, rank, 2, patience)\n"
+        "    groups = list(threads.map(join, range(2)))\n"
+        "if sys.argv[1:]:\n"
+        "    atexit.register(torch_private.let_gloo_end)\n"
+        "sys.setswitchinterval(1000)\n"  # this thread keeps the lock
+        "for group in groups:\n"
+        "    group.allreduce([torch.ones(4)])\n"
+        "end = time.perf_counter() + 0.5\n"
+        "while time.perf_counter() < end:\n"
+        "    pass\n"
+    )
+    alone, waited = (
+        subprocess.run(
+            [sys.executable, "-c", program, *given], cwd=ROOT, capture_output=True, text=True
+        )
+        for given in ((), ("wait",))
+    )
+    assert "terminate called" in alone.stderr
+    assert (waited.returncode, waited.stderr) == (0, "")
