@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from autoparallel.cost.fake_run import (
@@ -103,6 +104,7 @@ class SavedTensors:
         self._seen: dict[Any, Observed] = {}
         self._made: dict[Any, tuple[FakeTensorSpec, ...]] = {}
         self._saved: dict[Any, Saved] = {}
+        self._workspaces: dict[Any, int] = {}
         for node in graph.nodes:
             if node.kind == "call":
                 self._walk(node)
@@ -133,6 +135,20 @@ class SavedTensors:
             seen = _observe(case, {}, loops, world_size)
             self._saved[key] = _with_loops(case, seen, loops, world_size)
         return self._saved[key]
+
+    def workspace_nbytes(
+        self, name: str, loop: str = "", world_size: int = 1, second: str = ""
+    ) -> int:
+        """Return the bytes that a call's backward needs for a moment, besides its gradients.
+
+        loop, world_size, second: as of `of_kernel`; "" for the unsplit call.
+        """
+        case = self._cases[self._keys[name]]
+        loops = ((loop, second) if second else (loop,)) if loop else ()
+        key = (self._keys[name], loops, world_size)
+        if key not in self._workspaces:
+            self._workspaces[key] = _observe(case, {}, loops, world_size, backward=True).backward
+        return self._workspaces[key]
 
     def storage_of(self, value: str) -> str:
         """Return the value in whose memory this one lies: itself, or what it is a view of."""
@@ -198,18 +214,24 @@ def _resized(spec: FakeTensorSpec, shape: Sequence[int]) -> FakeTensorSpec:
 
 
 def _observe(
-    case: _Case, sizes: Mapping[str, int], loops: tuple[str, ...] = (), ranks: int = 1
+    case: _Case,
+    sizes: Mapping[str, int],
+    loops: tuple[str, ...] = (),
+    ranks: int = 1,
+    backward: bool = False,
 ) -> Observed:
     """Run the call with other sizes of some loops, by a kernel if it splits any.
 
     sizes: by loop, in place of the rule's. loops: that the kernel splits; two, if it is an
-    exchange. A kernel runs on the part that the first of `ranks` ranks has.
+    exchange. A kernel runs on the part that the first of `ranks` ranks has. backward: whether to
+    run its backward too.
     """
     node, rule = case.call.node, case.rule
+    run = partial(observe, backward=backward)
     operands, results = case.operands, case.results
     if rule is None:
         function = runner(node.target, None, case.device)
-        return observe(function, node.args, dict(node.kwargs), operands, results)
+        return run(function, node.args, dict(node.kwargs), operands, results)
 
     def sized(stand: FakeTensorSpec, dims: tuple[tuple[str, ...], ...]) -> FakeTensorSpec:
         """Return the spec of a tensor at the sizes asked for, as the first rank holds it."""
@@ -236,13 +258,13 @@ def _observe(
         if len(loops) > 1:
             kwargs["extent"] = sizes.get(loops[1], hint(rule.sizes[loops[1]]))
         function = getattr(kernels, kernel.name)
-        return observe(function, args, kwargs, operands, results, ("meta", "zeros"))
+        return run(function, args, kwargs, operands, results, ("meta", "zeros"))
     # Constants such as the shape of a view must fit the other sizes.
     if sizes and rule.local_args is not None:
         args = rule.local_args(case.call, tuple([stand.shape for stand in results]))
     if rule.random:
         kwargs |= random_arguments(results[0].shape)
-    return observe(runner(node.target, rule, case.device), args, kwargs, operands, results)
+    return run(runner(node.target, rule, case.device), args, kwargs, operands, results)
 
 
 def _with_loops(case: _Case, seen: Observed, split: tuple[str, ...] = (), ranks: int = 1) -> Saved:

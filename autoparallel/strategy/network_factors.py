@@ -276,7 +276,7 @@ class NetworkFactors:
                 self.couple(variable, readers[0][0], edge.paid, name, mode)
                 continue
             # All redistributions are free: the readers may choose as they like.
-            if not edge.paid.matters and edge.paid.usage is None:
+            if not self.is_kept(edge.paid, name):
                 continue
             if variable is None and not mode:
                 self.network.copy_variables.append((f"{name}*", first_row(edge.paid)))
@@ -287,6 +287,17 @@ class NetworkFactors:
             for (reader, _), offer in zip(readers, edge.offers, strict=True):
                 self.couple(f"{name}*", reader, offer, "")
 
+    def is_kept(self, table: Table, value: str) -> bool:
+        """Return whether a table becomes a factor. value: as of `couple`.
+
+        Networks of the same graph have the same ones, at whatever moment their bytes are counted:
+        where nothing is used at one, something may be at another.
+        """
+        if table.matters or table.usage is not None:
+            return True
+        is_weight = bool(value) and self.graph.producers[value].kind == "parameter"
+        return self.saved is not None and is_weight
+
     def couple(
         self, first: str | None, second: str, table: Table, value: str, mode: str = ""
     ) -> None:
@@ -296,8 +307,7 @@ class NetworkFactors:
         value whose redistribution the table prices, or "". mode: the variable of the table's last
         axis, if it has three. Tables of zeros alone are left out.
         """
-        # Which moment is counted must not matter: its networks have the same factors.
-        if not (table.matters or table.usage is not None) or (first is None and not second):
+        if not self.is_kept(table, value) or (first is None and not second):
             return
         # A factor needs two variables, so a missing one gets a stand-in with a single free state.
         names = [first or "", second]

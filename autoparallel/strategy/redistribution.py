@@ -339,7 +339,8 @@ class RedistributionTables:
             usage = np.broadcast_to(source[:, None] if stays else 0.0, cost.shape)
             return Table(cost, np.ascontiguousarray(usage))
         if not any(saved) and not enters:
-            return Table(cost)
+            # At another moment, this may have bytes.
+            return Table(cost, np.zeros_like(cost) if mode.moved_again else None)
         forms = [_storage(target) for target in targets]
         plain = [_storage(layout) for layout in produced.layouts]
         other = np.array([[form != produced_form for form in forms] for produced_form in plain])

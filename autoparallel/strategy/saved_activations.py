@@ -137,12 +137,16 @@ class SavedActivations:
         return list(by_name.values())
 
     def gradient_nbytes(self, node: Node, joint: MeshStrategy, sizes: tuple[int, ...]) -> float:
-        """Return the bytes per rank of gradients that are alive while a call's backward runs.
+        """Return the bytes per rank of gradients that are alive while a call's backward runs, and
+        of what that needs besides.
 
         joint: the call's strategy. sizes: of the mesh axes.
         """
         layouts = (*joint.operands, *joint.results)
-        return sum(
+        shares, inner, ranks, second = _split_by(joint, sizes)
+        # Of what a kernel does not split, its tensors may still have the loop: this is the least.
+        besides = self.saved.workspace_nbytes(node.name, inner, ranks, second)
+        return math.prod(shares.values()) * besides + sum(
             nbytes(value) * layout_fraction(value.shape, layouts[place], sizes)
             for value, place in self._differentiated(node)
         )
@@ -174,28 +178,11 @@ class SavedActivations:
         """Return the bytes per rank that an op itself saves: results and internal tensors.
 
         joint: the op's strategy. sizes: of the mesh axes. Operands are counted where they are read.
-        Of several kernels the innermost one runs the op; seen from it, loops of the others are
-        split as if without a kernel, and its own loop is split once over the ranks of all axes that
-        split it.
         """
-        shares: dict[str, float] = {}
-        ranks = 1
+        shares, inner, ranks, second = _split_by(joint, sizes)
         saved = self.saved.of(node.name)
-        split = [(part, size) for part, size in zip(joint.parts, sizes, strict=True) if part.tile]
-        # Kernels that wrap the op come first, the one that does not wrap it last: it is the
-        # innermost.
-        split.sort(key=lambda item: item[0].kernel is not None and not item[0].kernel.wraps)
-        innermost = next((part for part, _ in reversed(split) if part.kernel), None)
-        inner = innermost.tile.loop if innermost is not None and innermost.tile else ""
-        for part, size in split:
-            assert part.tile is not None
-            loop = part.second or part.tile.loop
-            if part.tile.loop == inner:
-                ranks *= size
-            else:
-                shares[loop] = shares.get(loop, 1.0) * part.fraction
-        if innermost is not None and inner:
-            saved = self.saved.of_kernel(node.name, inner, ranks, innermost.second)
+        if inner:
+            saved = self.saved.of_kernel(node.name, inner, ranks, second)
         total = float(saved.internal_nbytes(shares))
         for value, layout, is_saved, alias in zip(
             node.results, joint.results, saved.results, saved.aliases, strict=True
@@ -203,6 +190,35 @@ class SavedActivations:
             if is_saved and alias is None:
                 total += nbytes(value) * layout_fraction(value.shape, layout, sizes)
         return total
+
+
+def _split_by(
+    joint: MeshStrategy, sizes: tuple[int, ...]
+) -> tuple[dict[str, float], str, int, str]:
+    """Return the share of each loop that a rank has, as the call itself is run; and the loop that
+    its kernel splits, over how many ranks, and the loop that is split together with it: "", 1 and
+    "" without one.
+
+    joint: the op's strategy. sizes: of the mesh axes. Of several kernels the innermost one runs the
+    op; seen from it, loops of the others are split as if without a kernel, and its own loop is
+    split once over the ranks of all axes that split it.
+    """
+    shares: dict[str, float] = {}
+    ranks = 1
+    split = [(part, size) for part, size in zip(joint.parts, sizes, strict=True) if part.tile]
+    # Kernels that wrap the op come first, the one that does not wrap it last: it is the innermost.
+    split.sort(key=lambda item: item[0].kernel is not None and not item[0].kernel.wraps)
+    innermost = next((part for part, _ in reversed(split) if part.kernel), None)
+    inner = innermost.tile.loop if innermost is not None and innermost.tile else ""
+    for part, size in split:
+        assert part.tile is not None
+        loop = part.second or part.tile.loop
+        if part.tile.loop == inner:
+            ranks *= size
+        else:
+            shares[loop] = shares.get(loop, 1.0) * part.fraction
+    second = innermost.second if innermost is not None and inner else ""
+    return shares, inner, ranks, second
 
 
 def _places(node: Node, name: str) -> list[int]:
