@@ -59,7 +59,7 @@ from autoparallel.runtime.variance import (
     instance_norm_split,
     variance_split,
 )
-from autoparallel.runtime.window_kernels import convolution_edges, nearest_edges, pool_edges
+from autoparallel.runtime.window_kernels import convolution_edges, pool_edges, resample_edges
 
 __all__ = [
     "alike_elsewhere",
@@ -94,8 +94,8 @@ __all__ = [
     "masked_lookup",
     "max_split",
     "min_split",
-    "nearest_edges",
     "pool_edges",
+    "resample_edges",
     "rms_norm",
     "softmax_split",
     "stand_ins_for",

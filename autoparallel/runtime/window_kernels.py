@@ -18,7 +18,7 @@ from autoparallel.placement import part_bounds
 from autoparallel.runtime.dealt_pieces import Deal, dealt
 from autoparallel.runtime.groups import Group
 
-__all__ = ["convolution_edges", "nearest_edges", "pool_edges"]
+__all__ = ["convolution_edges", "pool_edges", "resample_edges"]
 
 Run = Callable[..., torch.Tensor]
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -243,41 +243,43 @@ def pool_edges(
     return y.narrow(dim, 0, last - first)
 
 
-def nearest_edges(
+def resample_edges(
     x: torch.Tensor,
-    output_size: Any,
-    scale_factors: Any,
-    *,
+    *options: Any,
     group: Group,
     size: int,
     at: int,
     factors: tuple[int, ...],
+    reach: int,
     mode: str,
     run: Run | None = None,
 ) -> torch.Tensor:
-    """Repeat elements along dims of which one is split: resampling to the nearest one.
+    """Resample to whole multiples of sizes, along dims of which one is split.
 
     x: (b, c, *spatial), of which spatial dim number `at` is split, whose whole size is `size`.
-    factors: how often each element is repeated, along each dim. mode: torch's name of it.
-    output_size and scale_factors, the op's own, are not read. run: as in `convolution_edges`.
+    factors: how many results each element has, along each dim. reach: the elements on either side
+    of it that its results are made of; beyond the ends, the op repeats the last one. mode: torch's
+    name of it. options: the op's own, which say no more. run: as in `convolution_edges`.
 
     >>> from autoparallel.runtime.groups import SingleGroup
-    >>> options = {"at": 0, "factors": (2,), "mode": "nearest"}
-    >>> nearest_edges(torch.ones(1, 1, 2), None, None, group=SingleGroup(), size=2, **options)
+    >>> options = {"at": 0, "factors": (2,), "reach": 0, "mode": "nearest"}
+    >>> resample_edges(torch.ones(1, 1, 2), None, None, group=SingleGroup(), size=2, **options)
     tensor([[[1., 1., 1., 1.]]])
     """
-    factor, dim = factors[at], at + 2
+    factor, dim, count = factors[at], at + 2, size * factors[at]
     reaches = []
     for rank in range(group.world_size):
-        first, last = part_bounds(size * factor, group.world_size, rank)
-        stop = (max(last, first + 1) - 1) // factor + 1
-        reaches.append(_Reach((first, last), first // factor, stop))
+        first, last = part_bounds(count, group.world_size, rank)
+        # A rank without results computes some, which are cut off.
+        start = min(first, count - 1) // factor - reach
+        stop = (max(last, 1) - 1) // factor + 1 + reach
+        reaches.append(_Reach((first, last), max(start, 0), min(stop, size)))
     x = _with_edges(x, group, dim, size, reaches, 0.0)
     if run is None:
         scales = [float(each) for each in factors]
         y = functional.interpolate(x, scale_factor=scales, mode=mode)
     else:
-        y = run(x, output_size, scale_factors)
+        y = run(x, *options)
     here = reaches[group.rank]
     first, last = here.result
     return y.narrow(dim, first - here.start * factor, last - first)

@@ -17,7 +17,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
 
 TOLERANCE = 1e-10
-EDGES = ("convolution_edges", "nearest_edges", "pool_edges")
+EDGES = ("convolution_edges", "pool_edges", "resample_edges")
 
 Case = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
@@ -62,6 +62,23 @@ class Stretches(nn.Module):
         return (y * torch.arange(y.shape[-1])).square().sum()
 
 
+class Grows(nn.Module):
+    """Images whose elements are interpolated, as decoders of segmentation do; one at a scale that
+    is no whole number, although the sizes are multiples.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
+        self.bend = nn.Upsample(scale_factor=3.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.interpolate(self.one(x), scale_factor=(2, 3), mode="bilinear")
+        x = nn.functional.interpolate(self.two(x), scale_factor=2, mode="bicubic")
+        y = self.bend(self.three(x.reshape(1, 2, 28, 36))).sin()
+        return (y * torch.arange(y.shape[-1])).square().sum()
+
+
 def decoder() -> Case:
     model = Decoder((4, 2), groups=2, blocks=1).double()
     latent = torch.randn(1, 4, 3, 4, dtype=torch.float64)
@@ -81,14 +98,21 @@ def stretching() -> Case:
     return Stretches().double(), (torch.randn(1, 2, 31, dtype=torch.float64),)
 
 
+def growing() -> Case:
+    return Grows().double(), (torch.randn(1, 2, 7, 6, dtype=torch.float64),)
+
+
 MAKERS: dict[str, Callable[[], Case]] = {
     "decoder": decoder,
+    "growing": growing,
     "shrinking": shrinking,
     "stretching": stretching,
     "volumes": volumes,
 }
 CASES = [
     ("decoder", Mesh(sp=3)),  # of four columns, the last rank has none
+    ("growing", Mesh(sp=3)),
+    ("growing", Mesh(rows=2, columns=2)),
     ("shrinking", Mesh(sp=2)),
     ("shrinking", Mesh(sp=3)),
     ("shrinking", Mesh(rows=2, columns=2)),

@@ -76,7 +76,7 @@ def test_types_of_split_experts_fit(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["attention_ring", "attention_queries", "convolution_edges", "nearest_edges"]
+    "kernel", ["attention_ring", "attention_queries", "convolution_edges", "resample_edges"]
 )
 @pytest.mark.usefixtures("fake_processes")
 def test_types_of_exchanged_parts_fit(kernel: str) -> None:

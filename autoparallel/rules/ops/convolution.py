@@ -248,30 +248,53 @@ def _pool_kernels(call: OpCall, kind: str) -> Kernels:
     return kernels
 
 
-def _nearest_kernels(call: OpCall) -> Kernels:
-    """Return the kernels that split dims of a resampling to the nearest element, which repeats each
-    a whole number of times.
+# Torch's names of resamplings by those of the ops, and how many elements on either side of one
+# its results are made of.
+_RESAMPLINGS = {
+    "upsample_nearest": ("nearest", 0),
+    "_upsample_nearest_exact": ("nearest-exact", 0),
+    "upsample_linear": ("linear", 1),
+    "upsample_bilinear": ("bilinear", 1),
+    "upsample_trilinear": ("trilinear", 1),
+    "upsample_bicubic": ("bicubic", 2),
+}
+
+
+def _factors(call: OpCall, scales: Any) -> tuple[int, ...]:
+    """Return the whole numbers by which a resampling multiplies sizes; () where some are none.
+
+    scales: as the op is given them, which then decide, and not the sizes: 2.05 makes 20 elements of
+    10, but not each of them twice. Where the inputs decide the sizes, only they tell.
+    """
+    if isinstance(scales, tuple):
+        whole = all(isinstance(scale, int | float) and scale == int(scale) for scale in scales)
+        return tuple(int(scale) for scale in scales) if whole else ()
+    factors, spatial = [], _spatial(call.node.target)
+    for at in range(-spatial, 0):
+        before, after = (value.shape[at] for value in (call.operands[0], call.results[0]))
+        if not (isinstance(before, int) and isinstance(after, int)) or not before or after % before:
+            return ()
+        factors.append(after // before)
+    return tuple(factors)
+
+
+def _resample_kernels(call: OpCall) -> Kernels:
+    """Return the kernels that split dims of a resampling by whole factors, whose ends are no places
+    of their own (`align_corners`).
     """
     x, spatial = call.operands[0], _spatial(call.node.target)
-    factors: list[int] = []
-    # The scales say it where the inputs decide the sizes.
-    scales = call.argument(2, "scale_factors")
-    for at in range(spatial):
-        before, after = (value.shape[at - spatial] for value in (x, call.results[0]))
-        if isinstance(scales, tuple) and all(scale == int(scale) for scale in scales):
-            factors.append(int(scales[at]))
-        elif isinstance(before, int) and isinstance(after, int) and before and not after % before:
-            factors.append(after // before)
-        else:
-            return {}
-    mode = "nearest-exact" if "exact" in call.node.target else "nearest"
+    mode, reach = _RESAMPLINGS[re.split(r"[.]|\dd", call.node.target)[1]]
+    between = "nearest" not in mode
+    if between and call.argument(2, "align_corners"):
+        return {}
+    factors = _factors(call, call.argument(2 + between, "scale_factors"))
     kernels = {}
-    for at in range(spatial):
-        repeats = mode != "nearest" or _is_repeated(factors[at])
+    for at, factor in enumerate(factors):
+        repeats = mode != "nearest" or _is_repeated(factor)
         countable = hint(call.results[0].shape[at - spatial]) <= _COUNTABLE
-        if x.shape[at - spatial] != 1 and repeats and countable:
-            arguments = (("at", at), ("factors", tuple(factors)), ("mode", mode))
-            kernels[at] = _edge_kernel("nearest_edges", x, at - spatial, 0, arguments)
+        if x.shape[at - spatial] != 1 and factor and repeats and countable:
+            arguments = (("at", at), ("factors", factors), ("reach", reach), ("mode", mode))
+            kernels[at] = _edge_kernel("resample_edges", x, at - spatial, 2 * reach, arguments)
     return kernels
 
 
@@ -301,11 +324,15 @@ def windows_mean(call: OpCall) -> ShardingRule:
 @rule(
     *(f"aten.upsample_nearest{n}d.vec" for n in (1, 2, 3)),
     *(f"aten._upsample_nearest_exact{n}d.vec" for n in (1, 2, 3)),
+    *(
+        f"aten.upsample_{kind}.vec"
+        for kind in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")
+    ),
     takes_empty=False,
 )
-def nearest(call: OpCall) -> ShardingRule:
-    """Elements repeated along the last dims, linear in the operand."""
-    return _leading(call, linear=True, kernels=_nearest_kernels(call))
+def resampled(call: OpCall) -> ShardingRule:
+    """Elements repeated along the last dims, or means of neighbours, linear in the operand."""
+    return _leading(call, linear=True, kernels=_resample_kernels(call))
 
 
 @rule(
@@ -320,22 +347,9 @@ def max_pool(call: OpCall) -> ShardingRule:
     return _leading(call, linear=False)
 
 
-_INTERPOLATIONS = (
-    "linear1d",
-    "bilinear2d",
-    "bicubic2d",
-    "trilinear3d",
-)
-_MORE_INTERPOLATIONS = (
-    "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa",
-)
-
-
 @rule(
     *(f"aten.adaptive_avg_pool{n}d.default" for n in (1, 2, 3)),
-    *(f"aten.upsample_{kind}.vec" for kind in _INTERPOLATIONS),
-    *(f"aten.{kind}.vec" for kind in _MORE_INTERPOLATIONS),
+    *(f"aten._upsample_{kind}2d_aa.vec" for kind in ("bilinear", "bicubic")),
     takes_empty=False,
 )
 def window_sum(call: OpCall) -> ShardingRule:
