@@ -25,6 +25,7 @@ from autoparallel.parallel.host_group import host_group
 from autoparallel.parallel.launch import communication_device
 from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.runtime.groups import Group, ProcessGroup
+from autoparallel.runtime.small_messages import gather_numbers
 from autoparallel.support.pytree import Skeleton, flatten, leaf_paths
 from autoparallel.support.torch_private import in_function_transform
 
@@ -132,7 +133,7 @@ class CallHeaders:
         if self.hosts is not None:
             self._send(row, len(inputs), names)
             return
-        rows = self.group.all_gather(torch.tensor(row)).tolist()
+        rows = gather_numbers(self.group, row)
         if any(other != row for other in rows):
             self._refuse(rows, len(inputs), names)
 
@@ -150,7 +151,7 @@ class CallHeaders:
             _text_sum([(tuple(each.shape), str(each.dtype)) for each in whole]),
             _text_sum([checksum(each) for each in whole]),
         ]
-        rows = self.group.all_gather(torch.tensor(row)).tolist()
+        rows = gather_numbers(self.group, row)
         ranks = [str(rank) for rank, other in enumerate(rows) if other != rows[0]]
         if ranks:
             which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} and rank 0 differ"

@@ -22,6 +22,7 @@ import torch
 from autoparallel.placement import Placement, gradient
 from autoparallel.runtime.collectives import convert as convert_and_wait
 from autoparallel.runtime.collectives import is_type_checked
+from autoparallel.runtime.faults import place_of_caller
 from autoparallel.runtime.filled_gaps import is_plain
 from autoparallel.runtime.groups import Group, Result
 from autoparallel.runtime.moves import start_move
@@ -86,7 +87,7 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, flight: Flight) -> torch.Tensor:
         """Start moving x."""
-        ctx.flight = flight
+        ctx.flight, ctx.place = flight, place_of_caller(2)
         flight.start(x)
         return x.new_zeros(())
 
@@ -102,7 +103,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tie: torch.Tensor, flight: Flight) -> torch.Tensor:
         """Wait for what was moved."""
-        ctx.flight, ctx.tie = flight, tie.detach()
+        ctx.flight, ctx.tie, ctx.place = flight, tie.detach(), place_of_caller(2)
         return flight.finish()
 
     @staticmethod
