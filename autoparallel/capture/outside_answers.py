@@ -79,7 +79,8 @@ _WAYS: Mapping[str, frozenset[str]] = {
     "pathlib": _EXISTING | _SYSTEM | _METHODS,
     "numpy": _GENERATORS | _names("load loadtxt genfromtxt fromfile memmap"),
     **dict.fromkeys(("secrets", "uuid", "subprocess", "socket", "resource"), _ANY),
-    **dict.fromkeys(("tempfile", "glob"), _ANY),
+    **dict.fromkeys(("tempfile", "glob", "configparser", "linecache", "shelve", "dbm"), _ANY),
+    **dict.fromkeys(("gzip", "bz2", "lzma", "zipfile", "tarfile", "fileinput"), _ANY),
 }
 _LEVEL_CODES = {getattr(logging.Logger, name).__code__ for name in _LEVELS}
 _FUNCTIONS = (types.FunctionType, types.MethodType)

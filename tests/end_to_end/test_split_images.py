@@ -70,12 +70,12 @@ class Grows(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.three = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(3))
-        self.bend = nn.Upsample(scale_factor=2.02)
+        self.bend = nn.Upsample(scale_factor=3.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = nn.functional.interpolate(self.one(x), scale_factor=(2, 3), mode="bilinear")
-        x = nn.functional.interpolate(self.two(x), size=(28, 36), mode="bicubic")
-        y = self.bend(self.three(x)).sin()
+        x = nn.functional.interpolate(self.two(x), scale_factor=2, mode="bicubic")
+        y = self.bend(self.three(x.reshape(1, 2, 28, 36))).sin()
         return (y * torch.arange(y.shape[-1])).square().sum()
 
 
