@@ -145,7 +145,7 @@ class PipelineSchedules:
 
         from autoparallel.parallel.pipeline_stage import Stage as TorchStage
 
-        sends = self._sends() if trains else None
+        sends = self._sends() if trains and TorchStage.keeps_sends else None
         stages = [
             TorchStage(
                 module,
@@ -169,12 +169,10 @@ class PipelineSchedules:
 
     def _sends(self) -> Sends | None:
         """Return the sends of this rank in a step that trains; None where they are torch's."""
-        from autoparallel.support.torch_private.lazy_stage import MAKES_BUFFERS
-
         pipeline = self.pipeline
         each = pipeline.stages // pipeline.ranks
         numbers = pipeline.schedule, pipeline.ranks, each, pipeline.microbatches
-        if not (MAKES_BUFFERS and sends_by_table(*numbers)):
+        if not sends_by_table(*numbers):
             return None
         rank = self.place.number
         return Sends(schedule_order(*numbers)[rank], messages_of(*numbers)[rank])

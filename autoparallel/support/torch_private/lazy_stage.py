@@ -13,17 +13,20 @@ import torch
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.stage import _RecvInfo
 
-__all__ = ["MAKES_BUFFERS", "LazyStage"]
+__all__ = ["LazyStage"]
 
 # Up to torch 2.14, a stage makes buffers for all micro-batches before the first one comes.
-MAKES_BUFFERS = not hasattr(_RecvInfo, "allocate_buffer")
+_MAKES_BUFFERS = not hasattr(_RecvInfo, "allocate_buffer")
 
 
 class LazyStage(PipelineStage):
     """A stage that has a buffer for a micro-batch from when it is asked for until it is used.
 
     What says of which size and type a buffer is to be is a tensor on the meta device.
+    keeps_sends: whether torch's schedules hold what is sent until the step ends.
     """
+
+    keeps_sends = _MAKES_BUFFERS
 
     def _prepare_forward_infra(self, *args: Any, **options: Any) -> Any:
         """Prepare what is received of the stage before."""
@@ -39,7 +42,7 @@ class LazyStage(PipelineStage):
     def _without_memory(self) -> Iterator[None]:
         """Have buffers made on the meta device."""
         device = self.device
-        self.device = torch.device("meta") if MAKES_BUFFERS else device
+        self.device = torch.device("meta") if _MAKES_BUFFERS else device
         try:
             yield
         finally:
@@ -69,14 +72,14 @@ class LazyStage(PipelineStage):
         """
         result = super().forward_one_chunk(fwd_chunk_id, *args, **options)
         _empty(self.args_recv_info[fwd_chunk_id])
-        if MAKES_BUFFERS and not self.has_backward:
+        if _MAKES_BUFFERS and not self.has_backward:
             self.fwd_cache[fwd_chunk_id] = (self.fwd_cache[fwd_chunk_id][0], [])
         return result
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[Any]:
         """Return what sends a micro-batch to the next stage."""
         ops: list[Any] = super().get_fwd_send_ops(fwd_chunk_id)
-        if MAKES_BUFFERS and not self.has_backward:
+        if _MAKES_BUFFERS and not self.has_backward:
             del self.fwd_cache[fwd_chunk_id]
         return ops
 
@@ -87,7 +90,7 @@ class LazyStage(PipelineStage):
 
     def _fill(self, infos: Iterable[Any]) -> None:
         """Make buffers, where torch has made none."""
-        for info in infos if MAKES_BUFFERS else ():
+        for info in infos if _MAKES_BUFFERS else ():
             like = getattr(info, "buffer", None)
             if like is not None:
                 info.buffer = torch.empty_strided(
@@ -101,7 +104,7 @@ class LazyStage(PipelineStage):
 
 def _empty(infos: Iterable[Any]) -> None:
     """Forget buffers, but for their sizes and types."""
-    for info in infos if MAKES_BUFFERS else ():
+    for info in infos if _MAKES_BUFFERS else ():
         used = getattr(info, "buffer", None)
         if used is not None:
             info.buffer = torch.empty_strided(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from processes import run_processes
 from torch import nn
 
+from autoparallel.support import torch_private
 from autoparallel.support.torch_private import StorageWeakRef
 
 
@@ -32,8 +33,6 @@ def steps(rank: int) -> tuple[list[int], list[float]]:
     """
     from torch.distributed.pipelining import Schedule1F1B
 
-    from autoparallel.support.torch_private import LazyStage
-
     buffers: list[StorageWeakRef] = []
     alive: list[int] = []
 
@@ -46,7 +45,7 @@ def steps(rank: int) -> tuple[list[int], list[float]]:
                 assert tensor.device.type == "cpu"
                 buffers.append(StorageWeakRef(tensor.untyped_storage()))
 
-    class Counted(LazyStage):
+    class Counted(torch_private.LazyStage):
         """A stage that counts what is alive when a pass ends."""
 
         def backward_one_chunk(self, *args: Any, **options: Any) -> None:
