@@ -7,9 +7,10 @@ By the paths of parameters and modules, as in a shell (* for anything):
     "lm_head.weight is not split 0"
 
 After "is" or "is not" comes "column" or "row", which are Megatron's words for the split of a
-product, "whole" or "replicated" (invariant or replicated), "split" (along any dim), "split 1" (along that dim), or
-a placement as plans print it: "I", "R", "P", "S(0, blocks=3)". "on AXIS", before or behind, says it
-of one axis; without, "whole" and "split" are meant of every axis, and "column" and "row" of some.
+product, "whole" or "replicated" (invariant or replicated), "split" (along any dim), "split 1"
+(along that dim), or a placement as plans print it: "I", "R", "P", "S(0, blocks=3)". "on AXIS",
+before or behind, says it of one axis; without, "whole" and "split" are meant of every axis, and
+"column" and "row" of some.
 
 By the dims of the model, whose names `autoparallel dims` prints, and by the layouts that
 practitioners have names for:
