@@ -7,9 +7,10 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
-# Processes that share the tests. Each runs one thread, or they would wait for each other.
+# Processes that share the tests. Each runs one thread, or they would wait for each other; and each
+# finds files compiled, or hundreds would be compiled anew in every process that a test starts.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
-PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # Stamps: an environment is brought up to date when the pins or the dependencies have changed.

@@ -1,8 +1,9 @@
 """Write docs/families.md: families beyond the zoo, how far they are split, and how exactly.
 
-python docs/make_families.py [family ...]; without names, all of them. Takes an hour of one core.
-Those that are not named keep the line that they have, and each line is written as soon as it is
-known. Families of a library that is not installed have a line that says so.
+python docs/make_families.py [--missing] [family ...]; without names, all of them. Takes two hours
+of one core. Those that are not named keep the line that they have, and each line is written as soon
+as it is known, so that `--missing`, which takes those without a line alone, goes on where a run
+has ended. Families of a library that is not installed keep their line, or have one that says so.
 """
 
 from __future__ import annotations
@@ -150,18 +151,23 @@ def written() -> dict[str, Row]:
     return {name: row for name, row in rows.items() if name in more_families.FAMILIES}
 
 
-def main(names: Iterable[str]) -> None:
-    """Write the lines of the families with these names, and leave the others as they are."""
+def main(words: Sequence[str]) -> None:
+    """Write the lines of families, and leave the others as they are. words: of the command line."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the libraries' own
     rows = written()
+    names = [word for word in words if word != "--missing"] or list(more_families.FAMILIES)
     for name in names:
-        rows[name] = row(name)
-        sys.stderr.write(f"{rows[name].verdict:14} {rows[name].text}\n")
+        if "--missing" in words and name in rows:
+            continue
+        made = row(name)
+        if made.verdict != "not installed" or name not in rows:
+            rows[name] = made
+        sys.stderr.write(f"{made.verdict:14} {made.text}\n")
         DOCUMENT.write_text(
             page([rows[known] for known in more_families.FAMILIES if known in rows])
         )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or more_families.FAMILIES)
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""How long a search may go on, counted in its own steps.
+"""The length to which a search may go on, counted in its own steps.
 
 A clock would end a search elsewhere in every run, and on every rank. So each step of a search says
 what it takes on a machine of the present day, by how much it has to do, and the sum is what counts:
@@ -38,7 +38,7 @@ class Effort:
 
     @property
     def end(self) -> str:
-        """How the search ended where it did not by itself, for people; else empty."""
+        """The end of the search in words, where it did not end by itself; else empty."""
         if self.is_stopped:
             return "interrupted"
         return f"ended after {self.most:g} s" if self.is_over else ""

@@ -122,7 +122,7 @@ def walk(order: _Order, stages: Sequence[StageSeconds]) -> tuple[Timed, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How many micro-batches a rank holds of each of its stages, at the moment at which they take
+    """The numbers of micro-batches that a rank holds of each stage at the moment at which they take
     most. stages: (stage, micro-batches). nbytes: of their activations. messages: the bytes of what
     is received ahead, of gradients that have come, and of those that are being sent, and those that
     a pass takes.

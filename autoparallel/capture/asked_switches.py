@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -177,7 +178,10 @@ def _variable(environment: Any, name: str) -> Any:
 
 
 _TRACED = ("is_compiling", "is_exporting", "is_dynamo_compiling")
-_told: dict[str, Callable[[], bool]] = {}
+# Torch's functions, whatever they are called elsewhere, with the code that is theirs. A name for
+# what answers meanwhile is put among their global variables.
+_questions: dict[types.FunctionType, types.CodeType] = {}
+_ANSWER = "_autoparallel_answers_"
 _untolds = 0
 
 
@@ -190,15 +194,54 @@ class _Untold(threading.local):
 _untold = _Untold()
 
 
-def _told_if_library(name: str) -> Callable[[], bool]:
-    """Return a function in place of torch.compiler's of this name."""
+def _asking_module() -> str:
+    """Return the name of the module whose code asks by one of torch's functions.
+
+    Some hand the question on, and what marks them as deprecated stands between.
+    """
+    frame: Any = sys._getframe(3)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        asks = name.partition(".")[0] == "torch" and frame.f_code.co_name in _TRACED
+        if not asks and name not in ("typing_extensions", "warnings"):
+            return name
+        frame = frame.f_back
+    return ""
+
+
+def _told_if_library(original: Callable[[], bool]) -> Callable[[], bool]:
+    """Return a function that answers in place of one of torch's. original: with torch's code."""
 
     def answer() -> bool:
-        if _untold.depth and is_own_code(_by_user(1)):
+        if _untold.depth and is_own_code(_asking_module()):
             return False
-        return _told[name]()
+        return original()
 
     return answer
+
+
+def _have_asked() -> None:
+    """Have torch's functions answer as `untold` says, by whatever name they are called.
+
+    They stay the objects that they are: a model may have one as a variable of its own.
+    """
+    for name in _TRACED:
+        function: Any = getattr(torch.compiler, name, None)
+        if not isinstance(function, types.FunctionType):
+            continue
+        _questions[function] = function.__code__
+        original = types.FunctionType(function.__code__, function.__globals__)
+        answer = _ANSWER + name
+        function.__globals__[answer] = _told_if_library(original)
+        function.__code__ = eval(f"lambda: {answer}()", {}).__code__.replace(co_name=name)
+
+
+def _let_be() -> None:
+    """Give torch's functions their own code again."""
+    for function, code in _questions.items():
+        function.__code__ = code
+        function.__globals__.pop(_ANSWER + code.co_name, None)
+    _questions.clear()
 
 
 @contextlib.contextmanager
@@ -213,12 +256,9 @@ def untold() -> Iterator[None]:
     False
     """
     global _untolds
-    compiler: Any = torch.compiler
     with _lock:
         if not _untolds:
-            _told.update((n, getattr(compiler, n)) for n in _TRACED if hasattr(compiler, n))
-            for name in _told:
-                setattr(compiler, name, _told_if_library(name))
+            _have_asked()
         _untolds += 1
     _untold.depth += 1
     try:
@@ -228,8 +268,7 @@ def untold() -> Iterator[None]:
         with _lock:
             _untolds -= 1
             if not _untolds:
-                for name, function in _told.items():
-                    setattr(compiler, name, function)
+                _let_be()
 
 
 _refusals: dict[int, list[list[CaptureError]]] = {}

@@ -300,7 +300,10 @@ def _shown(instance: Any, own: Any, reads: AttributeReads) -> Any:
     A library that copies objects needs the dictionary itself, and may read all of it; torch and
     this project ask for purposes of their own.
     """
-    package = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0]
+    frame = sys._getframe(2)
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    if package == "torch" and frame.f_code is nn.Module.__dir__.__code__:
+        reads.note_names(instance)
     if package in ("torch", "autoparallel") or not isinstance(own, dict):
         return own
     if package in sys.stdlib_module_names and package != "__main__":

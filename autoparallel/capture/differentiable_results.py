@@ -31,7 +31,8 @@ def differentiable_results(node: torch.fx.Node) -> tuple[bool, ...]:
     >>> class Norm(torch.nn.Module):
     ...     def forward(self, x):
     ...         return norm(x, [4], None, None, 1e-5)
-    >>> program = torch.export.export(Norm(), (torch.ones(2, 4),))
+    >>> from torch.export import export
+    >>> program = export(Norm(), (torch.ones(2, 4),))
     >>> differentiable_results(program.graph.find_nodes(op="call_function", target=norm)[0])
     (True, False, False)
     """

@@ -18,7 +18,7 @@ from torch import nn
 
 from autoparallel.capture.outside_answers import asking_code
 from autoparallel.capture.variable_search import searched
-from autoparallel.graph.attribute_read import ABSENT, SIMPLE, AttributeRead
+from autoparallel.graph.attribute_read import ABSENT, SIMPLE, Answer, AttributeRead
 from autoparallel.support.model_snapshot import lent, untouched
 from autoparallel.support.object_state import moves_on
 from autoparallel.support.one_at_a_time import planning
@@ -50,8 +50,9 @@ class OuterVariables:
     enclosed variables, by the variables' names. caches: functions under functools.lru_cache.
     moving: iterators there, described. unwatched: by class the attributes of its instances that may
     be read past what is called when an attribute is read, as by `object.__getattribute__`.
-    variables: all that have a value, each with what has it. codes, helpers, kept: see
-    VariableSearch. found: what global_reads returns. imported: how many Python modules there were.
+    variables: all that have a value, each with what has it. codes, helpers, kept,
+    asks_gradients: see VariableSearch. found: what global_reads returns. imported: how many Python
+    modules there were.
 
     >>> OuterVariables(nn.Linear(2, 2)).objects
     {}
@@ -64,6 +65,7 @@ class OuterVariables:
         self.objects, self.caches, self.moving = walk.objects, walk.caches, walk.moving
         self.unwatched, self.variables = walk.unwatched, tuple(walk.variables.values())
         self.codes, self.helpers, self.kept = walk.codes, walk.helpers, walk.kept
+        self.asks_gradients = walk.asks_gradients
         # Names of code that are no variables may become some.
         self.names = [
             (variables, frozenset(code.co_names) - variables.keys())
@@ -90,7 +92,12 @@ class OuterVariables:
 
     def reads(self) -> tuple[AttributeRead, ...]:
         """Return what global_reads returns, which is as it was unless there are new modules."""
-        return global_reads(self.model) if self.is_stale() else self.found
+        if not self.is_stale():
+            return self.found
+        # What libraries answer is what they answered when planning began.
+        before = {read.name: read for read in self.found if _is_question(read)}
+        now = global_reads(self.model)
+        return tuple(before.get(read.name, read) if _is_question(read) else read for read in now)
 
     def asking(self) -> Mapping[types.CodeType, Mapping[str, Any]]:
         """Return the user's code, if any of it may ask what no graph could; see OutsideAnswers."""
@@ -154,6 +161,11 @@ class OuterVariables:
             for variables, missing in self.names:
                 for name in missing & variables.keys():
                     del variables[name]
+
+
+def _is_question(read: AttributeRead) -> bool:
+    """Return whether a read is the answer of a library to a question in code."""
+    return len(read.route) == 1 and isinstance(read.route[0][1], Answer)
 
 
 class _Held(threading.local):

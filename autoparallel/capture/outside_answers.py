@@ -1,4 +1,4 @@
-"""What a forward asks outside of torch and the model: clocks, the system, files, its callers.
+"""Answers that a forward gets outside of torch and the model: clocks, files, its callers.
 
 The answer is another one in each call, or may be, and a trace has it as a constant. Such questions
 end in few functions of the interpreter, which are seen by a profile function while the forward is
@@ -23,7 +23,7 @@ from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import Answer, AttributeRead, Where
 from autoparallel.support.object_state import functions_in, special_methods
 
-__all__ = ["OutsideAnswerError", "OutsideAnswers", "asking_code", "may_ask"]
+__all__ = ["NOTATIONS", "OutsideAnswerError", "OutsideAnswers", "asking_code", "may_ask"]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -79,14 +79,18 @@ _WAYS: Mapping[str, frozenset[str]] = {
     "pathlib": _EXISTING | _SYSTEM | _METHODS,
     "numpy": _GENERATORS | _names("load loadtxt genfromtxt fromfile memmap"),
     **dict.fromkeys(("secrets", "uuid", "subprocess", "socket", "resource"), _ANY),
-    **dict.fromkeys(("tempfile", "glob"), _ANY),
+    **dict.fromkeys(("tempfile", "glob", "configparser", "linecache", "shelve", "dbm"), _ANY),
+    **dict.fromkeys(("gzip", "bz2", "lzma", "zipfile", "tarfile", "fileinput"), _ANY),
 }
 _LEVEL_CODES = {getattr(logging.Logger, name).__code__ for name in _LEVELS}
 _FUNCTIONS = (types.FunctionType, types.MethodType)
 _STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"} | {"torch"}
+# Notations for ops of torch: their functions follow from what they are given, and what they keep is
+# how they have read a text, and of which library a tensor is.
+NOTATIONS = _names("einops einx")
 # Packages that ask for themselves, when a user's code calls them.
 _OTHERS = _names("torch autoparallel logging warnings importlib linecache traceback threading")
-_OTHERS |= _names("concurrent asyncio selectors copy weakref contextlib")
+_OTHERS |= _names("concurrent asyncio selectors copy weakref contextlib") | NOTATIONS
 
 
 def may_ask(names: Iterable[str], variables: Mapping[str, Any]) -> bool:

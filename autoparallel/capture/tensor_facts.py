@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ __all__ = ["TensorFacts"]
 _LASTING = ("requires_grad", "is_leaf", "retains_grad", "is_inference")
 _PASSING = ("grad", "_version")
 # Functions that tell of the order in which the numbers of a tensor lie.
-_ORDERS = (torch.Tensor.is_contiguous, torch.Tensor.stride)
+_ORDERS = (torch.Tensor.is_contiguous, torch.Tensor.stride, torch.Tensor.storage_offset)
 
 
 class TensorFacts(TorchFunctionMode):
@@ -92,6 +93,12 @@ class TensorFacts(TorchFunctionMode):
         if function in _ORDERS and id(args[0]) in self.numbers and _asked_by_user():
             self.order(function, args[0], (*args[1:], *(kwargs or {}).values()))
         name = _names().get(function)
+        if name == "grad" and _sets_to_zero(sys._getframe(1)):
+            raise self.refuse(
+                "the forward sets gradients to zero",
+                "a trace has tensors of its own, to which no gradient was added",
+                "do it outside of the forward",
+            )
         if name is None or not args or not _asked_by_user():
             return function(*args, **(kwargs or {}))
         return self.fact(args[0], name, lambda: function(*args, **(kwargs or {})))
@@ -131,8 +138,9 @@ class TensorFacts(TorchFunctionMode):
                 given = self.inputs[number]
                 contiguous = given.is_contiguous(memory_format=order or torch.contiguous_format)
             self.given[TensorRead(number, "is_contiguous", contiguous, order)] = None
-        # The strides of a contiguous tensor follow from its sizes.
-        if self.inputs is None or (function is torch.Tensor.stride and not contiguous):
+        # The strides of a contiguous tensor follow from its sizes; where it begins does not.
+        begins = function is torch.Tensor.storage_offset
+        if self.inputs is None or begins or (function is torch.Tensor.stride and not contiguous):
             raise self.refuse(
                 f"the forward asks how its input {number} lies in memory",
                 "the input may lie otherwise in the next call",
@@ -144,13 +152,13 @@ class TensorFacts(TorchFunctionMode):
         path, number = self.path_of(tensor), self.numbers.get(id(tensor))
         if path is None and number is None:
             return ABSENT
-        source = None
+        value: Any = ABSENT
         if path is not None:
-            source = self.truth[path]
+            value = vars(self.truth[path]).get(name, ABSENT)
         elif self.inputs is not None:
-            source = self.inputs[number or 0]
-        value = ABSENT if source is None else vars(source).get(name, ABSENT)
-        if source is None or not (value is ABSENT or isinstance(value, SIMPLE)):
+            value = vars(self.inputs[number or 0]).get(name, ABSENT)
+        # A part is given tensors that Python has computed: the program is for those without it.
+        if not (value is ABSENT or isinstance(value, SIMPLE)):
             raise self.refuse(
                 f"the forward reads the attribute {name} of {self.described(path, number)}",
                 "a graph is given tensors without the attributes that were set on them",
@@ -240,14 +248,24 @@ def _property(tensor: torch.Tensor, name: str) -> Any:
 
 def _asked_by_user() -> bool:
     """Return whether code of the user's asks, and not torch or this project for itself."""
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-        # One mode hands what it does not want over to the next.
-        if package != "autoparallel" or frame.f_code.co_name != "__torch_function__":
-            return package not in ("autoparallel", "torch")
+    frame = _asker(sys._getframe(2))
+    package = "" if frame is None else str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return frame is not None and package not in ("autoparallel", "torch")
+
+
+def _asker(frame: types.FrameType | None) -> types.FrameType | None:
+    """Return the frame that asks: one mode hands what it does not want over to the next."""
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] != "autoparallel":
+            break
         frame = frame.f_back
-    return False
+    return frame
+
+
+def _sets_to_zero(frame: types.FrameType) -> bool:
+    """Return whether a module's gradients are about to be set to zero."""
+    asker = _asker(frame)
+    return asker is not None and asker.f_code is nn.Module.zero_grad.__code__
 
 
 class _Current(threading.local):

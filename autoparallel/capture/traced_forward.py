@@ -136,7 +136,8 @@ class FlatForward(nn.Module):
         self.known = {number: places[0][0] for number, places in tensors.places.items()}
         self.training = self.model.training
         self.reads = AttributeReads()
-        self.asked: list[str] = []
+        # By another name than torch's the question cannot be seen.
+        self.asked: list[str] = ["a variable"] * wanted.outer.asks_gradients
         given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
         self.facts = TensorFacts(wanted.model, given, folding)
         self.refused: list[CaptureError] = []

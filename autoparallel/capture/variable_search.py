@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture.library_questions import names_looked_up, questions_in
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
+from autoparallel.capture.outside_answers import NOTATIONS
 from autoparallel.graph.attribute_read import (
     ABSENT,
     SIMPLE,
@@ -45,7 +47,7 @@ from autoparallel.support.object_state import (
 __all__ = ["VariableSearch", "is_own_code", "searched"]
 
 # Packages whose own settings are not looked at; the standard library is none either.
-_LEFT_OUT = {"torch", "numpy", "einops", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
+_LEFT_OUT = {"torch", "numpy", "autoparallel", *NOTATIONS, *sys.stdlib_module_names} - {"__main__"}
 # Containers to which code writes, whatever is in them.
 _WRITTEN = (
     *(list, dict, set, collections.deque, bytearray),
@@ -54,6 +56,7 @@ _WRITTEN = (
 _INTERPRETERS = {"builtins", "io", "_io", "_sitebuiltins"}
 _CALLABLE = (types.BuiltinFunctionType, types.MethodType, types.FunctionType)
 # By these a function looks up Python modules, and attributes past `__getattribute__` of the object.
+_GRADIENTS = torch.is_grad_enabled
 _IMPORTING = {"import_module", "__import__", "modules"}
 _PAST = {"__getattribute__", "getattr_static", "__getattr__"}
 _MOST_BYTES = 1 << 20  # of an object whose memory is compared at each call
@@ -91,7 +94,9 @@ class VariableSearch:
     as the mapping, or the cell, that has it, its name and its value. helpers: the user's own
     classes of objects that modules or variables refer to; True where they refer to the class, of
     which code may make an object. kept: functions that modules refer to. names: those in all code
-    that was looked at.
+    that was looked at. absent: those of attributes that the code under way may find to be absent.
+    asks_gradients: whether something refers to the function of torch that says if gradients are
+    recorded, so that it may be called by another name.
     """
 
     def __init__(self) -> None:
@@ -109,6 +114,8 @@ class VariableSearch:
         self.helpers: dict[type, bool] = {}
         self.kept: list[Any] = []
         self.names: dict[str, None] = {}
+        self.absent: frozenset[str] = frozenset()
+        self.asks_gradients = False
 
     def reads(self) -> tuple[AttributeRead, ...]:
         """Look at all functions that are to be looked at, and return what they may read."""
@@ -125,6 +132,7 @@ class VariableSearch:
             if name in vars(owner):
                 if not _left_out(owner.__module__):
                     self.value(vars(owner)[name], kind)
+                    self.help(vars(owner)[name])  # a descriptor
                 if not above:
                     return
 
@@ -153,10 +161,20 @@ class VariableSearch:
 
     def help(self, value: Any) -> None:
         """Note the class of an object of the user's that code may call, or a class that it has."""
-        kind = value if isinstance(value, type) else type(value)
-        known = self.helpers.get(kind, kind in self.places and kind is not value)
+        function = value.func if isinstance(value, functools.partial) else value
+        self.asks_gradients = self.asks_gradients or function is _GRADIENTS
+        if isinstance(value, type):
+            self.help_class(value, made=True)
+            if type(value) is not type:
+                self.help_class(type(value), made=False)
+        else:
+            self.help_class(type(value), made=False)
+
+    def help_class(self, kind: type, made: bool) -> None:
+        """Note a class of objects that code may call. made: it may make an object, too."""
+        known = self.helpers.get(kind, kind in self.places and not made)
         if kind.__flags__ & _HEAP_TYPE and not known and not _left_out(kind.__module__):
-            self.helpers[kind] = made = kind is value
+            self.helpers[kind] = made
             if _is_own(kind):
                 special = [special_methods(owner, made) for owner in kind.__mro__]
                 for name in dict.fromkeys((*self.names, *sorted(frozenset().union(*special)))):
@@ -171,9 +189,13 @@ class VariableSearch:
         for name, cell in cells:
             self.enclosed(name, cell, kind)
         codes = [function.__code__]
+        own = is_own_code(str(function.__globals__.get("__name__")))
         while codes:
             code = codes.pop()
             self.codes[code] = function.__globals__
+            self.absent = frozenset()
+            if own:
+                self.questions(function, code)
             codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
             # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
             texts = [item for item in code.co_consts if isinstance(item, str) and _is_name(item)]
@@ -195,6 +217,27 @@ class VariableSearch:
                     self.past(kind, name)
             for name in names if not _IMPORTING.isdisjoint(code.co_names) else code.co_names:
                 self.imported(function, name, names, kind)
+
+    def questions(self, function: types.FunctionType, code: types.CodeType) -> None:
+        """Note what code asks libraries, and what it may look for and not find."""
+        for question in questions_in(code, function.__globals__, _left_out):
+            if question.is_plain:
+                self.found.setdefault(("question", question.text), question.read())
+            else:
+                self.moving.append(f"the answer of {question.text}")
+        self.absent, variables = names_looked_up(code)
+        module = str(function.__globals__.get("__name__"))
+        for name in sorted(variables - function.__globals__.keys() - _builtins_of(function).keys()):
+            read = AttributeRead("", (("global", module),), name, Where.GLOBAL, ABSENT)
+            self.found.setdefault((module, (), name), read)
+        for kind, path in self.places.items():
+            for owner in kind.__mro__ if self.absent else ():
+                if _left_out(owner.__module__):
+                    continue
+                for name in sorted(name for name in self.absent if not hasattr(kind, name)):
+                    route = (("class", name_of(owner)),)
+                    read = AttributeRead(path, route, name, Where.INSTANCE, ABSENT)
+                    self.found.setdefault((owner, name), read)
 
     def collect(self) -> None:
         """Note the settings among the attributes of the modules' classes, by their names."""
@@ -325,10 +368,14 @@ class VariableSearch:
             return
         else:
             own = getattr(value, "__dict__", None) or own_attributes(value)
+            # Methods may be called, by name or not, and read what the object has.
+            of: Any = type(value)
+            names = (*names, *_names_in_methods(of))
             # What the way has passed already leads round in a circle, as a rule.
             passed = {step for _, step in way}
             here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
             steps = [("attribute", name, own[name]) for name in here if not name.startswith("__")]
+            self.missing(module, way, value)
         for step, key, item in steps if len(way) <= _DEEPEST else ():
             inner = (*way, (step, key))
             if way or not isinstance(value, types.ModuleType):
@@ -345,6 +392,19 @@ class VariableSearch:
             slot = not hasattr(value, "__dict__")
             if step == "item" or not self.read(module, way, str(key), item, slot):
                 self.inside(function, module, inner, item, names, kind)
+
+    def missing(self, module: str, way: tuple[tuple[str, Any], ...], value: Any) -> None:
+        """Note the attributes that an object does not have, and that the code may look for.
+
+        module, way: see `inside`.
+        """
+        if isinstance(value, _CALLABLE) or not hasattr(value, "__dict__"):
+            return
+        route = (("global", module), *way)
+        for name in sorted(name for name in self.absent if not hasattr(type(value), name)):
+            if name not in vars(value) and not (isinstance(value, type) and hasattr(value, name)):
+                read = AttributeRead("", route, name, Where.GLOBAL, ABSENT)
+                self.found.setdefault((module, way, name), read)
 
     def asked(self, variable: contextvars.ContextVar[Any]) -> None:
         """Note a context variable."""
@@ -436,6 +496,16 @@ def _is_setting(value: Any) -> bool:
 def _has_own(function: types.FunctionType) -> bool:
     """Return whether a function has attributes of its own, or refers to itself to give it some."""
     return bool(vars(function)) or function.__name__ in function.__code__.co_names
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_in_methods(kind: Any) -> tuple[str, ...]:
+    """Return the names in the code of a class's methods, where it is the user's own."""
+    owners = [owner for owner in kind.__mro__ if _is_own(owner)]
+    functions = [
+        each for owner in owners for item in vars(owner).values() for each in functions_in(item)
+    ]
+    return tuple(dict.fromkeys(name for each in functions for name in each.__code__.co_names))
 
 
 def _left_out(module: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Where an op is probed: never in the user's process, if that can be.
+"""Processes in which ops are probed: never the user's own, if that can be.
 
 Native code that trusts its numbers (places, pivots, offsets) may write anywhere when it is run on a
 part of its operands. So

@@ -1,4 +1,4 @@
-"""What a rank of a pipeline has sent, in memory that is held until it is known to have arrived."""
+"""Sends of a rank of a pipeline, whose memory is held until they are known to have arrived."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class StageModule(nn.Module):
 
         Autograd leaves a gradient where it came from if nothing but a view lies between, and would
         add those of the next micro-batches there: to the gradient of another weight, too, or to
-        what is being sent. others: the gradients that came in, in memory in which those of the next
-        step are received, and those that go to the stage before.
+        what is being sent. others: the gradients that came in, whose memory would be kept for a
+        part of it, and those that go to the stage before.
         """
         if not self.shared:
             return
@@ -138,7 +138,7 @@ class StageModule(nn.Module):
             call.device,
         )
         if self.last:
-            # What came in lies where that of the next step is received.
+            # What came in may be what another stage of this rank has made and goes on with.
             taken = {_memory(tensor) for tensor in entered}
             detached = [output.detach() for output in outputs]
             self.made.append([o.clone() if _memory(o) in taken else o for o in detached])

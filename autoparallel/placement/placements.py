@@ -1,4 +1,4 @@
-"""How a tensor lies on each mesh axis: the four placements, their texts, and their gradients."""
+"""Placements of a tensor on each mesh axis: the four kinds, their texts, and their gradients."""
 
 from __future__ import annotations
 

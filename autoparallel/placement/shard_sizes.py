@@ -1,4 +1,4 @@
-"""How many elements of a sharded dim each rank holds: blocks, runs and parts of them."""
+"""Numbers of elements of a sharded dim that each rank holds: blocks, runs and parts of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What planning is doing and how long it will take, on a terminal's stderr."""
+"""The progress of planning on a terminal's stderr: its phase, and how long it will take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a planned model is cut into stages, and what each of them then takes."""
+"""Cuts of a planned model into stages, and the seconds and bytes that each stage then takes."""
 
 from __future__ import annotations
 

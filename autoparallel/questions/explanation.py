@@ -208,7 +208,7 @@ class Explanation:
 
     @property
     def _unit(self) -> str:
-        """What the seconds of the plan are of."""
+        """The work that the seconds of the plan are of, in words."""
         return "a micro-batch" if self._is_of_microbatch else "a step"
 
     @property

@@ -103,7 +103,7 @@ class Forcing:
 
     @property
     def own_cost(self) -> float:
-        """What the plan itself costs, bytes charged: what others' costs are compared with."""
+        """The cost of the plan itself, bytes charged, with which others' costs are compared."""
         return self.priced.cost(self.chosen) if self.price else self.plan.cost
 
     def state_costs(self, name: str) -> Range | None:

@@ -1,4 +1,4 @@
-"""What a question about a plan is about: the op, parameter or redistribution that a text names."""
+"""Subjects of questions about a plan: the op, parameter or redistribution that a text names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the inner dim of routed experts is split: column-parallel first, then row-parallel."""
+"""The split of the inner dim of routed experts: column-parallel first, then row-parallel."""
 
 from __future__ import annotations
 

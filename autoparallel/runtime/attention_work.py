@@ -37,7 +37,7 @@ def deal_of_sequence(length: int, world_size: int, causal: bool) -> Deal:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is computed where.
+    """The queries that a rank works on, and the keys that it meets, step by step.
 
     queries, keys: the places that each rank works on, and passes on. passes: whether keys are split
     and passed round; else they are whole, and in their order.

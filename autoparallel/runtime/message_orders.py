@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline have asked for and sent while they compute, as their schedule goes.
+"""Messages that ranks of a pipeline ask for and send while they compute, as their schedule goes.
 
 A rank has a buffer for what it receives from when it asks for it. What it sends, it holds until it
 knows that it has arrived: what comes from the rank that has used it says so.

@@ -32,7 +32,7 @@ _library.define(
 
 @dataclass(frozen=True, slots=True)
 class _Routes:
-    """Which rows go through which expert: one for each choice of a token, sorted by expert.
+    """The rows that go through each expert: one for each choice of a token, sorted by expert.
 
     places: of the choices among all, in that order. experts: of each, in that order. ends: where
     each expert's rows end. all_here: every choice is among them. absent: the mask of rows that are

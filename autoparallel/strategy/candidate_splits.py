@@ -29,7 +29,8 @@ class CandidateSplits:
     be split.
     rules: per call node; calls without one are left unsplit. weights: see `graph.weight_values`.
     world_size: the number of ranks of one mesh axis. sparing: only products, and ops with kernels,
-    suggest ways of their own; the others take those that these spread. batch: nothing but the batch
+    suggest ways of their own; the others take those that these spread, and along symbolic dims
+    those that products may not be split in. batch: nothing but the batch
     of the inputs is split: their first dim, and all of its size where that is symbolic.
     """
 
@@ -92,10 +93,14 @@ class CandidateSplits:
             if rule is None:
                 continue
             tiles = self.tiles.setdefault(node.name, {})
-            if self.sparing and not (rule.flops or rule.kernels or rule.pieces):
-                continue
             symbolic = [loop for loop in rule.loops if isinstance(rule.sizes[loop], Sym)]
             static = [loop for loop in rule.loops if loop not in symbolic]
+            if self.sparing and not (rule.flops or rule.kernels or rule.pieces):
+                # Without data parallelism products are split along no batch or sequence, and would
+                # not suggest them: the ops between are split so of their own (arXiv:2205.05198).
+                if self.options.data_parallel:
+                    continue
+                static = []
             # Candidates that are listed first win ties. Where two symbolic dims cost the same, the
             # inner one (the sequence) is preferred to the outer one (the batch).
             for loop in (*static, *reversed(symbolic)):

@@ -55,7 +55,7 @@ Allowed = NDArray[np.bool_]
 
 
 class Stored(Enum):
-    """How an axis that does not split a parameter's product stores it."""
+    """The storage of a parameter on an axis that does not split its product."""
 
     ANYHOW = "anyhow"
     WHOLE = "whole"

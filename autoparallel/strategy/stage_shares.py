@@ -1,4 +1,4 @@
-"""How much of a stage of a pipeline one pass of one micro-batch bears."""
+"""The share of a pipeline's stage that one pass of one micro-batch bears."""
 
 from __future__ import annotations
 

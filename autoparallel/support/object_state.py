@@ -38,6 +38,8 @@ _MAKING = frozenset(
     "__init__ __new__ __post_init__ __init_subclass__ __set_name__ __getstate__ __setstate__ "
     "__reduce__ __reduce_ex__ __copy__ __deepcopy__ __del__".split()
 )
+# The field of a named tuple, as its class has it: a place in a tuple.
+_Field = collections.namedtuple("_Field", "index")
 # Kinds of C's that do not change, and locks, whose state is no setting.
 _UNCHANGING = (
     *(bool, int, float, complex, str, bytes, tuple, frozenset, range, slice, object),
@@ -45,7 +47,7 @@ _UNCHANGING = (
     *(type(None), type(Ellipsis), type(NotImplemented), types.MappingProxyType, types.CodeType),
     *(re.Pattern, re.Match, decimal.Decimal, contextvars.ContextVar, contextvars.Token),
     *(types.GenericAlias, types.UnionType, type(threading.Lock()), type(threading.RLock())),
-    *(types.MemberDescriptorType, types.GetSetDescriptorType, struct.Struct),
+    *(types.MemberDescriptorType, types.GetSetDescriptorType, struct.Struct, type(_Field.index)),
 )
 _NO_SETTINGS = (type, types.ModuleType, functools.partial, threading.local, logging.Logger)
 _FUNCTIONS = ("builtins", "functools", "operator", "_operator", "weakref")
@@ -253,6 +255,8 @@ def is_closed(value: Any) -> bool:
 
     >>> is_closed(decimal.getcontext()), is_closed(decimal.Decimal(1)), is_closed(len)
     (True, False, False)
+    >>> is_closed(collections.namedtuple("Point", "x y").x)
+    False
     """
     kind = type(value)
     if kind in _UNCHANGING:

@@ -1,4 +1,4 @@
-"""How the releases of torch differ where the project must act on it: decided here, nowhere else."""
+"""Differences between releases of torch that the project acts on: decided here, nowhere else."""
 
 from __future__ import annotations
 

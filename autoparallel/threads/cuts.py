@@ -1,4 +1,4 @@
-"""Which threads the split of a dim cuts: of heads merged with what is inside of them, the heads."""
+"""The threads that the split of a dim cuts: of heads merged with their inner dim, the heads."""
 
 from __future__ import annotations
 

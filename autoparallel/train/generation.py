@@ -22,7 +22,7 @@ __all__ = ["Sampling", "generate"]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen.
+    """The way in which the next token is chosen.
 
     temperature: by which logits are divided; 0 takes the likeliest token. top_k: of so many
     likeliest ones, 0 for all. top_p: of the likeliest ones that have this probability together.

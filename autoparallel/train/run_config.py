@@ -229,7 +229,7 @@ class ScheduleConfig(_Section):
 
 @dataclass(frozen=True)
 class ParallelConfig(_Section):
-    """How the ranks share the work. The planner does the rest."""
+    """The arrangement of the ranks, and demands on their work. The planner does the rest."""
 
     mesh: str = key(
         "tp",
@@ -305,7 +305,7 @@ class EvaluationConfig(_Section):
 
 @dataclass(frozen=True)
 class LogConfig(_Section):
-    """What is told on the way."""
+    """The lines, files and pictures that a run writes on the way."""
 
     every: int = key(1, "steps between two lines", least=1)
     tensorboard: bool = key(False, "write TensorBoard's files, too (pip install tensorboard)")

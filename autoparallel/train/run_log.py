@@ -1,4 +1,4 @@
-"""What a run tells: lines and a bar on stderr, metrics.jsonl, TensorBoard, a picture of the losses.
+"""The log of a run: lines and a bar on stderr, metrics.jsonl, TensorBoard, a picture of losses.
 
 Rank 0 alone tells; on the others every method does nothing.
 """

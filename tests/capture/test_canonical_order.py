@@ -193,10 +193,10 @@ def with_hashes_of(seed: int, *code: str) -> str:
     return run.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("names", [["gemma3", "mixtral"], *broad(["t5", "u-net"])], ids=str)
+@pytest.mark.parametrize("names", [["gemma3"], *broad(["mixtral", "t5", "u-net"])], ids=str)
 def test_graphs_do_not_depend_on_the_hashes_of_strings(names: list[str]) -> None:
     """Gemma 3 loops over a set of strings, of which another process has another order; the other
-    families show that nothing of the tracer does.
+    families, all of them in make broad, show that nothing of the tracer does.
     """
     pytest.importorskip("transformers")
     here = " ".join({"sliding_attention", "full_attention"})

@@ -20,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import einops
 import numpy as np
 import pytest
 import torch
@@ -225,17 +226,34 @@ def logged() -> float:
     return 2.0
 
 
+def arranged() -> int:
+    """The first call of a notation, which then looks for the library that a tensor is of."""
+    time.sleep(0)
+    einops._backends._type2backend.clear()
+    einops._backends._loaded_backends.clear()
+    return int(einops.rearrange(X, "a b -> b a").shape[0])
+
+
 @pytest.mark.parametrize(
     "number",
     [
         waited,
         logged,
+        arranged,
         lambda: random.Random(3).random(),
         lambda: np.random.default_rng(3).normal(),
         lambda: len(os.path.join("a", "b")),
         lambda: datetime.timedelta(seconds=3).seconds,
     ],
-    ids=["sleep", "logging", "Random(3)", "default_rng(3)", "os.path.join", "timedelta"],
+    ids=[
+        "sleep",
+        "logging",
+        "notation",
+        "Random(3)",
+        "default_rng(3)",
+        "os.path.join",
+        "timedelta",
+    ],
 )
 def test_what_is_the_same_in_each_call_is_traced(number: Any) -> None:
     assert sys.getprofile() is None

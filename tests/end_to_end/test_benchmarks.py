@@ -21,11 +21,18 @@ BLOCK = f"""
 import sys
 
 class Lacking:
+    def __init__(self, finder):
+        self.finder = finder
+
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {LACKING}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+            return None  # as of what is not installed: torch asks importlib whether there is some
+        return self.finder.find_spec(name, path, target)
 
-sys.meta_path.insert(0, Lacking())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Lacking, sys.meta_path)
 """
 
 

@@ -84,6 +84,7 @@ def clipped_gradients(method, settings, text):
     }
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_three_methods_train_alike(text, monkeypatch, tmp_path):
     """With sequence parallelism and without it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -47,15 +47,16 @@ def traced(name: str, dropout: float, layers: int) -> Plan:
         return autoparallel.make_plan(model, 1, example_inputs=zoo.inputs_for(name))
 
 
-def run(name: str, world_size: int, dropout: float, layers: int) -> Result:
-    """Loss and gradients on that many simulated ranks, put together."""
+def run(name: str, ranks: int | Mesh, dropout: float, layers: int) -> Result:
+    """Loss and gradients on that many simulated ranks, or on those of a mesh, put together."""
     plan = traced(name, dropout, layers)
     assert plan.captured is not None
-    if world_size > 1:
-        plan = search(plan.captured, plan.model, Mesh(tp=world_size), Options())
+    if ranks != 1:
+        mesh = Mesh(tp=ranks) if isinstance(ranks, int) else ranks
+        plan = search(plan.captured, plan.model, mesh, Options())
     with Float64():
         model, inputs = zoo.build(name, layers, dropout), zoo.inputs_for(name)
-    made = autoparallel.simulate(model, world_size, example_inputs=inputs, plan=plan)
+    made = autoparallel.simulate(model, example_inputs=inputs, plan=plan)
     return loss_of(made.output), dict(made.gradients)
 
 
@@ -85,7 +86,8 @@ def each_once(names: list[str], first: int) -> list[tuple[str, int]]:
 # windows, recurrences, a scan, shared blocks.
 KEPT = ["gpt2", "llama", "deepseek-v3", "t5", "vit", "swin", "u-net", "lstm", "mamba", "bert"]
 WITHOUT_DROPOUT = one_of_each(each_once(NAMES, 0), lambda row: row[0] in KEPT)
-EVERYWHERE = [(name, size) for name in NAMES for size in sorted(WORLD_SIZES)]
+TWO_AXES = Mesh(dp=2, tp=2)
+EVERYWHERE = [(name, ranks) for name in NAMES for ranks in (*sorted(WORLD_SIZES), TWO_AXES)]
 # One of each kind, as each costs another trace: fused and separate attention, experts, an encoder
 # and a decoder, images, a recurrence. tests/runtime/test_rng.py shows op by op that masks do not
 # depend on the plan.
@@ -105,13 +107,15 @@ def test_dropout_does_not_depend_on_the_plan(name: str, world_size: int) -> None
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("name", "world_size"), EVERYWHERE)
-def test_split_equals_the_users_module_everywhere(name: str, world_size: int) -> None:
-    compare(run(name, world_size, 0.0, zoo.LAYERS), run_unsplit(name, zoo.LAYERS))
+@pytest.mark.parametrize(("name", "ranks"), EVERYWHERE, ids=str)
+def test_split_equals_the_users_module_everywhere(name: str, ranks: int | Mesh) -> None:
+    compare(run(name, ranks, 0.0, zoo.LAYERS), run_unsplit(name, zoo.LAYERS))
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("name", "world_size"), [row for row in EVERYWHERE if row[0] in DROPPING])
-def test_dropout_does_not_depend_on_the_plan_anywhere(name: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "ranks"), [row for row in EVERYWHERE if row[0] in DROPPING], ids=str
+)
+def test_dropout_does_not_depend_on_the_plan_anywhere(name: str, ranks: int | Mesh) -> None:
     layers = zoo.LAYERS
-    compare(run(name, world_size, DROPOUT, layers), run(name, 1, DROPOUT, layers))
+    compare(run(name, ranks, DROPOUT, layers), run(name, 1, DROPOUT, layers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from broad_cases import broad
 from processes import run_processes
 from torch import nn
+from traces import trace_ahead
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
@@ -53,6 +55,11 @@ def accumulated(module: nn.Module, held: bool) -> None:
             module(rows()[start:end], rare=number == 1).backward()
 
 
+def prepare() -> None:
+    """Trace all calls of the ranks, which a module of one rank makes, too."""
+    accumulated(autoparallel.autoparallelize(plain(), 1, example_inputs=(rows(),)), False)
+
+
 def on_ranks(rank: int, axes: dict[str, int], demands: tuple[str, ...]) -> dict[str, Any]:
     counts, gradients = [], []
     for held in (False, True):
@@ -85,7 +92,8 @@ def test_gradients_are_summed_once(axes, demands, fewer):
     world = 1
     for size in axes.values():
         world *= size
-    for result in run_processes(on_ranks, world, axes, demands):
+    before = partial(trace_ahead, prepare)
+    for result in run_processes(on_ranks, world, axes, demands, before=before):
         for gradients in result["gradients"]:
             for name, parameter in reference.named_parameters():
                 torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-12, atol=1e-12)

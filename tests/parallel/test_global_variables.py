@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from split_ranks import as_unsplit, programs_of
 from torch import nn
 
+from autoparallel.capture.export import capture
 from autoparallel.capture.global_reads import global_reads
 
 SCALE = 1.0
@@ -32,6 +33,27 @@ SETTINGS = Settings()
 def scaled(x: torch.Tensor) -> torch.Tensor:
     """A function that the forward calls; the global variable is read here."""
     return x * SCALE
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class Paired(nn.Module):
+    """Reads the fields of a tuple, whose names its code has: the class has them as descriptors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pair = Pair(self.up(x), x)
+        return pair.left.sum() * pair.right.sum()
+
+
+def test_a_class_of_named_tuples_is_no_variable_that_changes() -> None:
+    assert capture(Paired(), (torch.ones(2, 6),), {}).graph.calls
 
 
 def around(factor: float) -> tuple[type[nn.Module], Any]:

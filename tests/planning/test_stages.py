@@ -13,15 +13,21 @@ from pipeline_models import MODELS, Block, Language, batch_of
 from torch import nn
 
 import autoparallel
+from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import AutoParallelError, PlanError
+from autoparallel.graph.captured import Captured
 from autoparallel.graph.inert_calls import inert_calls
-from autoparallel.mesh import Mesh
+from autoparallel.mesh import MICROBATCH, Mesh
+from autoparallel.options import Options
 from autoparallel.parallel.simulate import Simulation
+from autoparallel.placement import Shard
 from autoparallel.plan import Plan
+from autoparallel.planning.pipeline_choices import in_parts
 from autoparallel.planning.plan_check import require_sound
 from autoparallel.planning.plan_graphs import with_graphs
 from autoparallel.planning.plan_model import trace_model
 from autoparallel.rewrite.stages import cut_plan
+from autoparallel.strategy.build_network import build_network
 from autoparallel.support.pytree import flatten
 
 TOLERANCE = 1e-12
@@ -145,6 +151,23 @@ def test_blocks_that_make_their_mask_are_recomputed() -> None:
     once = set(inert_calls(plan.captured.graph))
     assert inside & once
     assert again == inside - once
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_sequences_are_split_beside_stages(sequence: bool) -> None:
+    """Between tensor-parallel products, without replicas: a rank keeps its part of the tokens."""
+    options = Options(data_parallel=False, sequence_parallel=sequence, hardware="dgx-a100")
+    captured = trace_model(model_of("Language"), (), batch_of("Language"), options)
+    assert isinstance(captured, Captured)
+    captured = in_parts(captured)
+    mesh = Mesh(**{MICROBATCH: 2}, tp=2)
+    hardware = find_hardware(options.hardware)
+    network = build_network(captured.graph, mesh, hardware, options, None, captured.part)
+    norms = [name for name in network.strategies if name.startswith("layer_norm")]
+    assert norms
+    for name in norms:
+        ways = [strategy.results[0] for strategy in network.strategies[name]]
+        assert ((Shard(0), Shard(1)) in ways) == sequence
 
 
 @pytest.mark.parametrize("axes", [{"pp": 3}, {"pp": 2, "tp": 2}], ids=str)

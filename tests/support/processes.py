@@ -9,7 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from garbage import collect_rarely
+from traces import sharing, traced_once
 
 
 def _start_server() -> None:
@@ -60,7 +61,7 @@ def run_processes(
         _start_server()
     with tempfile.TemporaryDirectory() as name:
         folder, environment = Path(name), dict(os.environ)
-        given = (world_size, arguments, folder, timeout_seconds, environment)
+        given = (world_size, arguments, folder, timeout_seconds, environment, sharing())
         works = [(_work, (function, rank, *given)) for rank in range(world_size)]
         if before is not None:
             works = [(_fork, (before, function, *given))]
@@ -93,6 +94,7 @@ def _fork(
     folder: Path,
     timeout_seconds: float,
     environment: dict[str, str],
+    shares: bool | None,
 ) -> None:
     """Run `before`, and then all ranks as forks of this process."""
     os.setpgid(0, 0)
@@ -110,7 +112,8 @@ def _fork(
     for rank in range(world_size):
         ranks.append(os.fork())
         if not ranks[-1]:
-            _work(function, rank, world_size, arguments, folder, timeout_seconds, dict(os.environ))
+            given = (world_size, arguments, folder, timeout_seconds, dict(os.environ), shares)
+            _work(function, rank, *given)
     for _ in ranks:
         _, status = os.wait()
         if status:
@@ -137,6 +140,7 @@ def _work(
     folder: Path,
     timeout_seconds: float,
     environment: dict[str, str],
+    shares: bool | None,
 ) -> None:
     # A fork has the variables that the server was started with.
     os.environ.clear()
@@ -154,7 +158,8 @@ def _work(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        result = function(rank, *arguments)
+        with nullcontext() if shares is None else traced_once(shares):
+            result = function(rank, *arguments)
         # A reader sees a whole file or none.
         torch.save(result, written)
         written.rename(folder / f"result_{rank}")

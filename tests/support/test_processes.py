@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
+from traces import sharing, traced_once
 
 PREPARED: list[int] = []
 
@@ -31,6 +32,10 @@ def add_up(rank: int, offset: int) -> tuple[int, torch.Tensor]:
     total = torch.tensor([rank + offset])
     dist.all_reduce(total)
     return rank, total
+
+
+def tell_whether_traces_are_shared(rank: int) -> bool | None:
+    return sharing()
 
 
 def fail_on_one(rank: int) -> None:
@@ -91,3 +96,10 @@ def test_ranks_that_are_forks_fail_alike() -> None:
         run_processes(die_on_one, 2, before=prepare)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
         run_processes(never_finish, 2, timeout_seconds=2.0, before=prepare)
+
+
+@pytest.mark.parametrize("before", [None, int])
+def test_ranks_share_traces_as_the_test_does(before) -> None:
+    with traced_once(again=False):
+        assert run_processes(tell_whether_traces_are_shared, 1, before=before) == [False]
+    assert run_processes(tell_whether_traces_are_shared, 1, before=before) == [None]

@@ -16,10 +16,20 @@ from autoparallel.graph.captured import Surroundings
 from autoparallel.planning import replan
 from autoparallel.support.pytree import flatten
 
-__all__ = ["trace_ahead", "traced_once"]
+__all__ = ["sharing", "trace_ahead", "traced_once"]
 
 # So many traces are kept, those that were made last.
 MOST = 32
+# The arguments `again` of those that last, the innermost last.
+_lasting: list[bool] = []
+
+
+def sharing() -> bool | None:
+    """Return `again` of the innermost `traced_once` that lasts, None outside of all.
+
+    Ranks that are started within one share traces like the test does, each its own.
+    """
+    return _lasting[-1] if _lasting else None
 
 
 @contextmanager
@@ -56,7 +66,11 @@ def traced_once(again: bool = True) -> Iterator[None]:
         patch.setattr(autoparallel.api, "trace_model", remembered)
         if again:
             patch.setattr(replan, "trace_whole", remembered_again)
-        yield
+        _lasting.append(again)
+        try:
+            yield
+        finally:
+            _lasting.pop()
 
 
 _for_good = ExitStack()

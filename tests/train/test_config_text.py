@@ -120,6 +120,7 @@ def test_tensorboard_is_told_where_it_is_missing(tmp_path, monkeypatch):
     RunLog(config, tmp_path, enabled=False)  # it writes on rank 0 alone
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_a_run_on_bf16_keeps_master_weights(tmp_path):
     """Weights, moments and gradients stay float32; the loss is near that of float32."""
     from training_runs import small_config, write_text

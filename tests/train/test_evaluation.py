@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from counting_model import Counting, tokenizer
 from processes import run_processes
 from torch import nn
+from traces import trace_ahead
 
 import autoparallel
 from autoparallel.train.config import TrainingError
@@ -89,9 +91,13 @@ def scores(model: nn.Module) -> list[float]:
     ]
 
 
+def on_ranks(count: int) -> list[float]:
+    inputs = plain().example_inputs(2, 8)
+    return scores(autoparallel.autoparallelize(plain(), count, example_inputs=inputs))
+
+
 def on_rank(_: int) -> list[float]:
-    model = autoparallel.autoparallelize(plain(), 2, example_inputs=plain().example_inputs(2, 8))
-    return scores(model)
+    return on_ranks(2)
 
 
 def plain() -> Any:
@@ -101,5 +107,5 @@ def plain() -> Any:
 
 def test_a_split_model_has_the_same_scores():
     expected = scores(plain())
-    for result in run_processes(on_rank, 2):
+    for result in run_processes(on_rank, 2, before=partial(trace_ahead, on_ranks, 1)):
         assert result == pytest.approx(expected, rel=1e-12)

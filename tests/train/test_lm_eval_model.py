@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from counting_model import Counting, tokenizer
 from processes import run_processes
 from torch import nn
+from traces import trace_ahead
 
 import autoparallel
 from autoparallel.train.config import TrainingError
@@ -148,15 +150,18 @@ def answers_of(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def on_ranks(count: int) -> tuple[Any, ...]:
+    inputs = gpt().example_inputs(2, 8)
+    return answers_of(autoparallel.autoparallelize(gpt(), count, example_inputs=inputs))
+
+
 def on_rank(_: int) -> tuple[Any, ...]:
-    return answers_of(
-        autoparallel.autoparallelize(gpt(), 2, example_inputs=gpt().example_inputs(2, 8))
-    )
+    return on_ranks(2)
 
 
 def test_a_split_model_answers_alike() -> None:
     likely, rolling = answers_of(gpt())
-    for result in run_processes(on_rank, 2):
+    for result in run_processes(on_rank, 2, before=partial(trace_ahead, on_ranks, 1)):
         for (value, greedy), (expected, same) in zip(result[0], likely, strict=True):
             assert (value, greedy) == (pytest.approx(expected, rel=1e-12), same)
         assert result[1] == pytest.approx(rolling, rel=1e-12)

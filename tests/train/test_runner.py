@@ -52,15 +52,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_ranks_train_what_one_process_trains(text, tmp_path, changes, ranks, split):
     """Losses, with dropout, after clipped updates, and the held-out loss; batches in passes."""
-    alone = run_on(1, replace(small_config(text, *changes), folder=str(tmp_path / "one")))
+    # Dropout draws for the whole batch of a pass: others in passes of fewer rows.
+    passes = [change for change in split if "accumulate" in change]
+    alone = run_on(1, replace(small_config(text, *changes, *passes), folder=str(tmp_path / "one")))
     spread = run_on(ranks, replace(small_config(text, *changes, *split), folder=str(tmp_path)))
     assert len(alone[0]) == 6
     assert alone[0][-1] < alone[0][0]
-    # Dropout draws for the whole batch of a pass: others in passes of fewer rows.
-    if "--training.accumulate" in " ".join(split):
-        passes = next(each for each in split if "accumulate" in each)
-        folder = str(tmp_path / "passes")
-        alone = run_on(1, replace(small_config(text, *changes, passes), folder=folder))
     # The library's experts have norms and losses of float32 in them, whatever the weights are.
     within = 1e-6 if changes is EXPERTS else 1e-11
     assert spread[0] == pytest.approx(alone[0], rel=within)

@@ -64,7 +64,7 @@ def _noted(*args: Any, **kwargs: Any) -> Any:
 
 
 class _Late:
-    """What a graph's Python code tells, which is written when somebody asks.
+    """A graph's Python code, which is written when somebody asks.
 
     It is an attribute of the class, which each graph has for itself; once the code is written, the
     graph has one of its own, which goes before it.

@@ -1,4 +1,4 @@
-"""Which frames of Python torch notes with each op that it traces."""
+"""The frames of Python that torch notes with each op that it traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch records of a tensor: its memory, who holds it; and functions of many at once."""
+"""Torch's records of a tensor: its memory, who holds it; and functions of many at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page of a plan draws: ops, collectives and inputs, each with all that is told of it."""
+"""Elements that the page of a plan draws: ops, collectives and inputs, with all told of them."""
 
 from __future__ import annotations
 
