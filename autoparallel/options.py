@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -224,6 +225,16 @@ def _seconds(seconds: Any) -> float | None:
     return float(seconds)
 
 
+def _sentences(text: str) -> list[str]:
+    """Return the sentences that somebody wrote as one text, with commas between them.
+
+    >>> _sentences("batch on dp, heads, vocabulary on tp")
+    ['batch on dp', 'heads, vocabulary on tp']
+    """
+    parts = re.findall(r"[^,].*? on \w+[^,]*", text)
+    return [part.strip() for part in parts] or [text]
+
+
 def _texts(constraints: Any) -> tuple[str, ...]:
     """Return the constraints as a tuple of texts.
 
@@ -234,7 +245,7 @@ def _texts(constraints: Any) -> tuple[str, ...]:
         raise PlanError(
             f"constraints={constraints!r}",
             why="constraints are a list of sentences, and this is a single one",
-            fix=f"give a list: [{constraints!r}]",
+            fix=f"give a list: {_sentences(constraints)!r}",
         )
     if constraints is not None and not isinstance(constraints, Iterable):
         raise PlanError(

@@ -34,6 +34,8 @@ print. Written by `make plans`, from `docs/plans.json`; `make plans ARGS="name"`
   master weights, and one batch in one pass.
 - layout: for each axis, the dims that products split on it, by share of FLOPs; and how it stores
   parameters. "whole": the axis does not split them.
+- Predicted is the model's own program, op by op: norms that a library spells out are several
+  kernels here, and one in practice; attention that it spells out (GPT-OSS) is not fused either.
 - practice: the layout and the figure as printed. Software, precision and batches in several passes
   differ; a figure in tokens and one in seconds are for the same number of tokens a step as here,
   unless the layout says how many ranks it is for.

@@ -7,9 +7,10 @@ By the paths of parameters and modules, as in a shell (* for anything):
     "lm_head.weight is not split 0"
 
 After "is" or "is not" comes "column" or "row", which are Megatron's words for the split of a
-product, "whole" (invariant or replicated), "split" (along any dim), "split 1" (along that dim), or
-a placement as plans print it: "I", "R", "P", "S(0, blocks=3)". "on AXIS", before or behind, says it
-of one axis; without, "whole" and "split" are meant of every axis, and "column" and "row" of some.
+product, "whole" or "replicated" (invariant or replicated), "split" (along any dim), "split 1"
+(along that dim), or a placement as plans print it: "I", "R", "P", "S(0, blocks=3)". "on AXIS",
+before or behind, says it of one axis; without, "whole" and "split" are meant of every axis, and
+"column" and "row" of some.
 
 By the dims of the model, whose names `autoparallel dims` prints, and by the layouts that
 practitioners have names for:
@@ -80,6 +81,8 @@ def _parse(text: str, axes: Sequence[str]) -> Demand:
 def _of_paths(text: str, match: re.Match[str], axes: Sequence[str]) -> PathDemand:
     """Return the demand of a text that names paths."""
     pattern, before, negated, how, behind = match.groups()
+    # Another word that people say; placements are told apart no further here.
+    how = "whole" if how == "replicated" else how
     if before is not None and behind is not None:
         raise PlanError(
             f"constraint {text!r} names two axes", fix="write one constraint for each axis"

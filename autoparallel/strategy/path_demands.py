@@ -191,7 +191,10 @@ class PathDemand(Demand):
         """Return the error for a pattern with a typing error, which must not pass for a demand that
         holds.
         """
-        near = get_close_matches(self.pattern, [*model.captured.aliases, *model.modules], 3)
+        paths = [*model.captured.aliases, *model.modules]
+        # Somebody who writes the last words of a path means all that end so.
+        ends = any(path.endswith(f".{self.pattern}") for path in paths)
+        near = [f"*.{self.pattern}"] if ends else get_close_matches(self.pattern, paths, 3)
         return PlanError(
             f"constraint {self.text!r} is about nothing: no parameter and no module is called "
             f"{self.pattern!r}",

@@ -59,9 +59,10 @@ def test_constraints_are_kept(free: Plan) -> None:
             assert not (isinstance(layout[0], Shard) and layout[0].dim == 1), op.name
 
 
-def test_a_module_is_kept_whole() -> None:
+@pytest.mark.parametrize("word", ["whole", "replicated"])
+def test_a_module_is_kept_whole(word: str) -> None:
     """What a module makes, and its parameters."""
-    plan = planned(constraints=["blocks.1 is whole"])
+    plan = planned(constraints=[f"blocks.1 is {word}"])
     inside = [op for op in plan.ops if op.where.startswith("blocks.1")]
     assert inside
     for op in inside:
@@ -224,6 +225,7 @@ def test_the_fastest_mesh_is_taken() -> None:
         ({"recompute": ""}, "choose one of"),
         ({"data_parallel": "no"}, "True or False"),
         ({"constraints": "* is whole"}, "give a list"),
+        ({"constraints": "batch on dp, heads on tp"}, r"\['batch on dp', 'heads on tp'\]"),
         ({"constraints": [3]}, "no text"),
         ({"pins": [("lm_head.weight", Shard(0))]}, "give a table"),
         ({"pins": {"token_embedding.weight": "S(0)"}}, "no placement"),

@@ -143,6 +143,7 @@ def test_a_layout_is_a_demand_for_each_axis() -> None:
         ("*.expand on tp is split 3", "makes linear_2: it has 3 dims"),
         ("*.expand.weight on tp is split 2", "expand.weight cannot be as.*it has 2 dims"),
         ("*.expand on dp is column on tp", "names two axes"),
+        ("expand on tp is column", r"no module is called 'expand'.*did you mean \*\.expand\?"),
         ("*.expand is columns", 'says not how.*"column", "row"'),
     ],
 )
