@@ -44,8 +44,10 @@ def differentiable_results(node: torch.fx.Node) -> tuple[bool, ...]:
         return everything
     if not any(map(_carries, results)):
         return everything
-    # Lists have as many results as the call asks for, alike in this.
-    key: tuple[Any, ...] = operation, len(results)
+    # Lists have as many results as the call asks for, alike in this. Integers carry no gradient to
+    # a result, which the same op returns of fractions with one.
+    operands = (operand.meta["val"] for operand in node.all_input_nodes)
+    key: tuple[Any, ...] = operation, len(results), *map(_carries, operands)
     if is_composite(operation):
         if len(results) == 1:
             return everything
