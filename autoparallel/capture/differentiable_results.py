@@ -1,7 +1,8 @@
 """Results of an op to which torch gives no gradient, although operands of it have one.
 
 Batch norm gives none to the statistics that it returns, and a histogram has none at all. No schema
-says so; autograd knows, so that it is asked, once for each op and each set of its operands that may have one.
+says so; autograd knows, so that it is asked, once for each op and each choice of its operands that
+may have one.
 """
 
 from __future__ import annotations

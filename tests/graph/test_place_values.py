@@ -211,4 +211,4 @@ def test_dropped_attention_of_a_scale_of_zero_is_scaled() -> None:
     """Zero is a scale, and not the default."""
     text = WINDOW.replace("LENGTH", "5").replace("%window)\n", "%window, 0.5, scale=0.0)\n")
     graph = autoparallel.graph.passes.run_passes.run_passes(graph_of_text(text, {}))
-    assert [0.0] == [node.args[1] for node in graph.calls if node.name.endswith("_scaled")]
+    assert [node.args[1] for node in graph.calls if node.name.endswith("_scaled")] == [0.0]
