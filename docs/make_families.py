@@ -154,7 +154,7 @@ def page(rows: Sequence[Row]) -> str:
         if more_families.is_installed(library)
     )
     table = "\n".join(row.text for row in rows)
-    return f"{HEAD}{len(rows)} families: {total}. {versions}.\n\n{TABLE}{table}\n"
+    return f"{HEAD}{len(rows)} families: {total}.\nVersions: {versions}.\n\n{TABLE}{table}\n"
 
 
 def written() -> dict[str, Row]:

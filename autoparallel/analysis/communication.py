@@ -89,7 +89,8 @@ def late_axes(parameter: ParameterChoice | None) -> tuple[int, ...]:
 def transfers(plan: Plan) -> tuple[Transfer, ...]:
     """Return every collective of one step of training, without those inside of kernels.
 
-    Dims whose size is not a number are taken to divide by the ranks that split them.
+    Dims of which an input has the size are as long as planned for; others whose size is no number
+    are taken to divide by the ranks that split them.
 
     Example: `sum(transfer.nbytes for transfer in transfers(plan))`
     """
@@ -131,6 +132,9 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
     """
     parameters = {parameter.name: parameter for parameter in plan.parameters}
     sizes = tuple(size for _, size in plan.mesh.axes)
+    known = {
+        dim: size for each in plan.inputs for dim, size in zip(each.dims, each.planned, strict=True)
+    }
     repeated = _repeated(plan)
     transfers: list[Transfer] = []
     updated: set[tuple[str, int]] = set()
@@ -138,11 +142,13 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
         parameter = parameters.get(conversion.value)
         late = late_axes(parameter)
         twice = conversion.again or conversion.value in repeated
+        dims = conversion.shape.split(", ") if conversion.shape else []
+        shape = tuple(int(dim) if dim.isdigit() else known.get(dim) for dim in dims)
         for phase in ("forward", "backward")[: 2 if twice else 1]:
             for layout, step in route(conversion.source, conversion.steps):
                 again = phase == "backward"
                 transfers += _transfer(
-                    conversion, step, layout, step.forward, phase, sizes, again=again
+                    conversion, shape, step, layout, step.forward, phase, sizes, again=again
                 )
         if conversion.requires_grad:
             # The gradient takes the same steps in reverse, each from the target's gradient to the
@@ -162,7 +168,7 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
                 # Only steps that move nothing forward (I -> R) are put off into the bucket.
                 together &= step.backward is Movement.NONE
                 transfers += _transfer(
-                    conversion, step, layout, movement, "backward", sizes, together=together
+                    conversion, shape, step, layout, movement, "backward", sizes, together=together
                 )
         for axis in late:
             if (conversion.value, axis) not in updated:
@@ -170,7 +176,9 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
                 updated.add((conversion.value, axis))
                 step = Step(axis, parameter.state[axis], parameter.storage[axis])
                 layout = (*parameter.state[: axis + 1], *parameter.storage[axis + 1 :])
-                transfers += _transfer(conversion, step, layout, step.forward, "update", sizes)
+                transfers += _transfer(
+                    conversion, shape, step, layout, step.forward, "update", sizes
+                )
     return tuple(transfers)
 
 
@@ -197,6 +205,7 @@ def _repeated(plan: Plan) -> frozenset[str]:
 
 def _transfer(
     conversion: Conversion,
+    shape: tuple[int | None, ...],
     step: Step,
     layout: Layout,
     movement: Movement,
@@ -210,8 +219,6 @@ def _transfer(
     if movement is Movement.NONE or sizes[step.axis] == 1:
         return []
     others = (*layout[: step.axis], Invariant(), *layout[step.axis + 1 :])
-    dims = conversion.shape.split(", ") if conversion.shape else []
-    shape = tuple(int(size) if size.isdigit() else None for size in dims)
     nbytes = conversion.nbytes * exact_fraction(shape, others, sizes)
     whole = int(nbytes) if nbytes.denominator == 1 else float(nbytes)
     return [Transfer(conversion, step, layout, phase, movement, whole, together, again)]

@@ -26,6 +26,7 @@ from autoparallel.graph.attribute_read import (
     Where,
     kept_of,
 )
+from autoparallel.support.torch_private import COMPILER
 
 __all__ = ["Question", "names_looked_up", "questions_in"]
 
@@ -37,7 +38,7 @@ _ASKING = re.compile(r"^(is|are|get|has|current|active|exc_info)|(enabled|count|
 # are known of each call, and draws are no questions.
 _NOT_ASKED = (
     *("torch.cuda", "torch.xpu", "torch.mps", "torch.mtia", "torch.accelerator"),
-    *("torch.distributed", "torch.version", "torch._dynamo", "torch.autograd"),
+    *("torch.distributed", "torch.version", COMPILER, "torch.autograd"),
     *("random", "secrets", "numpy.random.mtrand", "getpass", "os", "posix", "time", "inspect"),
     "builtins",
 )

@@ -110,8 +110,8 @@ ASKED: dict[str, tuple[Callable[[], Any], Callable[[bool], Any]]] = {
         lambda other: torch.backends.cuda.enable_flash_sdp(not other),
     ),
     "a setting of torch": (
-        lambda: 1.0 + torch.backends.cudnn.benchmark,
-        lambda other: setattr(torch.backends.cudnn, "benchmark", other),
+        lambda: 1.0 + torch.backends.cuda.matmul.allow_fp16_accumulation,
+        lambda other: setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", other),
     ),
     "a setting of numpy": (
         lambda: float(len(np.geterr()["over"])),

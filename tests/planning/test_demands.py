@@ -16,7 +16,7 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import MemoryLimitError, PlanError
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import arrangements
-from autoparallel.placement import Invariant, Replicate, Shard, layout_text
+from autoparallel.placement import Invariant, Replicate, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning import memory_advice
 from autoparallel.planning.solution_to_plan import solution_of_plan
@@ -205,12 +205,10 @@ def test_arrangements_fill_nodes() -> None:
 
 
 def test_the_fastest_mesh_is_taken() -> None:
-    """No arrangement that was tried is faster."""
+    """No arrangement that was tried has a shorter step."""
     best = planned(mesh="auto", world_size=8)
     for mesh in arrangements(8, 8):
-        assert best.seconds <= planned(mesh=mesh).seconds * (1 + 1e-12), layout_text(
-            best.outputs[0]
-        )
+        assert best.step_seconds <= planned(mesh=mesh).step_seconds * (1 + 1e-12), mesh
 
 
 @pytest.mark.parametrize(

@@ -263,7 +263,7 @@ def test_at_the_price_of_memory(subject: str, why_not: str, limited: Explainer) 
 def test_searched_alternatives_are_plans_within_the_limit() -> None:
     """All of their memory is, and not what the tables count alone; or they say by how much not.
 
-    The limit leaves nothing beside the plan that takes least.
+    The limit leaves little beside the plan that takes least, so that some are within it.
     """
     with torch.device("meta"):
         first, second, last = (nn.Linear(*pair) for pair in pairwise((256, 1024, 256, 64)))
@@ -271,7 +271,7 @@ def test_searched_alternatives_are_plans_within_the_limit() -> None:
     asked = {"mesh": Mesh(dp=2, tp=2), "example_inputs": torch.ones(64, 256)}
     with pytest.raises(MemoryLimitError) as refused:
         make_plan(model, **asked, memory_limit=1000)
-    limit = int(refused.value.least)
+    limit = int(1.03 * refused.value.least)
     plan = make_plan(model, **asked, memory_limit=limit)
     answers = [Explainer(plan).explain(name, search=True) for name in ("linear_2", "0.weight")]
     told = [other for answer in answers for other in answer.alternatives if other.plan is not None]

@@ -36,6 +36,7 @@ from autoparallel.support.torch_private.backward_passes import (
 )
 from autoparallel.support.torch_private.bare_programs import bare_programs
 from autoparallel.support.torch_private.compiled_frames import (
+    COMPILER,
     break_graph,
     frame_compiler,
     run_as_python,
@@ -164,6 +165,7 @@ _HOMES = {
 
 
 __all__ = [
+    "COMPILER",
     "EXPORT_LOGGERS",
     "FAKE_TENSOR_LOGGER",
     "NN_BINDINGS",

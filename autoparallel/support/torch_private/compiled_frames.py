@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     pass
 
 __all__ = [
+    "COMPILER",
     "break_graph",
     "frame_compiler",
     "run_as_python",
     "set_frame_compiler",
     "wants_full_graph",
 ]
+
+# The module whose functions are torch.compile, however a program has come by them.
+COMPILER = "torch._dynamo"
 
 # The function of torch.compile that is given each frame that begins in this thread, None where none
 # is; and a function that sets it and returns the one before. Both are written in C, so that a call

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -42,3 +44,11 @@ def test_a_broken_graph_says_why() -> None:
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="no graph holds this"):
         torch.compile(breaks, backend="eager", fullgraph=True)(torch.ones(2))
+
+
+def test_the_compiler_is_where_it_is_said_to_be() -> None:
+    compiled = torch.compile(lambda x: x, backend="eager")
+    assert type(compiled(torch.ones(1))) is torch.Tensor
+    assert compiled.__code__.co_filename.endswith("eval_frame.py")
+    assert torch_private.COMPILER in (name.rpartition(".")[0] for name in sys.modules)
+    assert sys.modules[torch_private.COMPILER].optimize is not None
