@@ -25,7 +25,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import WHOLE_MODEL
 from planners import OverLimitError, Problem, Solution
 from planners.effort import current
-from planners.two_usages import mean_usage, usage_of
+from planners.two_usages import mean_usage, require_same_ways, usage_of
 
 __all__ = ["MOST_ATTEMPTS", "Candidate", "allowed_nbytes", "closest"]
 
@@ -208,6 +208,7 @@ class _Moments:
         network = rebuilt(self.network, counted_at=worst)
         network.allowed = self.network.allowed
         problem = network.problem(1.0, self.pins, self.given)
+        require_same_ways(self.problem(self.given), problem)
         if problem.fits(usage_of(problem, solution)):
             return False
         self.shares.append(_Share(network))
