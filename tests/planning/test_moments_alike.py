@@ -12,12 +12,12 @@ import torch
 import zoo
 from any_plans import network_of
 from families import build, inputs_for
-from megatron_rules.papers import Transformer
-from megatron_rules.papers import build as build_megatron
 from torch import nn
 
 from autoparallel.mesh import Mesh
 from autoparallel.strategy.build_network import rebuilt
+from megatron_rules.papers import Transformer
+from megatron_rules.papers import build as build_megatron
 from planners import Factor, Problem, Variable
 from planners.two_usages import mean_usage, require_same_ways
 
