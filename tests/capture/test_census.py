@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from autoparallel.capture.census import census_of, require_agreement
-from autoparallel.capture.differentiable_results import differentiable_results
 from autoparallel.capture.graph_breaks import trace
 from autoparallel.capture.intercepted_calls import apply_function
 from autoparallel.capture.side_effects import NoReplacing
@@ -155,27 +154,17 @@ def test_results_without_a_gradient_are_no_difference(of: Any) -> None:
     ]
 
 
-def test_an_op_of_integers_says_nothing_of_one_of_fractions(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The quotient of integers is a fraction without a gradient."""
-    monkeypatch.setattr("autoparallel.capture.differentiable_results._known", {})
+def test_what_whole_numbers_give_says_nothing_of_others() -> None:
+    """An op of whole numbers has no gradient; called again with a trained value, it has one."""
 
-    class Counts(nn.Module):
+    class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(4, 4)
+            self.weight = nn.Parameter(torch.rand(4))
 
-        def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            share = counts / counts.sum()
-            return (self.layer(x) / self.layer.weight.norm() * share).sum()
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.lgamma(x.long()).sum() + self.weight.sum(), torch.lgamma(self.weight)
 
-    model = Counts()
-    program = torch.export.export(model, (torch.ones(4, 4), torch.arange(4)))
-    found = [
-        differentiable_results(node)
-        for node in program.graph.find_nodes(
-            op="call_function", target=torch.ops.aten.div.Tensor, sort=True
-        )
-    ]
-    assert found == [(False,), (True,)]
+    calls = graph_of(Both()).graph.calls
+    named = [node for node in calls if node.target == "aten.lgamma.default"]
+    assert [node.result.requires_grad for node in named] == [False, True]
