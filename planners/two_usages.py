@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -16,13 +17,14 @@ from planners.solution import Solution
 from planners.tables import Alternative, Table
 from planners.variables import Factor, Variable
 
-__all__ = ["mean_usage", "usage_of"]
+__all__ = ["mean_usage", "require_same_ways", "usage_of"]
 
 
 def mean_usage(first: Problem, second: Problem, share: float) -> Problem:
     """Return a problem whose usage is a mean of those of two, which differ in nothing else.
 
-    share: of the second's usage, between 0 and 1. The limit is that of `first`.
+    share: of the second's usage, between 0 and 1. The limit is that of `first`. Raises ValueError
+    where the two have other tables, or other ways to pay for them.
 
     >>> import numpy as np
     >>> costs, usages = np.zeros(2), (np.array([4.0, 0.0]), np.array([0.0, 8.0]))
@@ -30,6 +32,7 @@ def mean_usage(first: Problem, second: Problem, share: float) -> Problem:
     >>> mean_usage(first, second, 0.25).variables[0].usage
     array([3., 2.])
     """
+    require_same_ways(first, second)
     if not share:
         return first
     means: dict[tuple[int, int], Table] = {}
@@ -63,10 +66,37 @@ def mean_usage(first: Problem, second: Problem, share: float) -> Problem:
     return Problem(variables, factors, first.limit)
 
 
+def require_same_ways(first: Problem, second: Problem) -> None:
+    """Raise ValueError unless two problems have the same tables, in one order, and as many ways to
+    pay for each: then the ways of a solution of one are those of the other.
+
+    >>> one = Problem((Variable("a", np.zeros(2)),))
+    >>> require_same_ways(one, Problem((Variable("b", np.zeros(2)),)))
+    Traceback (most recent call last):
+        ...
+    ValueError: usages of different problems: table 0 is a of 2 in 1 ways, and b of 2 in 1 ways
+    """
+    pairs = zip_longest(_tables(first), _tables(second))
+    for place, (one, two) in enumerate(pairs):
+        if one != two:
+            raise ValueError(f"usages of different problems: table {place} is {one}, and {two}")
+
+
+def _tables(problem: Problem) -> list[str]:
+    """Return, per table of a problem, its variables, its shape and the number of its ways."""
+    ways = [(v.name, v.unary, v.alternatives) for v in problem.variables]
+    ways += [(", ".join(f.scope), f.table, f.alternatives) for f in problem.factors]
+    return [
+        f"{names} of {'x'.join(map(str, table.shape))} in {1 + len(others)} ways"
+        for names, table, others in ways
+    ]
+
+
 def usage_of(problem: Problem, solution: Solution) -> float:
     """Return what a solution uses by the tables of a problem, paid in the ways of the solution.
 
-    solution: of that problem, or of one that differs from it in its usages alone.
+    solution: of that problem, or of one that differs from it in its usages alone (see
+    `require_same_ways`).
 
     >>> import numpy as np
     >>> problem = Problem((Variable("a", np.zeros(2), np.array([3.0, 5.0])),))

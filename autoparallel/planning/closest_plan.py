@@ -25,7 +25,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import WHOLE_MODEL
 from planners import OverLimitError, Problem, Solution
 from planners.effort import current
-from planners.two_usages import mean_usage, usage_of
+from planners.two_usages import mean_usage, require_same_ways, usage_of
 
 __all__ = ["MOST_ATTEMPTS", "Candidate", "allowed_nbytes", "closest"]
 
@@ -91,19 +91,21 @@ def closest(
         last = attempt == MOST_ATTEMPTS - 1
         try:
             if last:
-                solution = _least(problem, solve)
+                solutions = counted.least(limit, solve)
             else:
                 searched = solved_or_refused(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
-                solution, price = _better(problem, searched, solve.start), searched.multiplier
+                solutions = [_better(problem, searched, solve.start)]
+                price = searched.multiplier
                 if limit == given:
-                    bound = max(bound, solution.lower_bound)
+                    bound = max(bound, solutions[0].lower_bound)
         except OverLimitError as error:
             # The plan that keeps least may still fit: the limit was lowered by guess.
             if limit == given and not problem.fits(error.least):
                 bound = math.inf
             last = True
-            solution = _least(problem, solve)
-        read, account = _read(captured, model, network, solution, judge)
+            solutions = counted.least(limit, solve)
+        tried = [(*_read(captured, model, network, one, judge), one) for one in solutions]
+        read, account, solution = min(tried, key=lambda one: one[1].total)
         candidate = Candidate(replace(read, memory_price=price), account, solution.usage / scale)
         if least is None or candidate.account.total < least.account.total:
             least = candidate
@@ -120,6 +122,9 @@ def closest(
         limit = min(limit, solution.usage) - over * scale
         attempt += 1
     assert least is not None
+    if bound == math.inf and least.account.total <= allowed_nbytes(network):
+        # The tables counted bytes that this plan does not take: nothing is proven by them.
+        bound = -math.inf
     return least, bound
 
 
@@ -154,6 +159,16 @@ class _Moments:
     def problem(self, limit: float) -> Problem:
         """Return the problem within a limit, by bytes as they are counted now."""
         return self._mean(self.shares, limit)
+
+    def least(self, limit: float, solve: NetworkSolver) -> list[Solution]:
+        """Return the solutions that keep least: by bytes as they are counted now, and at each of
+        the moments alone. Which of their plans takes least in all is not known here.
+        """
+        problem = self.problem(limit)
+        alone = [self.network, *(one.network for one in self.shares)] if self.shares else []
+        problems = [problem, *(one.problem(1.0, self.pins, limit) for one in alone)]
+        found = [_least(one, solve) for one in problems]
+        return [replace(one, usage=usage_of(problem, one)) for one in found]
 
     def _mean(self, shares: Sequence[_Share], limit: float) -> Problem:
         """Return the problem with these shares of moments beside the first one."""
@@ -208,6 +223,7 @@ class _Moments:
         network = rebuilt(self.network, counted_at=worst)
         network.allowed = self.network.allowed
         problem = network.problem(1.0, self.pins, self.given)
+        require_same_ways(self.problem(self.given), problem)
         if problem.fits(usage_of(problem, solution)):
             return False
         self.shares.append(_Share(network))

@@ -290,7 +290,9 @@ class RedistributionTables:
             cost = cost + sum_of_columns(ahead, targets, groups)
         if not self.memory:
             return Table(cost)
-        table = self._weighed(value, produced, targets, saved, cost, ahead, mode, left, passed)
+        table = self._weighed(
+            value, produced, targets, groups, saved, cost, ahead, mode, left, passed
+        )
         if not any(here):
             return table
         # Copies that are made again are there when they are needed.
@@ -307,6 +309,7 @@ class RedistributionTables:
         value: Value,
         produced: ProducerLayouts,
         targets: tuple[Layout, ...],
+        groups: tuple[tuple[Layout, ...], ...],
         saved: tuple[tuple[Layout, ...], ...],
         cost: Array,
         ahead: Array,
@@ -354,11 +357,9 @@ class RedistributionTables:
         elsewhere = holds if passed else np.zeros_like(holds)
         redistributed = sum_of_columns(other.astype(float), targets, distinct) > 0
         if stays:
-            # Some readers are run again: what they take stays, beside what the others keep.
-            as_made = sum_of_columns((~other).astype(float), targets, distinct) > 0
-            is_counted = as_made if left is Left.ALL else np.zeros_like(as_made)
-            least = holds if left is not Left.SOME else np.zeros_like(holds)
-            holds = np.where(is_counted, holds, least + source[:, None])
+            # Some readers are run again: what they take stays. That may be what others save.
+            taken = _held(held, targets, groups, Left.SOME)
+            holds = np.maximum(holds, np.minimum(taken, source[:, None]))
         if not redistributed.any() or mode.moved_again or passed:
             return Table(cost, holds - elsewhere)
         time = sum_of_columns(ahead * other, targets, distinct)

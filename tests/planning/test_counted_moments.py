@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import autoparallel
 from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory import memory_of
+from autoparallel.errors import MemoryLimitError
 from autoparallel.mesh import Mesh
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import rebuilt
@@ -82,6 +84,17 @@ def test_a_limit_knows_of_blocks_that_are_run_again() -> None:
     )
     assert plan.recompute
     assert plan.cost - plan.lower_bound <= 0.01 * plan.cost
+
+
+def test_what_a_refusal_says_is_enough_is_enough() -> None:
+    """What takes least by one moment alone is tried, too, where several are counted."""
+    model, given = build("mlp", 2), inputs_for("mlp", batch=8, sequence=16)
+    options: dict[str, Any] = {"mesh": Mesh(dp=2, tp=2), "hardware": "dgx-a100"}
+    plan = partial(autoparallel.make_plan, model, example_inputs=given, **options)
+    with pytest.raises(MemoryLimitError) as refused:
+        plan(memory_limit=1)
+    least = int(refused.value.least)
+    assert sum(size for _, size in plan(memory_limit=least).memory) <= least
 
 
 class Turned(nn.Module):
