@@ -72,10 +72,10 @@ class _Remembered(TorchDispatchMode):
             return made[0] if alone else tuple(made)
         results = func(*args, **kwargs)
         alone = not isinstance(results, tuple)
-        made = (results,) if alone else results
-        keys = _key(made)
+        several = (results,) if alone else results
+        keys = _key(several)
         # A gradient that nobody wants is None.
-        if keys is not None and all(isinstance(item, torch.Tensor) for item in made):
+        if keys is not None and all(isinstance(item, torch.Tensor) for item in several):
             self._known[key] = alone, tuple(item[:3] for item in keys)
         return results
 
