@@ -145,8 +145,14 @@ def _registered(
 ) -> FunctionOp:
     """Return the op of a Function with these constants, which is defined where it is new."""
     kinds = (len(slots.tensors), len(slots.integers))
-    parts = _Content()
-    text = repr((parts.of(cls), parts.of(template), kinds, [str(kind) for kind in autocast]))
+    parts, constants = _Content(), _Content()
+    text = repr((parts.of(cls), constants.of(template), kinds, [str(kind) for kind in autocast]))
+    if constants.opaque:
+        raise refused(
+            cls,
+            "one of its arguments is a function, and what that refers to is unknown",
+            "pass the numbers that the function needs",
+        )
     # Objects whose content cannot be told make two classes with one text two Functions.
     looks = tuple((tensor.dtype, tensor.dim(), tensor.device) for tensor in slots.tensors)
     key = (text, looks, cls if parts.opaque else None)
@@ -269,7 +275,11 @@ class _Content:
                 return self.function_class(item, inner)
             if isinstance(item, dict):
                 return [(self.of(k, inner), self.of(v, inner)) for k, v in item.items()]
-        if isinstance(item, (types.BuiltinFunctionType, types.ModuleType, type)):
+        # Such as `table.get`, a method of an object.
+        bound = isinstance(item, types.BuiltinFunctionType) and not isinstance(
+            item.__self__, (types.ModuleType, type, type(None))
+        )
+        if isinstance(item, (types.BuiltinFunctionType, types.ModuleType, type)) and not bound:
             return (getattr(item, "__module__", ""), getattr(item, "__qualname__", item.__name__))
         self.opaque = True
         return type(item).__qualname__
@@ -291,7 +301,9 @@ class _Content:
     def function(self, function: types.FunctionType, depth: int) -> Any:
         """Return the content of a function: its code, and the values of variables around it."""
         cells = [_content_of(cell) for cell in function.__closure__ or ()]
-        around = [self.of(item, depth) for item in (*cells, *(function.__defaults__ or ()))]
+        named = function.__kwdefaults__ or {}
+        every = (*cells, *(function.__defaults__ or ()), *named, *named.values())
+        around = [self.of(item, depth) for item in every]
         code = self.code(function.__code__, depth)
         return (function.__module__, function.__qualname__, code, around)
 

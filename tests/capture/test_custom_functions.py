@@ -325,3 +325,60 @@ def test_under_autocast() -> None:
         if parameter.grad is not None:
             error = (made.gradients[path] - parameter.grad).norm() / parameter.grad.norm()
             assert error < 2e-2, path
+
+
+class Times(torch.autograd.Function):
+    """Multiplies by what a function makes of 2, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x * factor(2.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad * ctx.factor(2.0), None
+
+
+class Holder:
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+
+def by_keyword(number: float) -> Any:
+    def factor(x, *, times=number):
+        return x * times
+
+    return factor
+
+
+def by_object(number: float) -> Any:
+    def factor(x, of=Holder(number)):  # noqa: B008
+        return x * of.number
+
+    return factor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [by_keyword, by_object, lambda number: {2.0: number}.get],
+    ids=["a keyword's default", "an object", "a table"],
+)
+def test_functions_of_one_code_that_refer_to_others_are_others(make: Any) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.factors = nn.Linear(4, 4), (make(3.0), make(5.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, two = (Times.apply(self.layer(x), factor) for factor in self.factors)
+            return (one * one.sin() + two.square()).sum()
+
+    torch.manual_seed(0)
+    model, x = Twice().double(), torch.randn(6, 4, dtype=torch.float64)
+    loss = model(x)
+    gradients = torch.autograd.grad(loss, [*model.parameters()])
+    made = autoparallel.simulate(model, world_size=2, example_inputs=(x,))
+    torch.testing.assert_close(made.output, loss)
+    for (name, _), gradient in zip(model.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(made.gradients[name], gradient)
