@@ -38,8 +38,9 @@ HEAD = """# More families
 Tiny models with random weights of the families in `tests/support/more_families.py`, none of which
 is in the zoo that the rules were written with ([coverage.md](coverage.md)): one step of training in
 float64, without dropout, on 2 and on 3 simulated ranks, against the unsplit module, and against
-ours on one rank where a model draws random numbers all the same (ViLT). Written by `make families`.
-Where two things stand in a cell, the first is for 2 ranks and the second for 3.
+ours on one rank where a model draws random numbers all the same (ViLT). Written by `make families`;
+`make broad` also has each on a mesh of two axes. Where two things stand in a cell, the first is for
+2 ranks and the second for 3.
 
 - weights: bytes of parameters of two dims and more that are split. FLOPs: of matrix products and
   convolutions.
@@ -47,7 +48,19 @@ Where two things stand in a cell, the first is for 2 ranks and the second for 3.
   inside of them are traced and split one by one.
 - loss, gradients: the largest relative error; that of outputs and of buffers that the step writes
   is not larger unless it is named.
-- seconds: to trace and to plan it for 2 ranks, on one CPU core.
+- seconds: to trace and to plan it for 2 ranks, on one CPU core. Equal modules are tried once.
+
+What breaks are left, by what makes them:
+
+- How many rows there are, or how far they are moved, follows from values: experts whose tokens are
+  counted by `.tolist()` (jetmoe) or that have a capacity (switch-transformers), edges that a mask
+  drops (graph-convolution, graph-attention), patches that a mask drops (vilt), delays that are read
+  as whole numbers (autoformer). What can be prepared outside of the model is better there.
+- The forward reads the sizes of images out of a tensor, others in each batch (qwen2-vl).
+- Python draws which layers are left out, anew in each call (musicgen).
+- The forward writes to a parameter (gemma3n clamps one) or counts in an object (funnel). Where it
+  registers a buffer in its first call (x-alibi), call it once before it is split.
+- An autograd Function runs modules (reformer) or numpy (ibert) in its passes.
 
 """
 TABLE = """| family | kind | library | weights % | FLOPs % | breaks | loss | gradients | seconds |

@@ -1,7 +1,8 @@
 """Results of an op to which torch gives no gradient, although operands of it have one.
 
 Batch norm gives none to the statistics that it returns, and a histogram has none at all. No schema
-says so; autograd knows, so that it is asked, once for each op.
+says so; autograd knows, so that it is asked, once for each op and each choice of its operands that
+may have one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def differentiable_results(node: torch.fx.Node) -> tuple[bool, ...]:
 
     node: the call of an op in an exported program. Ops that write, that run nowhere but on data, or
     that have one result and are defined by other ops are taken for differentiable, and so is what
-    is no number.
+    is no number or made of whole numbers alone.
 
     >>> norm = torch.ops.aten.native_layer_norm.default
     >>> class Norm(torch.nn.Module):
@@ -42,10 +43,16 @@ def differentiable_results(node: torch.fx.Node) -> tuple[bool, ...]:
     everything = (True,) * len(results)
     if not isinstance(operation, OpOverload) or schema_of(operation).is_mutable:
         return everything
-    if not any(map(_carries, results)):
+    carrying: list[bool] = []
+    map_arg(
+        (node.args, node.kwargs),
+        lambda operand: carrying.append(_carries(operand.meta.get("val"))),
+    )
+    if not any(carrying) or not any(map(_carries, results)):
         return everything
-    # Lists have as many results as the call asks for, alike in this.
-    key: tuple[Any, ...] = operation, len(results)
+    # Lists have as many results as the call asks for, alike in this. The square root of a whole
+    # number has no gradient, and that of another number has one.
+    key: tuple[Any, ...] = operation, tuple(carrying), tuple(map(_carries, results))
     if is_composite(operation):
         if len(results) == 1:
             return everything

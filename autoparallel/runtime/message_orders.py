@@ -61,7 +61,7 @@ def messages_of(
     >>> [each.asked for each in messages_of("1f1b", 2, 1, 2)[1]]
     [0, 1, 2, 3]
     >>> [each.held for each in messages_of("1f1b", 2, 1, 2)[1]]
-    [-1, 3, -1, 4]
+    [-1, 4, -1, 4]
     """
     order = schedule_order(schedule, ranks, per_rank, microbatches)
     by_table = sends_by_table(schedule, ranks, per_rank, microbatches)

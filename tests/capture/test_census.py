@@ -152,3 +152,19 @@ def test_results_without_a_gradient_are_no_difference(of: Any) -> None:
         True,
         False,
     ]
+
+
+def test_what_whole_numbers_give_says_nothing_of_others() -> None:
+    """An op of whole numbers has no gradient; called again with a trained value, it has one."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.lgamma(x.long()).sum() + self.weight.sum(), torch.lgamma(self.weight)
+
+    calls = graph_of(Both()).graph.calls
+    named = [node for node in calls if node.target == "aten.lgamma.default"]
+    assert [node.result.requires_grad for node in named] == [False, True]

@@ -191,3 +191,24 @@ WINDOW = """
 %y: float64[2, 3, LENGTH, 8] = call aten.scaled_dot_product_attention.default(%q, %q, %q, %window)
 return %y
 """
+
+
+@pytest.mark.parametrize(
+    ("scale", "causal"), [(None, True), (0.5, True), (0.0, False), (-1, False)]
+)
+def test_scores_of_a_scale_that_a_kernel_cannot_hide_keep_their_mask(
+    scale: float | None, causal: bool
+) -> None:
+    """A CPU's kernel for causal masks makes NaN of hidden scores times 0 or less."""
+    text = WINDOW.replace("LENGTH", "5").replace("%window)\n", f"%window, scale={scale})\n")
+    graph = autoparallel.graph.passes.run_passes.run_passes(graph_of_text(text, {}))
+    (node,) = attention_masks(graph)
+    assert bool(node.argument(5, "is_causal", False)) == causal
+    assert node.keyword("scale") == scale
+
+
+def test_dropped_attention_of_a_scale_of_zero_is_scaled() -> None:
+    """Zero is a scale, and not the default."""
+    text = WINDOW.replace("LENGTH", "5").replace("%window)\n", "%window, 0.5, scale=0.0)\n")
+    graph = autoparallel.graph.passes.run_passes.run_passes(graph_of_text(text, {}))
+    assert [node.args[1] for node in graph.calls if node.name.endswith("_scaled")] == [0.0]

@@ -117,7 +117,10 @@ def test_stages_are_balanced_and_send_little() -> None:
 
 
 class MaskInside(nn.Module):
-    """A block that makes its mask itself: of the inputs' sizes alone, before all micro-batches."""
+    """A block that makes its mask itself: of the inputs' sizes alone, before all micro-batches.
+
+    A query sees one key ahead: a mask that hides all later keys would become the kernel's own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class MaskInside(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         length = x.shape[1]
-        mask: torch.Tensor = torch.ones(length, length, dtype=torch.bool).tril()
+        mask: torch.Tensor = torch.ones(length, length, dtype=torch.bool).tril(1)
         out: torch.Tensor = self.block(x, mask)
         return out
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autoparallel.cost.hardware import find_hardware
 from autoparallel.placement import Invariant, Layout, Shard
 from autoparallel.plan import ParameterChoice, Plan
+from autoparallel.planning.gathers_ahead import with_gathers_ahead, without_gathers_ahead
 
-__all__ = ["blocks_again", "copies_again", "spread"]
+__all__ = ["blocks_again", "copies_again", "gathered_anew", "spread"]
 
 
 def spread(plan: Plan, at_once: bool) -> Plan:
@@ -30,13 +32,17 @@ def spread(plan: Plan, at_once: bool) -> Plan:
 def copies_again(plan: Plan) -> Plan:
     """The plan with every converted copy dropped and made again."""
     conversions = (replace(conversion, again=True) for conversion in plan.conversions)
-    return replace(plan, conversions=tuple(conversions))
+    return gathered_anew(replace(plan, conversions=tuple(conversions)))
+
+
+def gathered_anew(plan: Plan) -> Plan:
+    """The plan with gathers that begin where they may, after its copies or blocks were changed."""
+    return with_gathers_ahead(without_gathers_ahead(plan), find_hardware(plan.hardware))
 
 
 def blocks_again(plan: Plan, length: int) -> Plan:
     """The plan with most of its ops run again, in blocks of `length`, two kept in between."""
     names = [op.name for op in plan.ops]
     starts = range(2, len(names) - length, length + 2)
-    return replace(
-        plan, recomputed=tuple(tuple(names[at : at + length]) for at in starts), recompute=()
-    )
+    groups = tuple(tuple(names[at : at + length]) for at in starts)
+    return gathered_anew(replace(plan, recomputed=groups, recompute=()))

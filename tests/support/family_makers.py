@@ -25,7 +25,7 @@ Make = Callable[[float], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A Family makes a model of two layers by make(dropout), and inputs() for it.
+    """A Family makes a model of two layers or of four by make(dropout), and inputs() for it.
 
     library: the name of the package that it comes from. kind: the sort of model, for the reader.
     scored: the model returns no loss of its own, so that one is computed from its outputs. random:

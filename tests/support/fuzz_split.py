@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from changed_plans import gathered_anew
 from fuzz_programs import Program
 
 import autoparallel
@@ -298,9 +299,8 @@ def spared(plan: Plan, seed: int) -> Plan:
     names = [op.name for op in plan.ops]
     ends = sorted(rng.integers(len(names) + 1, size=4).tolist())
     groups = (tuple(names[ends[0] : ends[1]]), tuple(names[ends[2] : ends[3]]))
-    return replace(
-        plan, conversions=conversions, recomputed=tuple(group for group in groups if group)
-    )
+    recomputed = tuple(group for group in groups if group)
+    return gathered_anew(replace(plan, conversions=conversions, recomputed=recomputed))
 
 
 def _ran(made: Simulation) -> _Ran:

@@ -77,7 +77,8 @@ def _spelled_attention(node: Node, graph: Graph, probability: float) -> list[Nod
     flipped = call("turned", "aten.transpose.int", (key, -2, -1), turned)
     x = call("scores", "aten.matmul.default", (query, flipped), scores)
     # Torch's default is 1 / sqrt(width of a head).
-    scale = node.keyword("scale") or hint(q[-1]) ** -0.5
+    scale = node.keyword("scale")
+    scale = hint(q[-1]) ** -0.5 if scale is None else scale
     x = call("scaled", "aten.mul.Tensor", (x, scale), scores)
     mask = node.argument(3, "attn_mask")
     causal = node.argument(5, "is_causal", False)

@@ -57,6 +57,11 @@ def _without_mask(node: Node, graph: Graph, seen: Truth) -> Node:
     conditions = seen.within(shape).conditions
     causal = bool(conditions)
     if causal:
+        # A CPU's kernel hides keys by -inf before it multiplies by the scale: those of 0 and less
+        # make NaN of it.
+        scale = node.keyword("scale")
+        if scale is not None and not (isinstance(scale, int | float) and scale > 0):
+            return node
         behind = Affine(sympy.Integer(0), (*(0,) * (len(shape) - 2), 1, -1))
         if conditions != {behind} or (*shape[-2:], queries) != (queries, keys, keys):
             return node

@@ -28,6 +28,14 @@ class LazyStage(PipelineStage):
 
     keeps_sends = _MAKES_BUFFERS
 
+    def _get_init_p2p_neighbors_ops(self) -> list[Any]:
+        """Return what connects this rank with those of the stages beside: a rank sends nothing to
+        itself. Up to torch 2.12 it would, where two stages in a row are on one rank (zero bubble in
+        the shape of a V), and gloo refuses that.
+        """
+        ops: list[Any] = super()._get_init_p2p_neighbors_ops()
+        return [op for op in ops if op.group_peer != self.group_rank]
+
     def _prepare_forward_infra(self, *args: Any, **options: Any) -> Any:
         """Prepare what is received of the stage before."""
         with self._without_memory():
@@ -62,7 +70,8 @@ class LazyStage(PipelineStage):
         self, next_stage_bwd_outputs: tuple[torch.Tensor | None, ...], mb_index: int
     ) -> None:
         """Take the gradients of a stage of this rank, or zeros for what has none."""
-        pairs = zip(self.grad_recv_info[mb_index], next_stage_bwd_outputs, strict=True)
+        # Torch 2.11 has no entry for a gradient that is none.
+        pairs = zip(self.grad_recv_info[mb_index], next_stage_bwd_outputs, strict=False)
         self._fill(info for info, gradient in pairs if gradient is None)
         super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 

@@ -72,8 +72,10 @@ class _Remembered(TorchDispatchMode):
             return made[0] if alone else tuple(made)
         results = func(*args, **kwargs)
         alone = not isinstance(results, tuple)
-        keys = _key((results,) if alone else results)
-        if keys is not None:
+        several = (results,) if alone else results
+        keys = _key(several)
+        # A gradient that nobody wants is None.
+        if keys is not None and all(isinstance(item, torch.Tensor) for item in several):
             self._known[key] = alone, tuple(item[:3] for item in keys)
         return results
 
@@ -88,6 +90,7 @@ def _makes_new_tensors(func: Any) -> bool:
     schema: Any = func._schema
     return (
         not schema.is_mutable
+        and bool(schema.returns)
         and all(item.alias_info is None for item in (*schema.arguments, *schema.returns))
         and all(str(item.type) == "Tensor" for item in schema.returns)
         and torch.Tag.nondeterministic_seeded not in func.tags

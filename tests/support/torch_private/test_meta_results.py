@@ -124,3 +124,14 @@ def test_calls_of_programs_within_are_let_through() -> None:
             assert result.tolist() == [2.0, 2.0]
             layer = nn.Linear(8, 8, device="meta")
             assert checkpoint(layer, X, use_reentrant=False).shape == X.shape
+
+
+def test_ops_that_return_less_than_tensors_are_run() -> None:
+    """A gradient that nobody wants is None, and an assertion returns nothing."""
+    images, kernel = torch.ones(2, 4, 8, device="meta"), torch.ones(4, 4, 3, device="meta")
+    backward, options = torch.ops.aten.convolution_backward, ([1], [1], [1], False, [0], 1)
+    with torch_private.remembering_meta_results():
+        for _ in range(2):
+            given = backward(images, images, kernel, None, *options, [True, True, False])
+            assert [item is None for item in given] == [False, False, True]
+            torch._assert_async(images.all())
