@@ -261,9 +261,9 @@ class StepParts:
         row = np.array([edge.routes.cells[layout] for layout in layouts])
         every = edge.routes.seconds(targets)[row]
         possible = np.isfinite(every)
+        sent, written = edge.routes.sent_seconds(targets), edge.routes.copied_seconds(targets)
         ahead, back, copied, copied_back = (
-            np.where(possible, seconds[row], 0.0)
-            for seconds in (*edge.routes.sent_seconds(targets), *edge.routes.copied_seconds(targets))
+            np.where(possible, seconds[row], 0.0) for seconds in (*sent, *written)
         )
         # Memory is written beside what is sent. Of the last ones it may be beside reductions, as of
         # calls.
