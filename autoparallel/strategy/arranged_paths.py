@@ -34,8 +34,18 @@ __all__ = ["ArrangedPaths"]
 Array = NDArray[np.float64]
 
 _I, _R = Invariant(), Replicate()
-# The columns of prices, (forward, backward), that are added up.
-_COLUMNS = {"both": [0, 1], "forward": [0], "backward": [1]}
+# The columns of prices that are added up: forward and backward seconds in which something is sent,
+# and such in which memory alone is written.
+_COLUMNS = {
+    "both": [0, 1, 2, 3],
+    "forward": [0, 2],
+    "backward": [1, 3],
+    "sent forward": [0],
+    "sent backward": [1],
+    "copied forward": [2],
+    "copied backward": [3],
+}
+_Prices = tuple[float, float, float, float]
 
 
 class ArrangedPaths:
@@ -79,12 +89,10 @@ class ArrangedPaths:
             # Orders of multiplying differ by rounding.
             return round(share, 12)
 
-        prices: dict[tuple[int, Placement, Placement, float], tuple[float, float] | None] = {}
+        prices: dict[tuple[int, Placement, Placement, float], _Prices | None] = {}
 
-        def priced(
-            axis: int, one: Placement, two: Placement, share: float
-        ) -> tuple[float, float] | None:
-            """Return the seconds of a step in both passes; None where it is not allowed."""
+        def priced(axis: int, one: Placement, two: Placement, share: float) -> _Prices | None:
+            """Return the columns of a step; None where it is not allowed."""
             step = Step(axis, one, two)
             key = axis, one, two, share
             if key not in prices:
@@ -98,7 +106,13 @@ class ArrangedPaths:
                         )
                         for move in moves
                     )
-                    prices[key] = ahead, back
+                    sent, sent_back = (move.collective is not None for move in moves)
+                    prices[key] = (
+                        ahead if sent else 0.0,
+                        back if sent_back else 0.0,
+                        0.0 if sent else ahead,
+                        0.0 if sent_back else back,
+                    )
             return prices[key]
 
         starts, ends, both = [], [], []
@@ -125,7 +139,7 @@ class ArrangedPaths:
         self._leads: list[tuple[tuple[int, ...], Array, NDArray[np.intp], Array]] = []
         for group in groups if together else ():
             count = np.array([sum(layout[a] == _I for a in group) for layout in layouts])
-            after, price = np.arange(len(layouts)), np.zeros((len(layouts), 2))
+            after, price = np.arange(len(layouts)), np.zeros((len(layouts), 4))
             for cell, layout in enumerate(layouts):
                 if not count[cell]:
                     continue
@@ -138,7 +152,7 @@ class ArrangedPaths:
         order = np.argsort(np.array(starts, dtype=int), kind="stable")
         self._starts = np.array(starts, dtype=int)[order]
         self._ends = np.array(ends, dtype=int)[order]
-        self._both = np.array(both).reshape(-1, 2)[order]
+        self._both = np.array(both).reshape(-1, 4)[order]
         self.hops = len(sizes) + 1
         self._known: dict[tuple[tuple[Layout, ...], str], Array] = {}
 
@@ -202,6 +216,20 @@ class ArrangedPaths:
     def backward_seconds(self, targets: tuple[Layout, ...]) -> Array:
         """Return table[layout, target]: the least backward seconds of any path, 0 where none is."""
         return _finite(self._least(targets, "backward"))
+
+    def sent_seconds(self, targets: tuple[Layout, ...]) -> tuple[Array, Array]:
+        """Return two tables[layout, target]: the least forward and backward seconds of any path in
+        which something is sent.
+        """
+        ahead, back = (self._least(targets, f"sent {one}") for one in ("forward", "backward"))
+        return _finite(ahead), _finite(back)
+
+    def copied_seconds(self, targets: tuple[Layout, ...]) -> tuple[Array, Array]:
+        """Return two tables[layout, target]: the least forward and backward seconds of any path in
+        which nothing is sent, but memory is written.
+        """
+        ahead, back = (self._least(targets, f"copied {one}") for one in ("forward", "backward"))
+        return _finite(ahead), _finite(back)
 
     def reduced_seconds(self, targets: tuple[Layout, ...]) -> Array:
         """Return table[layout, target]: nothing is known of the part that is reduced."""

@@ -39,6 +39,7 @@ class RedistributionPaths:
     all-reduce is not counted and such steps come first on the path.
     cells: the number of each layout. moves: per axis, the seconds (forward and backward) of
     changing the placement there, array[*layout, placement]; forwards: the forward seconds alone.
+    copies: of the forward and of the backward seconds, those in which memory alone is written.
     """
 
     def __init__(
@@ -66,18 +67,20 @@ class RedistributionPaths:
         ]
         self.shares = np.ones(grid)
         for axis, share in enumerate(shares):
-            self.shares = self.shares * share.reshape(_along(axis, len(grid)))
+            self.shares = self.shares * share.reshape(_spread_along(axis, len(grid)))
         valid = np.array(
             [is_nested(shape, layout, sizes) for layout in self.layouts], dtype=bool
         ).reshape(grid)
         self.moves: list[NDArray[np.float64]] = []
         self.forwards: list[NDArray[np.float64]] = []
+        self.copies: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
         for axis, placements in enumerate(universe):
             seconds = np.full((*grid, len(placements)), np.inf)
             forward = np.zeros_like(seconds)
+            copied = np.zeros_like(seconds), np.zeros_like(seconds)
             # A step on one axis moves the part of the value that the other axes leave to a rank.
             # Few different parts occur: each is priced once.
-            others = self.shares / shares[axis].reshape(_along(axis, len(grid)))
+            others = self.shares / shares[axis].reshape(_spread_along(axis, len(grid)))
             for source, one in enumerate(placements):
                 rows = (slice(None),) * axis + (source,)
                 factors, place = np.unique(others[rows], return_inverse=True)
@@ -106,6 +109,9 @@ class RedistributionPaths:
                     priced = np.add(ahead, back)
                     seconds[(*rows, ..., target)] = priced[place]
                     forward[(*rows, ..., target)] = np.array(ahead)[place]
+                    for move, table, own in zip(moves, copied, (ahead, back), strict=True):
+                        if move.collective is None and any(own):
+                            table[(*rows, ..., target)] = np.array(own)[place]
             # On several axes some layouts are impossible, and some steps: they cost +inf.
             if len(grid) > 1:
                 for cell, layout in zip(np.ndindex(*grid), self.layouts, strict=True):
@@ -121,12 +127,15 @@ class RedistributionPaths:
                     )
             self.moves.append(seconds)
             self.forwards.append(forward)
+            for tables, table in zip(self.copies, copied, strict=True):
+                tables.append(table)
         self.together = together
         # One step per axis suffices, but for one axis that must first be gathered and split anew.
         self.hops = 1 if len(grid) == 1 else len(grid) + 1
         self._levels: dict[tuple[Layout, ...], list[NDArray[np.float64]]] = {}
         self._seconds: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
-        self._forward: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
+        self._carried: dict[tuple[tuple[Layout, ...], str], NDArray[np.float64]] = {}
+        self._copies_at_all = tuple(any(table.any() for table in each) for each in self.copies)
         self._steps: dict[tuple[Layout, Layout], tuple[Step, ...]] = {}
 
     def levels(self, targets: tuple[Layout, ...]) -> list[NDArray[np.float64]]:
@@ -168,29 +177,63 @@ class RedistributionPaths:
 
         They are needed by themselves where a redistribution is done again in the backward pass.
         """
-        if targets not in self._forward:
+        return self._along(targets, "forward", self.forwards)
+
+    def copied_seconds(
+        self, targets: tuple[Layout, ...]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return two tables[layout, target]: of the forward and of the backward seconds of the
+        paths, those in which nothing is sent, but memory is written.
+        """
+        ahead, back = (
+            self._along(targets, f"copied {number}", moves)
+            if self._copies_at_all[number]
+            else np.zeros((len(self.layouts), len(targets)))
+            for number, moves in enumerate(self.copies)
+        )
+        return ahead, back
+
+    def sent_seconds(
+        self, targets: tuple[Layout, ...]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return two tables[layout, target]: the forward and the backward seconds of the paths in
+        which something is sent, 0 where there is none.
+        """
+        possible = np.isfinite(self.seconds(targets))
+        every = self.forward_seconds(targets), self.backward_seconds(targets)
+        ahead, back = (
+            np.where(possible, np.maximum(np.where(possible, one, 0) - copied, 0), 0)
+            for one, copied in zip(every, self.copied_seconds(targets), strict=True)
+        )
+        return ahead, back
+
+    def _along(
+        self, targets: tuple[Layout, ...], what: str, part: list[NDArray[np.float64]]
+    ) -> NDArray[np.float64]:
+        """Return table[layout, target]: a part of the seconds of the paths that `seconds` prices.
+
+        what: its name, under which the table is kept. part: per axis, as `moves`.
+        """
+        key = targets, what
+        if key not in self._carried:
             levels = self.levels(targets)
-            ahead = np.zeros_like(levels[0])
+            sums = np.zeros_like(levels[0])
             for last in levels[:-1]:
-                best, best_ahead = last, ahead
-                for axis, (seconds, forward) in enumerate(
-                    zip(self.moves, self.forwards, strict=True)
-                ):
+                best, best_sums = last, sums
+                for axis, (seconds, own) in enumerate(zip(self.moves, part, strict=True)):
                     over = seconds[..., None] + _after(last, axis)
-                    then = forward[..., None] + _after(ahead, axis)
+                    then = own[..., None] + _after(sums, axis)
                     first = over.argmin(axis=-2)[..., None, :]
                     over = np.take_along_axis(over, first, -2)[..., 0, :]
                     better = over < best * (1 - _RELATIVE)
                     best = np.where(better, over, best)
-                    best_ahead = np.where(
-                        better, np.take_along_axis(then, first, -2)[..., 0, :], best_ahead
+                    best_sums = np.where(
+                        better, np.take_along_axis(then, first, -2)[..., 0, :], best_sums
                     )
-                ahead = best_ahead
-            table = ahead.reshape(-1, len(targets))
-            if self.together:
-                table = self._led(table, targets, self.forwards)
-            self._forward[targets] = table
-        return self._forward[targets]
+                sums = best_sums
+            table = sums.reshape(-1, len(targets))
+            self._carried[key] = self._led(table, targets, part) if self.together else table
+        return self._carried[key]
 
     def backward_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
         """Return table[layout, target]: backward seconds of the paths that `seconds` prices, 0
@@ -307,6 +350,6 @@ def _after(table: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
     return np.expand_dims(np.moveaxis(table, axis, -2), axis)
 
 
-def _along(axis: int, count: int) -> tuple[int, ...]:
+def _spread_along(axis: int, count: int) -> tuple[int, ...]:
     """Return the shape that broadcasts a vector along one axis of a grid."""
     return tuple(-1 if other == axis else 1 for other in range(count))

@@ -259,12 +259,18 @@ class StepParts:
         targets = tuple(dict.fromkeys(target for group in edge.groups for target in group))
         layouts, stored = edge.produced.layouts, edge.produced.stored
         row = np.array([edge.routes.cells[layout] for layout in layouts])
-        ahead = edge.routes.forward_seconds(targets)[row]
         every = edge.routes.seconds(targets)[row]
         possible = np.isfinite(every)
-        ahead = np.where(possible, ahead, 0.0)
-        back = np.where(possible, edge.routes.backward_seconds(targets)[row], 0.0)
-        columns: dict[Kind, Array] = {}
+        sent, written = edge.routes.sent_seconds(targets), edge.routes.copied_seconds(targets)
+        ahead, back, copied, copied_back = (
+            np.where(possible, seconds[row], 0.0) for seconds in (*sent, *written)
+        )
+        # Memory is written beside what is sent. Of the last ones it may be beside reductions, as of
+        # calls.
+        columns = {Kind.FORWARD: copied}
+        if first:
+            copied, copied_back = np.zeros_like(copied), np.zeros_like(copied)
+        columns[Kind.BACKWARD] = copied_back
         forward = ahead
         gathered = _are_gathered(layouts, targets, network.edges.groups) if stored else None
         if gathered is not None:
@@ -293,11 +299,12 @@ class StepParts:
                 forward = ahead - columns[Kind.PIECES]
         columns[Kind.FIXED] = np.where(possible, forward, np.inf)
         parts: list[tuple[Kind, Array]] = []
-        twice = {Kind.FIXED: ahead}
+        twice = {Kind.FIXED: ahead, Kind.BACKWARD: copied}
         if gathered is not None:
             twice = {
                 Kind.FIXED: np.where(gathered, 0.0, ahead),
                 Kind.REDUCED: np.where(gathered, ahead, 0.0),
+                Kind.BACKWARD: copied,
             }
         for kind, seconds in columns.items():
             table = sum_of_columns(seconds, targets, edge.groups)
@@ -337,8 +344,8 @@ def _is_late(node: Node, parameters: Mapping[str, Node]) -> bool:
 def _are_gathered(
     sources: tuple[Layout, ...], targets: tuple[Layout, ...], groups: AxisGroups = ()
 ) -> NDArray[np.bool_]:
-    """Return, per source and target, whether parameters are gathered between them, and all that
-    takes time between them is sent. groups: of axes whose order is left open, if any.
+    """Return, per source and target, whether parameters are gathered between them, and nothing
+    that is sent between them is anything else. groups: of axes whose order is left open, if any.
     """
     axes = range(len(targets[0])) if targets else ()
     spread = tuple(groups) or tuple((axis,) for axis in axes)

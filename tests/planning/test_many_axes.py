@@ -22,7 +22,7 @@ from autoparallel.planning.many_axes import narrowed
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.equal_axes import arranged_layout, equal_axes
-from autoparallel.strategy.step_parts import StepParts
+from autoparallel.strategy.step_parts import Kind, Means, StepParts
 from planners import InfeasibleError, Problem, Solution, exact
 
 MESH = Mesh(a=2, b=2, c=2)
@@ -104,8 +104,8 @@ def test_what_any_order_costs_is_a_bound(name: str, machine: str, limit: str | N
         # It is no bound that anything is above.
         assert bound.cost >= 0.95 * best.cost
     parts, arranged = StepParts(every), StepParts(some)
-    for weights in ([1.0] * 7, [1, 0.5, 0.5, 1, 0.5, 0.5, 0], [1, 1, 0, 0.25, 0.25, 0.75, 0.75]):
-        mean = np.array(weights, dtype=float)
+    means = Means(0.5, 0.5, 0.5, 0.0), Means(1.0, 0.25, 0.0, 0.5)
+    for mean in (np.ones(len(Kind)), *(each.weights for each in means)):
         best = exact.solve(parts.problem(real, mean))
         bound = exact.solve(arranged.problem(least, mean))
         assert bound.cost <= best.cost * (1 + 1e-9)

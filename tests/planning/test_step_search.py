@@ -19,6 +19,7 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.options import Options
+from autoparallel.placement import Replicate, Shard
 from autoparallel.planning.predicted_step import repriced
 from autoparallel.planning.search import search
 from autoparallel.planning.solution_to_plan import plan_of_solution
@@ -177,6 +178,50 @@ def test_every_mean_is_a_bound() -> None:
     ]
     for weights in step_weights()[::87]:
         assert exact.solve(parts.problem(problem, weights)).cost <= min(steps) * (1 + 1e-9)
+
+
+class Padded(nn.Module):
+    """Products with a large value between them that follows from a weight, and is the same on all
+    ranks: what each has of its gradient is padded to the whole.
+    """
+
+    def __init__(self, width: int = 1024) -> None:
+        super().__init__()
+        self.before, self.after = (
+            nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(3)) for _ in range(2)
+        )
+        self.table = nn.Parameter(torch.zeros(16 * 256 * width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (16, width)."""
+        for layer in self.before:
+            x = torch.relu(layer(x))
+        x = x * self.table.cumsum(0).view(16, 256, -1).mean(1)
+        for layer in self.after:
+            x = torch.relu(layer(x))
+        return x.square().mean()
+
+
+def test_memory_is_written_beside_what_is_sent() -> None:
+    """It is computing, beside which gathers and reductions run: a bound that counts it with what is
+    moved, which nothing but gradients of weights hides, would be above the step of a plan.
+    """
+    with torch.device("meta"):
+        model, x = Padded(), torch.zeros(16, 1024)
+    captured = autoparallel.make_plan(model, 1, example_inputs=x).captured
+    assert captured is not None
+    options = Options(data_parallel=True, hardware="cpu")
+    graph = with_larger_hints(captured, options.tokens)
+    network = build_network(graph, Mesh(dp=4), find_hardware("cpu"), options)
+    value = next(node.result.name for node in graph.calls if "cumsum" in node.target)
+    [reader] = graph.readers[value]
+    edge = network.values[reader.result.name]
+    parts = dict(StepParts(network)._of_edge(reader.result.name, edge))
+    row = edge.produced.layouts.index((Replicate(),))
+    column = edge.groups.index(((Shard(0),),))
+    seconds = {kind: float(table[row, column].max()) for kind, table in parts.items()}
+    assert seconds[Kind.BACKWARD] > 0
+    assert {kind for kind, some in seconds.items() if some} == {Kind.BACKWARD}
 
 
 def test_without_overlap_the_sum_is_the_step() -> None:
