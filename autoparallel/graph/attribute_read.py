@@ -52,8 +52,12 @@ class Contents:
 
     @classmethod
     def fit(cls, value: Any) -> bool:
-        """Return whether a value is a small container of simple values, or of such containers."""
-        if type(value) not in (list, tuple, dict) or len(value) > cls.MOST:
+        """Return whether a value is a small container of simple values, or of such containers.
+
+        Named tuples are containers, too.
+        """
+        named = isinstance(value, tuple) and hasattr(value, "_fields")
+        if not (named or type(value) in (list, tuple, dict)) or len(value) > cls.MOST:
             return False
         items = value.values() if isinstance(value, dict) else value
         return all(isinstance(item, SIMPLE) or cls.fit(item) for item in items)

@@ -27,7 +27,13 @@ class Flags:
     negate = False
 
 
+class Bounds(NamedTuple):
+    low: float = -2.0
+    high: float = 2.0
+
+
 SETTINGS = Settings()
+BOUNDS = Bounds()
 
 
 def scaled(x: torch.Tensor) -> torch.Tensor:
@@ -69,6 +75,7 @@ def around(factor: float) -> tuple[type[nn.Module], Any]:
             x = self.middle(torch.tanh(self.up(x)) * factor)
             if Flags.negate:
                 x = -x
+            x = x.clamp(BOUNDS.low, BOUNDS.high)
             return (x + TABLE["shift"] * TABLE["deeper"][1]).abs().pow(SETTINGS.power).sum()
 
         def middle(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,6 +94,7 @@ CHANGES = {
     "of a class": (("Flags.negate", True),),
     "in a dict": (("TABLE.shift", -1.0),),
     "another dict": (("TABLE", {"shift": 2.0, "deeper": [1.0, 5.0]}),),
+    "a named tuple": (("BOUNDS", Bounds(high=0.05)),),
     "of a function around": (("around", 0.25),),
 }
 
