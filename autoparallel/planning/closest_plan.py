@@ -130,7 +130,7 @@ def closest(
 
 @dataclass
 class _Share:
-    """What counts at one more moment, beside what counted before.
+    """A _Share is how much the bytes at one more moment count, beside those that counted before.
 
     network: with bytes counted at that moment. share: of it, between `low`, with which a solution
     was over the limit there, and `high`, with which one was before. turns: how often it may change.
@@ -275,7 +275,7 @@ class _Raised:
 
     @property
     def is_enough(self) -> bool:
-        """Whether the best is near enough to the bound, or there is no time for more."""
+        """True where the best plan is near enough to the bound, or no time is left to look on."""
         cost = self.best.plan.cost
         return cost - self.bound <= self.network.options.gap * abs(cost) or current().is_over
 

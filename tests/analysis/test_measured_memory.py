@@ -101,7 +101,7 @@ print(json.dumps(found))
 
 
 def ran(script: str, *arguments: str) -> Any:
-    """What a script prints last, which is JSON."""
+    """Return the last line that a script prints, which is JSON."""
     paths = [ROOT, ROOT / "benchmarks"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(

@@ -1,52 +1,27 @@
 """The timeline against the order of calls that is recorded on a program that runs."""
 
-from typing import Any
-
 import pytest
 import torch
 from broad_cases import broad
-from noting_groups import NotedProducts, NotingGroup
+from noting_groups import noted_pass
 
 import autoparallel
 from autoparallel.analysis.timeline import timeline
 from autoparallel.analysis.training_step import COMMUNICATION
-from autoparallel.mesh import Mesh
-from autoparallel.parallel.simulate import take_layout_part
 from autoparallel.plan import Plan
-from autoparallel.rewrite.emit import emit
-from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.train.models import GPT, GPTConfig
 
 BATCH, SEQUENCE = 3, 4
 
 
 def recorded(model: GPT, plan: Plan, tokens: torch.Tensor, forward: bool) -> list[str]:
-    """What the first rank does in one pass: starts and waits, and the two kinds of products."""
-
-    def work(rank: Any) -> list[str]:
-        notes: list[str] = []
-        noting = NotingGroup(rank.groups[0], notes)
-        program = emit(plan.captured.graph, plan, Ranks(rank.names, (noting,), noting))
-        weights = dict(model.named_parameters())
-        leaves = [
-            take_layout_part(weights[path].detach(), plan.storage[path], (2,), rank.coordinates)
-            .clone()
-            .requires_grad_()
-            for path in program.parameters
-        ]
-        with NotedProducts(notes):
-            outputs, _ = program.run(leaves, [], [], [tokens, tokens], torch.device("cpu"))
-        if not forward:
-            notes.clear()
-            with NotedProducts(notes):
-                outputs[0].backward()
-        return notes
+    """Return the starts, waits and products of two kinds of the first rank in one pass."""
 
     rows = f"({BATCH * SEQUENCE}, "
     kinds = {True: "product", False: "weight"}
     first, second = (
         [note if note[0] != "(" else kinds[note.startswith(rows)] for note in notes]
-        for notes in run_ranks(thread_ranks(Mesh(tp=2)), work)
+        for notes in noted_pass(model, plan, [tokens, tokens], forward)
     )
     assert first == second
     return first

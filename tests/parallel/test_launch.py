@@ -1,4 +1,4 @@
-"""How a process joins the others, and leaves."""
+"""A process joins the others, and waits for its threads when it leaves."""
 
 from __future__ import annotations
 

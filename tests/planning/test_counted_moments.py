@@ -94,7 +94,7 @@ def test_a_limit_knows_of_blocks_that_are_run_again() -> None:
 
 
 def test_what_a_refusal_says_is_enough_is_enough() -> None:
-    """What takes least by one moment alone is tried, too, where several are counted."""
+    """The plan that takes least by one moment alone is tried, too, where several are counted."""
     model, given = build("mlp", 2), inputs_for("mlp", batch=8, sequence=16)
     options: dict[str, Any] = {"mesh": Mesh(dp=2, tp=2), "hardware": "dgx-a100"}
     plan = partial(autoparallel.make_plan, model, example_inputs=given, **options)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from broad_cases import broad
 from changed_plans import blocks_again, copies_again
-from noting_groups import NotedProducts, NotingGroup
+from noting_groups import noted_pass
 from torch import nn
 
 import autoparallel
@@ -20,12 +20,9 @@ from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.analysis.training_step import COMMUNICATION
 from autoparallel.cost.hardware import Hardware, find_hardware
 from autoparallel.errors import PlanError
-from autoparallel.parallel.simulate import take_layout_part
 from autoparallel.plan import Plan
 from autoparallel.planning.gathers_ahead import with_gathers_ahead, without_gathers_ahead
 from autoparallel.planning.plan_check import require_sound
-from autoparallel.rewrite.emit import emit
-from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 WIDTH, ROWS = 24, 12
@@ -119,28 +116,8 @@ def test_loss_and_gradients_are_the_models(mesh: Mesh, demands: tuple[str, ...],
 
 
 def recorded(model: Layers, plan: Plan, x: torch.Tensor, forward: bool) -> list[str]:
-    """What the first rank does in one pass: starts and waits, and products."""
-
-    def work(rank: Any) -> list[str]:
-        notes: list[str] = []
-        noting = NotingGroup(rank.groups[0], notes)
-        program = emit(plan.captured.graph, plan, Ranks(rank.names, (noting,), noting))
-        weights = dict(model.named_parameters())
-        leaves = [
-            take_layout_part(weights[path].detach(), plan.storage[path], (2,), rank.coordinates)
-            .clone()
-            .requires_grad_()
-            for path in program.parameters
-        ]
-        with NotedProducts(notes):
-            outputs, _ = program.run(leaves, [], [], [x], torch.device("cpu"))
-        if not forward:
-            notes.clear()
-            with NotedProducts(notes):
-                outputs[0].backward()
-        return notes
-
-    first, second = run_ranks(thread_ranks(Mesh(dp=2)), work)
+    """Return the starts, waits and products of the first rank in one pass."""
+    first, second = noted_pass(model, plan, [x], forward)
     assert first == second
     return ["product" if note[0] == "(" else note for note in first]
 

@@ -1,10 +1,16 @@
 """Groups of threads that note when collectives begin and are waited for; products are noted too."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from autoparallel.parallel.simulate import take_layout_part
+from autoparallel.plan import Plan
+from autoparallel.rewrite.emit import emit
 from autoparallel.runtime.groups import LocalGroup, Result
+from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.support.torch_private import TorchDispatchMode
 
 
@@ -55,3 +61,36 @@ class NotedProducts(TorchDispatchMode):
         if "mm" in str(function):
             self.notes.append(str(tuple(result.shape)))
         return result
+
+
+def noted_pass(
+    model: nn.Module, plan: Plan, inputs: Sequence[torch.Tensor], forward: bool
+) -> list[list[str]]:
+    """Return the notes of each rank of a plan on one axis: starts, waits and products of a pass.
+
+    inputs: of the model, each rank's alike. forward: whether of the forward pass, or of the
+    backward pass of the first output after it.
+    """
+
+    def work(rank: Any) -> list[str]:
+        notes: list[str] = []
+        noting = NotingGroup(rank.groups[0], notes)
+        assert plan.captured is not None
+        program = emit(plan.captured.graph, plan, Ranks(rank.names, (noting,), noting))
+        weights = dict(model.named_parameters())
+        sizes = tuple(size for _, size in plan.mesh.axes)
+        leaves = [
+            take_layout_part(weights[path].detach(), plan.storage[path], sizes, rank.coordinates)
+            .clone()
+            .requires_grad_()
+            for path in program.parameters
+        ]
+        with NotedProducts(notes):
+            outputs, _ = program.run(leaves, [], [], [*inputs], torch.device("cpu"))
+        if not forward:
+            notes.clear()
+            with NotedProducts(notes):
+                outputs[0].backward()
+        return notes
+
+    return run_ranks(thread_ranks(plan.mesh), work)

@@ -99,27 +99,23 @@ class LazyStage(PipelineStage):
 
     def _fill(self, infos: Iterable[Any]) -> None:
         """Make buffers, where torch has made none."""
-        for info in infos if _MAKES_BUFFERS else ():
-            like = getattr(info, "buffer", None)
-            if like is not None:
-                info.buffer = torch.empty_strided(
-                    like.size(),
-                    like.stride(),
-                    dtype=like.dtype,
-                    device=self.device,
-                    requires_grad=like.requires_grad,
-                )
+        _remake(infos, self.device)
 
 
 def _empty(infos: Iterable[Any]) -> None:
     """Forget buffers, but for their sizes and types."""
+    _remake(infos, torch.device("meta"))
+
+
+def _remake(infos: Iterable[Any], device: torch.device) -> None:
+    """Put buffers of the same sizes and types on a device in the place of those that are there."""
     for info in infos if _MAKES_BUFFERS else ():
-        used = getattr(info, "buffer", None)
-        if used is not None:
+        like = getattr(info, "buffer", None)
+        if like is not None:
             info.buffer = torch.empty_strided(
-                used.size(),
-                used.stride(),
-                dtype=used.dtype,
-                device="meta",
-                requires_grad=used.requires_grad,
+                like.size(),
+                like.stride(),
+                dtype=like.dtype,
+                device=device,
+                requires_grad=like.requires_grad,
             )
