@@ -49,9 +49,9 @@ class Branch:
     def children(self, whole: Problem) -> list[Branch]:
         """Return a branch for each state of a variable that reaches through much of the model.
 
-        whole: the problem without pins, in whose order of variables reach is measured. Such a hub, a
-        tied embedding say, decides for all layers at once, so that the solutions at both ends
-        differ in it and none in between exists. Returns no branches where there is no hub.
+        whole: the problem without pins, in whose order of variables reach is measured. Such a
+        variable, a tied embedding say, decides for all layers at once, so that the solutions at
+        both ends differ in it and none in between exists. Returns no branches where there is none.
         """
         if len(self.ends) < 2:
             return []
