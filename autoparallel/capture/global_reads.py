@@ -80,6 +80,7 @@ class OuterVariables:
         """Return those of a model; the search is not made again where nothing can be new.
 
         >>> layer = nn.Linear(2, 2)
+        >>> _ = OuterVariables(layer)  # the first search imports what libraries import late
         >>> with undisturbed(layer):
         ...     OuterVariables.of(layer) is OuterVariables.of(layer)
         True
