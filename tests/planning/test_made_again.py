@@ -133,6 +133,29 @@ def test_inputs_may_lie_otherwise_on_some_rank() -> None:
     assert first == second
 
 
+def test_a_product_may_be_made_again() -> None:
+    """By a plan that was edited: it leaves no gradient to a gap, and takes in no bias."""
+    program = Program("""
+        i0 = input(4, 6)
+        p1 = parameter(5, 6)
+        p2 = parameter(5)
+        p3 = parameter(6, 5)
+        v0 = F.linear(i0.tanh(), p1, p2)
+        return F.linear(v0.tanh(), p3).tanh()
+    """)
+    subject = Subject(program)
+    # On one rank each bias could be added in the call of its product.
+    for way in (Split(1), *(Split(2, seed, 0.3, True, sparing=True) for seed in range(10))):
+        plan = subject.plan(way)
+        taken = {name for group in plan.recomputed for name in group}
+        names = (op.name for op in plan.ops if "linear" in op.target and op.name not in taken)
+        plan = replace(plan, remade=tuple(names))
+        for ranks in thread_ranks(plan.mesh):
+            source = emit(subject.captured.graph, plan, ranks).source
+            assert source.count("= remade(made_") == len(plan.remade)
+        subject.compare(plan, tuple(program.arguments()), subject.expected)
+
+
 def test_random_numbers_are_drawn_once() -> None:
     """Dropout is kept: its loss and gradients are those of the plan that makes nothing again."""
     model, x, plan = planned(Mesh(dp=2), rate=0.3, recompute="selective")

@@ -72,6 +72,7 @@ def divided(number: Number, on: tuple[int, ...] = (), sparing: bool = False) -> 
         whole=(0.0, 0.5)[number(0, 1)],
         sizes=sizes,
         sparing=number(0, 3) == 3 or sparing,
+        remaking=number(0, 3) == 3,
     )
 
 

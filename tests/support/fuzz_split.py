@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from changed_plans import gathered_anew
 from fuzz_programs import Program
+from noted_copies import noted_copies
 
 import autoparallel
 from autoparallel.capture.export import capture
@@ -61,7 +62,8 @@ class Split:
 
     conversions: about how much a conversion costs for each unit that an op costs. sizes: of the
     mesh's axes, where it has several. whole: by how much an op costs more if it is unsplit.
-    sparing: some copies are dropped and made again, some neighbouring ops are run again.
+    sparing: some copies are dropped and made again, some neighbouring ops are run again. remaking:
+    so are some single ops.
     """
 
     world_size: int
@@ -72,6 +74,7 @@ class Split:
     whole: float = 0.0
     sizes: tuple[int, ...] = ()
     sparing: bool = False
+    remaking: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -197,7 +200,8 @@ class Subject:
         # Any plan must be right: of wide problems a rough solution does, which is found sooner.
         solver.is_searching = True
         plan = plan_of_solution(self.captured, "Model", mesh, network, solver(problem), 1.0)
-        return spared(plan, split.seed) if split.sparing else plan
+        plan = spared(plan, split.seed) if split.sparing else plan
+        return remaking(plan, split.seed) if split.remaking else plan
 
     def check(self, split: Split, coverage: Coverage) -> None:
         """Raise AssertionError where the ranks together give something else than one."""
@@ -230,7 +234,10 @@ class Subject:
         """Compare one plan on one set of inputs."""
         if self.draws:
             expected = _ran(simulate_plan(self.model, self.alone, fresh(inputs), {}, loss_of))
-        made = simulate_plan(self.model, plan, fresh(inputs), {}, loss_of)
+        with noted_copies() as saved:
+            made = simulate_plan(self.model, plan, fresh(inputs), {}, loss_of)
+        # Else they would make copies again in another order, whether or not it shows here.
+        assert all(numbers == saved[0] for numbers in saved), f"ranks save other copies: {saved}"
         assert made.apart <= TOLERANCE, (
             f"ranks that should hold the same are {made.apart:.3g} apart"
         )
@@ -301,6 +308,19 @@ def spared(plan: Plan, seed: int) -> Plan:
     groups = (tuple(names[ends[0] : ends[1]]), tuple(names[ends[2] : ends[3]]))
     recomputed = tuple(group for group in groups if group)
     return gathered_anew(replace(plan, conversions=conversions, recomputed=recomputed))
+
+
+def remaking(plan: Plan, seed: int) -> Plan:
+    """Return the plan with some ops made again one by one: of those that may be."""
+    rng = np.random.default_rng(seed)
+    taken = {name for group in plan.recomputed for name in group}
+    names = [
+        op.name
+        for op in plan.ops
+        if len(op.makes) == 1 and not any(op.kernels) and not _RANDOM.search(op.target)
+    ]
+    some = tuple(name for name in names if name not in taken and rng.integers(2))
+    return replace(plan, remade=some)
 
 
 def _ran(made: Simulation) -> _Ran:
