@@ -19,6 +19,7 @@ from noted_copies import noted_copies
 
 import autoparallel
 from autoparallel.capture.export import capture
+from autoparallel.capture.graph_builder import require_known_sizes
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import CaptureError, UnsupportedOpError
 from autoparallel.graph.graph import Sym
@@ -151,6 +152,8 @@ class Subject:
         try:
             captured = capture(self.model, inputs, {})
             self.captured = replace(captured, graph=run_passes(captured.graph))
+            # Such a model runs as Python.
+            require_known_sizes(self.captured.graph)
         except CaptureError as error:
             if any(reason in str(error) for reason in _REFUSED):
                 raise UnfitError(str(error)) from error
