@@ -19,7 +19,7 @@ from autoparallel.runtime import random_ops as draws
 from autoparallel.runtime.axis_parts import take_part
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
-from autoparallel.runtime.recompute import convert_again, dropping, recomputed
+from autoparallel.runtime.recompute import convert_again, convert_beside, dropping, recomputed
 from autoparallel.runtime.tensor_parts import take_layout_part
 
 S0, R = Shard(0), Replicate()
@@ -355,3 +355,21 @@ def test_a_block_keeps_its_inputs_alone() -> None:
     assert inside[0].expired()
     made.sum().backward()
     torch.testing.assert_close(x.grad, 2 * (2 * X).exp() * (2 * X).exp().cos())
+
+
+def test_a_block_lies_as_it_did_when_it_is_run_again() -> None:
+    """On the rank that keeps what others replace by zeros as on these: ops save the same of it."""
+
+    def work(ranks: Ranks) -> Any:
+        strides = []
+
+        def block(x: torch.Tensor) -> list[torch.Tensor]:
+            pending = convert_beside(x.sin().chunk(2, -1)[0], ranks.groups[0], R, Partial())
+            strides.append(pending.stride())
+            return [pending.cos()]
+
+        x = numbers(3, 8).requires_grad_()
+        dropping(lambda x: recomputed(block, x)[0].sum())(x).backward()
+        return strides
+
+    assert on_each(Mesh(tp=2), work) == [[(4, 1)] * 2] * 2
