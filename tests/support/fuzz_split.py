@@ -35,11 +35,12 @@ from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.support.pytree import flatten
-from planners import Factor, Problem, Variable
+from planners import Factor, Problem, TooWideError, Variable, exact
 
 __all__ = ["Coverage", "Split", "Subject", "UnfitError"]
 
 TOLERANCE = 1e-9
+_MOST_ENTRIES = 2**20
 _RANDOM = re.compile(
     r"drop|rand|bernoulli|normal[._(]|multinomial|exponential|poisson|rrelu|uniform|cauchy|geometric"
 )
@@ -212,7 +213,12 @@ class Subject:
         solver = NetworkSolver(network)
         # Any plan must be right: of wide problems a rough solution does, which is found sooner.
         solver.is_searching = True
-        plan = plan_of_solution(self.captured, "Model", mesh, network, solver(problem), 1.0)
+        try:
+            solution = exact.solve(problem, max_table_entries=_MOST_ENTRIES, memo=solver.memo)
+        except TooWideError:
+            solver.is_wide = solver.several
+            solution = solver(problem)
+        plan = plan_of_solution(self.captured, "Model", mesh, network, solution, 1.0)
         plan = spared(plan, split.seed) if split.sparing else plan
         return remaking(plan, split.seed) if split.remaking else plan
 
