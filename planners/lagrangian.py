@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
+from planners.branch import Branch
 from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
 from planners.effort import current
 from planners.exact_or_conditioned import ExactOrConditioned
@@ -96,36 +94,6 @@ def solve(
             known[:] = search.solutions
 
 
-@dataclass
-class _Node:
-    """A branch of the search: the problem with some variables pinned.
-
-    pins: their states, by name. bound: no assignment of the branch costs less. multiplier: the best
-    one known for the branch. ends: the solutions whose lines meet at that multiplier, one over and
-    one within the limit. possible: per variable, the states that are not forbidden; None for all.
-    most: no bound of the branch exceeds this, as states that cost more may be forbidden.
-    """
-
-    problem: Problem
-    pins: dict[str, int]
-    bound: float
-    multiplier: float = 0.0
-    ends: tuple[Solution, ...] = field(default=())
-    possible: dict[str, NDArray[np.bool_]] | None = None
-    most: float = math.inf
-
-    def holds(self, solution: Solution) -> bool:
-        """Say whether the branch has the solution's assignment."""
-        states = solution.assignment
-        return all(states[name] == state for name, state in self.pins.items()) and (
-            self.possible is None or all(self.possible[name][s] for name, s in states.items())
-        )
-
-    def raise_bound(self, bound: float) -> None:
-        """Take a lower bound on the branch's problem for the branch, if it is a better one."""
-        self.bound = max(self.bound, min(bound, self.most))
-
-
 class _Search:
     """The search within a limit.
 
@@ -156,8 +124,8 @@ class _Search:
 
     def run(self) -> Solution:
         """Explore branches, the one of the lowest bound first; return the best with the bound."""
-        root = _Node(self.problem, {}, -math.inf)
-        nodes, leaves = [root], list[_Node]()
+        root = Branch(self.problem, {}, -math.inf)
+        nodes, leaves = [root], list[Branch]()
         for _ in range(_MOST_BRANCHES):
             node = min(nodes, key=lambda node: node.bound)
             nodes.remove(node)
@@ -171,7 +139,7 @@ class _Search:
                 self.effort.stop()
                 break
             if not self.is_done(node):
-                children = self.branches(node)
+                children = node.children(self.problem)
                 if children:
                     leaves.pop()
                     nodes += children
@@ -203,7 +171,7 @@ class _Search:
             return refine_by_integer_program(self.problem, solution, self.enough)
         return solution
 
-    def explore(self, node: _Node) -> None:
+    def explore(self, node: Branch) -> None:
         """Raise the bound of a branch at its best multiplier; collect good assignments there."""
         try:
             self.search(node)
@@ -223,7 +191,7 @@ class _Search:
             except InfeasibleError:
                 node.raise_bound(math.inf)
 
-    def narrow(self, node: _Node) -> None:
+    def narrow(self, node: Branch) -> None:
         """Forbid what no solution has that is better by half the gap; the rest is solved sooner."""
         if node.possible is not None or self.best is None:
             return
@@ -245,17 +213,17 @@ class _Search:
         """True if the solver's bounds are, so that a prover may have better ones."""
         return not isinstance(self.solver, ExactOrConditioned) or self.solver.is_rough
 
-    def is_enough(self, node: _Node) -> bool:
+    def is_enough(self, node: Branch) -> bool:
         """Say whether a branch cannot hold an assignment that is better by more than the gap."""
         best = self.best
         return best is not None and best.cost - node.bound <= self.enough * abs(best.cost)
 
-    def is_done(self, node: _Node) -> bool:
+    def is_done(self, node: Branch) -> bool:
         """Say whether a branch is left as it is: near enough, or there is no time for more."""
         over = self.effort.is_over and self.best is not None and node.bound > -math.inf
         return over or self.is_enough(node)
 
-    def solved(self, node: _Node, charged: Multiplier, solver: Solver | None = None) -> Solution:
+    def solved(self, node: Branch, charged: Multiplier, solver: Solver | None = None) -> Solution:
         """Return the solution with usage charged; lower_bound is of cost and charge together.
 
         charged: one multiplier, or one per table. solver: another than the search's own.
@@ -293,7 +261,7 @@ class _Search:
             self.solutions.append(solution)
         return solution
 
-    def at(self, node: _Node, multiplier: float, solver: Solver | None = None) -> Solution:
+    def at(self, node: Branch, multiplier: float, solver: Solver | None = None) -> Solution:
         """Return the solution at one multiplier, and raise the bound of the branch by it."""
         if isinstance(self.solver, ExactOrConditioned):
             self.solver.forget()
@@ -302,7 +270,7 @@ class _Search:
         node.raise_bound(solution.lower_bound - charge)
         return solution
 
-    def least(self, node: _Node) -> Solution:
+    def least(self, node: Branch) -> Solution:
         """Return the solution of least usage. Raises OverLimitError if that is over the limit."""
         plain = self.solver(node.problem.usage_alone())
         if self.prover is not None and self.is_rough and not self.problem.fits(plain.cost):
@@ -314,7 +282,7 @@ class _Search:
             raise OverLimitError(plain.cost, plain.lower_bound, self.limit)
         return self.consider(solution)
 
-    def search(self, node: _Node) -> None:
+    def search(self, node: Branch) -> None:
         """Find the multiplier at which the branch's bound is best.
 
         Every assignment is a line over the multiplier (`dual_function`): where the least rising and
@@ -356,7 +324,7 @@ class _Search:
                 over.append(solution)
                 low, run_length = max(low, multiplier), min(run_length, 0) - 1
 
-    def split(self, node: _Node) -> None:
+    def split(self, node: Branch) -> None:
         """Charge more up to some place and less behind it, and the other way round.
 
         At the best multiplier many layers are indifferent between two states. Two charges around it
@@ -382,7 +350,7 @@ class _Search:
                     # The place is known, and charges further apart would find no better one.
                     return
 
-    def move(self, node: _Node, first: float, second: float) -> bool:
+    def move(self, node: Branch, first: float, second: float) -> bool:
         """Charge `first` up to a place and `second` behind it; find the place that just fits.
 
         Gives up, and returns False, where one end's solution just takes the place of the other's.
@@ -418,7 +386,7 @@ class _Search:
                 over = place
         return len(dict.fromkeys(usages.values())) > 2
 
-    def fill(self, node: _Node) -> None:
+    def fill(self, node: Branch) -> None:
         """Adopt changes from other solutions: first to keep the limit, then to use it up."""
         near = sorted(
             self.solutions, key=lambda s: (charged_cost(s, node.multiplier, self.limit), s.usage)
@@ -434,37 +402,6 @@ class _Search:
         if self.best is not None:
             others = within + over
             self.consider(improve_within_limit(self.problem, self.best, others, node.multiplier))
-
-    def branches(self, node: _Node) -> list[_Node]:
-        """Return a branch for each state of a variable that reaches through much of the model.
-
-        Such a hub, a tied embedding say, decides for all layers at once, so that the solutions at
-        both ends differ in it and none in between exists. Returns no branches where there is no
-        hub.
-        """
-        if len(node.ends) < 2:
-            return []
-        one, two = (solution.assignment for solution in node.ends)
-        names = self.problem.names
-        tables, reach = [0] * len(names), [0] * len(names)
-        for scope in self.problem.scopes():
-            for place in scope:
-                tables[place] += 1
-                reach[place] = max(reach[place], *(abs(place - other) for other in scope))
-        hubs = [
-            place
-            for place, name in enumerate(names)
-            if 2 * reach[place] >= len(names) and one[name] != two[name] and name not in node.pins
-        ]
-        if not hubs:
-            return []
-        hub = names[max(hubs, key=lambda place: tables[place])]
-        children = []
-        for state in range(self.problem.variable(hub).size):
-            pins = {**node.pins, hub: state}
-            pinned = node.problem.pinned({hub: state})
-            children.append(_Node(pinned, pins, node.bound, possible=node.possible, most=node.most))
-        return children
 
 
 def _places(problem: Problem) -> list[int]:

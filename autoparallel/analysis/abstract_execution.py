@@ -6,39 +6,27 @@ saved for the backward pass, and the lifetimes of all others, can be read off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import prod
 from typing import Any
 
+from autoparallel.analysis.observed_runs import ObservedRuns, Seen
 from autoparallel.cost.fake_run import (
     FakeTensorSpec,
-    Observed,
     contiguous,
-    observe,
-    runner,
-    skeleton,
 )
-from autoparallel.cost.hardware import device_planned_for
 from autoparallel.cost.saved_tensors import fitted, stand_in
-from autoparallel.cost.stand_in_group import StandInGroup, random_arguments
-from autoparallel.graph.graph import Graph, Node, Ref, Value, hint
+from autoparallel.cost.stand_in_group import StandInGroup
+from autoparallel.graph.graph import Graph, Node, Value, hint
 from autoparallel.graph.part_sizes import local_shape
 from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout
-from autoparallel.plan import Conversion, OpChoice, Plan
+from autoparallel.plan import Conversion, Plan
 from autoparallel.plan.plan_cuts import cuts_of
 from autoparallel.rewrite.conversions import begun_ahead, begun_steps
-from autoparallel.rules.lookup import known_rule
-from autoparallel.rules.rule import Kernel, OpCall, ShardingRule
-from autoparallel.runtime import kernels as runtime_kernels
-from autoparallel.runtime.moves import move
 from autoparallel.runtime.recompute import cuts_are_alike
 
-__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Seen", "Storage"]
-
-# What calls and moves save, by what they are and what they run on.
-Seen = dict[Any, Observed]
+__all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage"]
 
 
 @dataclass(slots=True)
@@ -122,7 +110,6 @@ class AbstractExecution:
         self._remade = frozenset(remade)
         self.graph, self.received = graph, received or {}
         self.sizes = tuple(size for _, size in plan.mesh.axes)
-        self.device = device_planned_for(plan.hardware, plan.options.hardware)
         self.whole = whole_layout(len(self.sizes))
         # Inputs of a whole model are data; those of a traced part come from other parts, and may
         # need gradients.
@@ -144,7 +131,7 @@ class AbstractExecution:
         self._layouts: dict[str, Layout] = {}
         self._routes = {(item.value, item.target): item for item in plan.conversions}
         self._drops = any(item.again for item in plan.conversions) and self._parts_are_alike(plan)
-        self._seen: Seen = {} if seen is None else seen
+        self._observed = ObservedRuns(graph, plan, {} if seen is None else seen)
         self._specs: dict[Any, FakeTensorSpec] = {}
         self._choices = {op.name: op for op in plan.ops}
         self._storage = plan.storage
@@ -300,7 +287,7 @@ class AbstractExecution:
         is ended later, where what came is unpacked.
         """
         local, there = self.locals[number], step.applied(here)
-        axis, source, target = step.axis, step.source, step.target
+        axis, source = step.axis, step.source
         grad = local.spec.requires_grad
         expected = self._fake_spec(value, there)
         if expected.requires_grad != grad:
@@ -313,18 +300,7 @@ class AbstractExecution:
         if isinstance(source, Shard):
             whole = tuple(map(hint, value.shape))
             size = local_shape(whole, here, self.sizes, without=axis)[source.dim]
-        key = ("move", local.spec, group.world_size, source, target, size)
-        if key not in self._seen:
-            run = Movement.NONE if group.world_size == 1 else kind
-            self._seen[key] = observe(
-                lambda x: x if run is Movement.NONE else move(x, group, source, target, size),
-                (Ref(value.name),),
-                {},
-                [local.spec],
-                [expected],
-                ("meta", "zeros"),
-            )
-        seen = self._seen[key]
+        seen = self._observed.move(value, local.spec, expected, group, step, size)
         is_copy = seen.storages[0] >= 1
         storage = local.storage
         if is_copy:
@@ -358,7 +334,7 @@ class AbstractExecution:
         )
         operands = tuple(self.locals[number].spec for number in reads)
         expected = tuple(map(self._fake_spec, node.results, choice.results))
-        seen = self._observed(node, choice, operands, expected)
+        seen = self._observed.call(node, choice, operands, expected)
         if seen.assumed:
             self.assumed.append(node.name)
         now = len(self.moments)
@@ -396,85 +372,3 @@ class AbstractExecution:
             self._inside[1].add(value.name)
         moment = Moment(node.name, region, reads, tuple(makes), backward=seen.backward)
         self.moments.append(moment)
-
-    def _observed(
-        self,
-        node: Node,
-        choice: OpChoice,
-        operands: tuple[FakeTensorSpec, ...],
-        expected: tuple[FakeTensorSpec, ...],
-    ) -> Observed:
-        """Run the call on this rank's parts without data, and return what it saved; calls that run
-        alike run once.
-        """
-        split = choice.operands if any(choice.kernels) else ()
-        written = (skeleton(node.args), skeleton(node.kwargs))
-        key = (node.target, written, operands, expected, choice.kernels, split)
-        if key in self._seen:
-            return self._seen[key]
-        call = OpCall.of(self.graph, node)
-        rule = known_rule(call)
-        args, kwargs = node.args, dict(node.kwargs)
-        shards = any(isinstance(item, Shard) for layout in choice.results for item in layout)
-        if rule is not None and rule.local_args is not None and shards:
-            args = rule.local_args(call, tuple(result.shape for result in expected))
-        if any(choice.kernels):
-            assert rule is not None
-            function = self._kernels(call, rule, choice)
-            seen = observe(
-                function, args, kwargs, operands, expected, ("meta", "zeros"), backward=True
-            )
-        else:
-            if rule is not None and rule.random:
-                kwargs |= random_arguments(expected[0].shape)
-            function = runner(node.target, rule, self.device)
-            seen = observe(function, args, kwargs, operands, expected, backward=True)
-        self._seen[key] = seen
-        return seen
-
-    def _kernels(self, call: OpCall, rule: ShardingRule, choice: OpChoice) -> Callable[..., Any]:
-        """Return the kernels of a call as one function: of several, those that run the op itself
-        run the next one.
-        """
-        kernels: list[tuple[Kernel, dict[str, Any]]] = []
-        for axis, name in enumerate(choice.kernels):
-            if name:
-                kernel, sizes = self._kernel(call, rule, choice, axis)
-                group = StandInGroup(self.sizes[axis])
-                kernels.append((kernel, {"group": group, **sizes, **dict(kernel.arguments)}))
-        run: Callable[..., Any] | None = None
-        # Of those that run another, that of the outermost axis is called first.
-        kernels.reverse()
-        for kernel, options in sorted(kernels, key=lambda item: item[0].wraps):
-            inner = {} if run is None else {"run": run}
-            run = partial(getattr(runtime_kernels, kernel.name), **options, **inner)
-        assert run is not None
-        return run
-
-    def _kernel(
-        self, call: OpCall, rule: ShardingRule, choice: OpChoice, axis: int
-    ) -> tuple[Kernel, dict[str, int]]:
-        """Return the kernel that splits a loop on an axis, and the sizes that it is told: the
-        loop's, and that of a loop that it splits together with it, without that split.
-        """
-        name = choice.kernel(axis)
-        kernel: Kernel | None = None
-        sizes: dict[str, int] = {}
-        others: tuple[str, ...] = ()
-        for value, dims, layout in zip(call.operands, rule.operands, choice.operands, strict=True):
-            shard = layout[axis]
-            if not isinstance(shard, Shard):
-                continue
-            whole = tuple(hint(size) for size in value.shape)
-            size = local_shape(whole, layout, self.sizes, without=axis)[shard.dim]
-            for loop in dims[shard.dim]:
-                by = rule.kernel_of(loop, name)
-                if kernel is None and by is not None:
-                    kernel, sizes["size"] = by, size
-                    exchange = rule.exchanges.get(loop)
-                    others = exchange.loops if exchange and exchange.kernel is by else ()
-                elif loop in others:
-                    sizes.setdefault("extent", size)
-        if kernel is None:
-            raise AssertionError(f"{call.node.name}: a kernel without a split operand")
-        return kernel, sizes

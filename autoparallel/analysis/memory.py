@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from autoparallel.analysis.abstract_execution import AbstractExecution, Seen
+from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory_account import (
     Account,
@@ -18,6 +18,7 @@ from autoparallel.analysis.memory_account import (
     grouped,
     resident,
 )
+from autoparallel.analysis.observed_runs import Seen
 from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.errors import PlanError
 from autoparallel.graph.graph import Graph

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from autoparallel.analysis.abstract_execution import Seen
 from autoparallel.analysis.memory import memory_of
 from autoparallel.analysis.memory_account import Account
+from autoparallel.analysis.observed_runs import Seen
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.graph.captured import Captured
 from autoparallel.options import Options

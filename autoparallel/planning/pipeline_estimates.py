@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.abstract_execution import Seen
+from autoparallel.analysis.observed_runs import Seen
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
 from autoparallel.analysis.pipeline_walk import held_together
 from autoparallel.analysis.timeline import passes_of_stage

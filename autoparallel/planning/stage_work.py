@@ -10,9 +10,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.abstract_execution import AbstractExecution, Seen
+from autoparallel.analysis.abstract_execution import AbstractExecution
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory_account import resident
+from autoparallel.analysis.observed_runs import Seen
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.inert_calls import inert_calls

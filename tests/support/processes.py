@@ -1,5 +1,6 @@
 """Run a function in several gloo processes on this machine."""
 
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -146,6 +147,8 @@ def _work(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # A rank that native code ends says where it was, on the errors of the test.
+    faulthandler.enable(sys.__stderr__)
     # The server has done so for its forks: in one of them it would copy all that they share.
     if not gc.get_freeze_count():
         collect_rarely()

@@ -47,7 +47,37 @@ def functional_collectives() -> Any:
     """
     names = ["all_reduce", "all_reduce_", "all_gather_into_tensor", "reduce_scatter_tensor"]
     names += ["all_to_all_single", "wait_tensor"]
-    return SimpleNamespace(**{name: _past_autograd(name) for name in names})
+    ops = {name: _past_autograd(name) for name in names}
+    ops["all_gather_into_tensor"] = _gathers_alone(ops["all_gather_into_tensor"])
+    return SimpleNamespace(**ops)
+
+
+def _gathers_alone(several: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the gather that takes one tensor and not a list of them, as `several` does inside.
+
+    Two threads of gloo write down the name of the op that each ended last, in one string without a
+    lock (torch 2.11 to 2.15). Names of up to 15 letters lie in the string itself, and nothing comes
+    of it; that of a gather of a list is longer, is allocated, and was freed by both: processes that
+    had two collectives on their way ended (AddressSanitizer: a double free in
+    ProcessGroupGloo::runLoop). Under a tracer or a counter `several` is called, by its usual name.
+    """
+    from torch.utils._python_dispatch import _get_current_dispatch_mode as current_mode
+
+    direct = torch.ops._c10d_functional.all_gather_into_tensor_out.default._op
+    below, is_compiling = torch._C._AutoDispatchBelowAutograd, torch.compiler.is_compiling
+
+    def call(x: torch.Tensor, count: int, group: str) -> Any:
+        if is_compiling() or current_mode() is not None:
+            return several(x, count, group)
+        with below():
+            out = x.new_empty((count * x.size(0), *x.shape[1:]))
+            if x.is_complex():
+                direct(torch.view_as_real(x), count, group, out=torch.view_as_real(out))
+            else:
+                direct(x, count, group, out=out)
+        return out
+
+    return call
 
 
 def _past_autograd(name: str) -> Callable[..., Any]:
