@@ -109,7 +109,12 @@ class EasedPlans:
         if (mode, eased.price) not in self.alike:
             solve, problem = NetworkSolver(network), network.problem(1.0, self.pins)
             quickest = solved_or_refused(lambda: solve(problem))
-            self.alike[mode, eased.price] = eased.solved(solve, problem, quickest)
+            # Nothing is kept in another way without a limit, and the next network has no problem.
+            self.alike[mode, eased.price] = replace(
+                eased.solved(solve, problem, quickest),
+                factor_alternatives=(),
+                variable_alternatives=(),
+            )
         solution = self.alike[mode, eased.price]
         if set(modes) - {mode}:
             network = self._network("auto", modes)
