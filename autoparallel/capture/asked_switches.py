@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from autoparallel.capture.variable_search import is_own_code
+from autoparallel.capture.searched_values import is_own_code
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import ABSENT, Answer, AttributeRead, Where
 
-__all__ = ["Switches", "refusing_contexts", "untold", "watching_gradient_mode"]
+__all__ = ["SWITCHES", "Switches", "refusing_contexts", "untold", "watching_gradient_mode"]
 
 _lock = threading.Lock()
 _records: dict[int, list[list[str]]] = {}
@@ -73,13 +73,13 @@ def watching_gradient_mode(record: list[str]) -> Iterator[None]:
 # known of every call. The first two are answered as around it: no trace runs in that mode, and a
 # trace has a seed of its own.
 _AROUND = ("is_inference_mode_enabled", "initial_seed")
-_NAMES = (
+SWITCHES = (
     *("is_inference_mode_enabled", "are_deterministic_algorithms_enabled", "is_anomaly_enabled"),
     *("is_deterministic_algorithms_warn_only_enabled", "is_anomaly_check_nan_enabled"),
     *("get_num_threads", "get_num_interop_threads", "get_float32_matmul_precision"),
     *("get_deterministic_debug_mode", "initial_seed"),
 )
-_functions: dict[str, Callable[[], Any]] = {name: getattr(torch, name) for name in _NAMES}
+_functions: dict[str, Callable[[], Any]] = {name: getattr(torch, name) for name in SWITCHES}
 _environment: Any = type(os.environ)
 _get_variable = _environment.__getitem__
 # The standard library's own ways to a variable of the environment.
@@ -133,7 +133,7 @@ class Switches:
         global _installed
         with _lock:
             _installed += 1
-            for name in _NAMES:
+            for name in SWITCHES:
                 setattr(torch, name, _answering(name))
             _environment.__getitem__ = _variable
         before, _watching.switches = _watching.switches, self
@@ -164,7 +164,8 @@ def _answering(name: str) -> Callable[[], Any]:
 def _variable(environment: Any, name: str) -> Any:
     """Return a variable of the environment, and note which one a forward has read."""
     switches = _watching.switches
-    if switches is not None and environment is os.environ:
+    ours = (os.environ, getattr(os, "environb", None))
+    if switches is not None and any(environment is one for one in ours):
         depth = 1
         while str(sys._getframe(depth).f_globals.get("__name__", "")) in _WAYS:
             depth += 1

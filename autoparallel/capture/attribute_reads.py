@@ -128,9 +128,9 @@ class AttributeReads:
         elif any(name in vars(kind) for kind in type(instance).__mro__):
             where = Where.CLASS
             owner = next(kind for kind in type(instance).__mro__ if name in vars(kind))
-            if owner is nn.Module:
-                return  # torch's own methods
             value = vars(owner)[name]
+            if owner is nn.Module and not isinstance(value, SIMPLE):
+                return  # torch's own methods
             if hasattr(type(value), "__set__") and not isinstance(value, property):
                 where = Where.ASKED  # a slot: the value is in the object
                 value = object.__getattribute__(instance, name)
@@ -318,7 +318,7 @@ def moving_error(names: Sequence[str]) -> CaptureError:
     names: of the attributes, each with the kind of object.
     """
     return CaptureError(
-        f"the forward reads {', '.join(names)}",
+        f"the forward reads {', '.join(dict.fromkeys(names))}",
         why="it gives something else at each call, and a graph does the same at every call",
         fix="pass what it gives as an argument, or keep it in a module that is not traced",
     )

@@ -145,6 +145,9 @@ def census_of(
             copy = torch.empty_like(tensor, device="meta", requires_grad=False)
         else:
             copy = mode.from_tensor(tensor.detach())
+        if type(tensor) is nn.Parameter and type(copy) is torch.Tensor:
+            # A forward that asks for the type of a parameter goes another way in a trace.
+            copy.__class__ = nn.Parameter
         return copy.requires_grad_(trained)
 
     forward = _Forward(model)

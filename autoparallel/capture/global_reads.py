@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from autoparallel.capture.library_questions import compares_objects
 from autoparallel.capture.outside_answers import asking_code
+from autoparallel.capture.searched_values import is_own_code
 from autoparallel.capture.variable_search import searched
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, Answer, AttributeRead
 from autoparallel.support.model_snapshot import lent, untouched
@@ -29,16 +31,17 @@ __all__ = ["OuterVariables", "global_reads", "undisturbed"]
 def global_reads(model: nn.Module) -> tuple[AttributeRead, ...]:
     """Return the global and enclosed variables that forwards in a model may read, as they are.
 
-    Numbers, texts and the like count, small containers of them, and those that a module, a class or
-    an object has to which a global variable refers. Functions are followed inside of the package
+    Numbers, texts and the like count, containers of them, and those that a module, a class or an
+    object has to which a global variable refers; also functions that are called by their names, or
+    by none, as `__call__` of a module's class is. Functions are followed inside of the package
     that the model's class is from.
 
     >>> import autoparallel.capture.variable_search as here
     >>> class Limited(nn.Module):
     ...     def forward(self, x):
     ...         return x.clamp(max=here._DEEPEST)
-    >>> [(read.name, read.value) for read in global_reads(Limited())]
-    []
+    >>> [read.name for read in global_reads(Limited())]
+    ['__call__']
     """
     return searched(model).reads()
 
@@ -77,6 +80,7 @@ class OuterVariables:
         """Return those of a model; the search is not made again where nothing can be new.
 
         >>> layer = nn.Linear(2, 2)
+        >>> _ = OuterVariables(layer)  # the first search imports what libraries import late
         >>> with undisturbed(layer):
         ...     OuterVariables.of(layer) is OuterVariables.of(layer)
         True
@@ -106,6 +110,13 @@ class OuterVariables:
     def walks(self) -> bool:
         """Return whether forwards may go from node to node in what autograd has recorded."""
         return any("next_functions" in code.co_names for code in self.codes)
+
+    def compares_objects(self) -> bool:
+        """Return whether the user's own code may ask whether two tensors are one object."""
+        return any(
+            is_own_code(str(around.get("__name__"))) and compares_objects(code)
+            for code, around in self.codes.items()
+        )
 
     def changed(self) -> tuple[str, ...]:
         """Return the names of variables that have other values now, or were not there before."""

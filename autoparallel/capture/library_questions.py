@@ -13,12 +13,13 @@ import functools
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from autoparallel.graph.attribute_read import (
+    ABSENT,
     SIMPLE,
     Answer,
     AttributeRead,
@@ -28,7 +29,8 @@ from autoparallel.graph.attribute_read import (
 )
 from autoparallel.support.torch_private import COMPILER
 
-__all__ = ["Question", "names_looked_up", "questions_in"]
+__all__ = ["Question", "asked_by_identity", "compares_objects", "names_looked_up"]
+__all__ += ["questions_in", "ways_in"]
 
 # A step is ("attribute", name) or ("call", constant arguments); a way begins with a name.
 Step = tuple[str, Any]
@@ -45,8 +47,9 @@ _NOT_ASKED = (
 _WATCHED = ("autocast", "grad_enabled", "is_compiling", "is_exporting", "is_dynamo_compiling")
 _NUMBERS = ("math", "cmath", "numpy")  # their numbers are constants
 # Kinds of values that are no settings: types of tensors, devices.
+_MOST = 32  # items of a container that is an answer
 _KINDS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_ABSENCE = frozenset(("getattr", "hasattr"))
+_ABSENCE = frozenset(("getattr", "hasattr", "attrgetter", "methodcaller"))
 _SKIPPED = frozenset(("CACHE", "EXTENDED_ARG", "PUSH_NULL", "PRECALL", "NOP", "RESUME"))
 _NAMES = ("LOAD_GLOBAL", "LOAD_NAME")
 
@@ -59,7 +62,7 @@ class Question:
 
     def __init__(self, text: str, ask: Callable[[], Any], value: Any) -> None:
         self.text, self.ask, self.value = text, ask, value
-        container = isinstance(value, (list, dict)) and len(value) <= Contents.MOST
+        container = isinstance(value, (list, dict)) and len(value) <= _MOST
         self.is_plain = isinstance(value, SIMPLE) or Contents.fit(value) or container
 
     def read(self) -> AttributeRead:
@@ -86,18 +89,17 @@ def questions_in(
     for name in _imports_in(code) if code.co_exceptiontable else ():
         if not _has(name):  # what the forward does without it, it does until it is there
             yield Question(f"import {name}", functools.partial(_has, name), False)
-    for root, steps in _ways_in(code):
+    for root, steps in ways_in(code):
         ask = functools.partial(_answer, root, steps, variables, is_library)
         try:
             value = ask()
         except Exception:  # whatever a library raises: the forward is told so itself
             continue
         text = root + "".join(_shown(step) for step in steps)
-        if isinstance(value, types.ModuleType) and absence:
-            for name in texts:
-                if not hasattr(value, name):
-                    has = functools.partial(hasattr, value, name)
-                    yield Question(f"hasattr({text}, {name!r})", has, False)
+        if isinstance(value, (types.ModuleType, type)) and absence:
+            yield from _by_text(text, value, texts, is_library)
+        if steps and steps[-1][0] == "attribute":
+            yield from asked_by_identity(text, value, is_library)
         if value is sys.modules:
             for name in texts:
                 yield Question(f"{name!r} in {text}", functools.partial(_has, name), _has(name))
@@ -108,6 +110,51 @@ def questions_in(
                 yield asked
             elif called and isinstance(value, (tuple, torch.Tensor)):
                 yield asked  # it cannot be compared
+
+
+def asked_by_identity(
+    text: str, value: Any, is_library: Callable[[str], bool]
+) -> Iterator[Question]:
+    """Yield the question that a function of a library is, which code may call by another name.
+
+    text: by which code comes to it. value: the function, or a partial of it; anything else is none.
+
+    >>> import gc
+    >>> [question.text for question in asked_by_identity("asks", gc.isenabled, lambda name: True)]
+    ['asks()']
+    """
+    function = value.func if isinstance(value, functools.partial) else value
+    if not isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
+        return
+    home = str(function.__module__ or "")
+    if not home or not is_library(home) or not _is_question(home, function.__name__):
+        return
+    try:
+        answer = value()
+    except Exception:  # it takes arguments
+        return
+    asked = Question(f"{text}()", value, answer)
+    if asked.is_plain or isinstance(answer, (tuple, torch.Tensor)):
+        yield asked
+
+
+def _by_text(
+    text: str, owner: Any, names: Iterable[str], is_library: Callable[[str], bool]
+) -> Iterator[Question]:
+    """Yield what code may ask a library's module or class for by a name that is a text.
+
+    text: by which code comes to the owner.
+    """
+    for name in names:
+        if not hasattr(owner, name):
+            has = functools.partial(hasattr, owner, name)
+            yield Question(f"hasattr({text}, {name!r})", has, False)
+            continue
+        value = getattr(owner, name)
+        yield from asked_by_identity(f"{text}.{name}", value, is_library)
+        asked = Question(f"{text}.{name}", functools.partial(getattr, owner, name, ABSENT), value)
+        if asked.is_plain and not isinstance(value, _KINDS):
+            yield asked
 
 
 def names_looked_up(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
@@ -122,9 +169,26 @@ def names_looked_up(code: types.CodeType) -> tuple[frozenset[str], frozenset[str
     asks, catches = not _ABSENCE.isdisjoint(code.co_names), bool(code.co_exceptiontable)
     texts = [text for text in _texts_in(code) if text.isidentifier()]
     attributes = [*texts] * asks + [*code.co_names] * catches
-    roots = [root for root, _ in _ways_in(code)] * catches
+    roots = [root for root, _ in ways_in(code)] * catches
     variables = [*texts] * ("globals" in code.co_names) + roots
     return frozenset(attributes), frozenset(variables)
+
+
+@functools.lru_cache(maxsize=4096)
+def compares_objects(code: types.CodeType) -> bool:
+    """Return whether code compares two objects by `is`, and neither of them is a constant.
+
+    >>> compares_objects((lambda x, y: x is y).__code__)
+    True
+    >>> compares_objects((lambda x: x is None).__code__)
+    False
+    """
+    before = ""
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and before != "LOAD_CONST":
+            return True
+        before = step.opname
+    return False
 
 
 def _has(name: str) -> bool:
@@ -181,7 +245,7 @@ def _imports_in(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _ways_in(code: types.CodeType) -> tuple[Way, ...]:
+def ways_in(code: types.CodeType) -> tuple[Way, ...]:
     """Return the ways in code: a name, and the attributes and calls with constants behind it."""
     ways: dict[Way, None] = {}
     imported: dict[str, str] = {}

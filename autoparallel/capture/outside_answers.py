@@ -51,7 +51,7 @@ _ENDS: Mapping[str, frozenset[str]] = {
     "posix": _SYSTEM,
     "_io": _FILES,
     "io": _FILES,
-    "builtins": _names("input id __subclasses__"),
+    "builtins": _names("input id __subclasses__ eval exec"),
     "sys": _FRAMES,
     "gc": _LIVING,
     "decimal": _names("getcontext localcontext"),
@@ -59,7 +59,8 @@ _ENDS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("resource", "_uuid", "_posixsubprocess", "_socket"), _ANY),
 }
 # They count where the user's own code calls them: libraries do so for purposes of their own.
-_DIRECT = _names("id _getframe getrefcount read")
+_DIRECT = _names("id _getframe getrefcount getrecursionlimit read eval exec")
+_TEXTS = _names("eval exec")  # they run code that is a text, of which no name is known
 # Python modules by which code asks, with the names that it then has.
 _WAYS: Mapping[str, frozenset[str]] = {
     "time": _CLOCKS,
@@ -120,8 +121,9 @@ def may_ask(names: Iterable[str], variables: Mapping[str, Any]) -> bool:
         else:
             home, asked = getattr(value, "__module__", None) or "", frozenset([name])
             asked |= {str(getattr(value, "__name__", ""))}
-            # Such as the class datetime, whose methods ask.
-            asked |= known if isinstance(value, type) and home in _ENDS else frozenset()
+            # Such as the class datetime, or a path, whose methods ask.
+            methods = isinstance(value, type) and home in _ENDS
+            asked |= known if methods or home == "pathlib" else frozenset()
         home = home if home in _WAYS else home.partition(".")[0]
         if home in _WAYS and (not _WAYS[home] or not asked.isdisjoint(_WAYS[home])):
             return True
@@ -180,8 +182,17 @@ def asking_code(
                 found[other] = around
                 todo.append((other, around))
     asks = any(may_ask(code.co_names, variables) for code, variables in found.items())
+    asks = asks or any(map(_runs_text, found))
     asks = asks or any(may_ask((_name(each),), {_name(each): each}) for each in kept)
     return found if asks else {}
+
+
+def _runs_text(code: types.CodeType) -> bool:
+    """Return whether code runs code that is a text. Methods are no matter, as of `model.eval()`."""
+    return not _TEXTS.isdisjoint(code.co_names) and any(
+        step.opname == "LOAD_GLOBAL" and step.argval in _TEXTS
+        for step in dis.get_instructions(code)
+    )
 
 
 def _name(function: Any) -> str:
@@ -327,7 +338,9 @@ class OutsideAnswers:
             if name != "seed" or not isinstance(owner, random.Random) or _seed_of(frame):
                 return
             home, name = "random", "Random"
-        asker = self._asker(frame, name in _DIRECT)
+        # By inspect.stack(), say; inspect.signature() asks other things for purposes of its own.
+        through = ("inspect",) if name == "_getframe" else ()
+        asker = self._asker(frame, name in _DIRECT, through)
         if asker is not None:
             shown = {"posix": "os.", "_io": "", "io": "", "builtins": ""}.get(home, f"{home}.")
             line = f"{asker.f_code.co_filename}:{asker.f_lineno}"
@@ -341,11 +354,16 @@ class OutsideAnswers:
         where = (("cell", Answer(ask)),)
         self.levels[name] = AttributeRead("", where, name, Where.ENCLOSED, ask())
 
-    def _asker(self, frame: types.FrameType | None, direct: bool) -> types.FrameType | None:
-        """Return the frame of the user's code that asks, None where others do for themselves."""
+    def _asker(
+        self, frame: types.FrameType | None, direct: bool, through: tuple[str, ...]
+    ) -> types.FrameType | None:
+        """Return the frame of the user's code that asks, None where others do for themselves.
+
+        direct: the user's code has to ask itself, or through these packages.
+        """
         while frame is not None and frame.f_code not in self.codes:
             package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if package in _OTHERS or (direct and package != "inspect"):
+            if package in _OTHERS or (direct and package not in through):
                 return None
             frame = frame.f_back
         return frame

@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from autoparallel.capture.library_names import torch_functions
+from autoparallel.graph.attribute_read import AttributeRead, Where
+from autoparallel.graph.read_holders import Version
 from autoparallel.support.object_state import bytes_of
 from autoparallel.support.pytree import SYMBOLIC
+from autoparallel.support.replaced_functions import refuse_replaced
 from autoparallel.support.torch_private import calling_module, hint_of
 
 __all__ = ["SeenCalls"]
@@ -26,6 +30,11 @@ _MOST_BYTES = 1 << 16  # of an array whose numbers are compared
 # Of the ops that mark where a checkpoint begins, and the like, and of those that are Functions; of
 # algorithms that torch shows as one function only of tensors that are not plain.
 _OWN = ("autoparallel", "autograd_function", "_lowrank", "_lobpcg", "_linalg_utils")
+# Functions that give Python the numbers in a tensor.
+_NUMBERS = frozenset(
+    "item tolist numpy is_nonzero equal allclose __array__ __float__ __int__ __bool__ __index__ "
+    "__complex__ __contains__ __format__".split()
+)
 _DIGITS = 12  # a number that follows from symbolic sizes may be rounded otherwise
 _ARRAYS = ("numpy", "array")
 _OF_SIZES = ("sym_", "_sym_")
@@ -36,7 +45,8 @@ class SeenCalls(TorchFunctionMode):
     """A mode that notes which functions of torch make tensors, with the numbers they are given.
 
     Of tensors, devices and other objects only the kind is noted: a run on another device is not
-    another one. calls: what was noted. unknown: whether a number was given that follows from the
+    another one. calls: what was noted. constants: tensors outside of the trace whose
+    numbers Python was given. unknown: whether a number was given that follows from the
     values of tensors. rests: whether nothing is noted.
 
     >>> first, second = SeenCalls(), SeenCalls()
@@ -51,11 +61,13 @@ class SeenCalls(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[tuple[Any, ...], None] = {}
+        self.constants: dict[int, torch.Tensor] = {}
         self.unknown = self.rests = False
 
     def __torch_function__(
         self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        refuse_replaced(function)
         # What a watch of this project calls for itself is no call of the forward's, nor is what
         # tensors without numbers do in place of others: they iterate to make a list.
         caller = calling_module(sys._getframe(1))
@@ -63,6 +75,9 @@ class SeenCalls(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         ours = caller.startswith("autoparallel.") or home.rpartition(".")[2] in _OWN
         result = function(*args, **(kwargs or {}))
+        if args and type(args[0]) is torch.Tensor and name in _NUMBERS:
+            # It is no tensor of the trace, and others may write other numbers to it.
+            self.constants[id(args[0])] = args[0]
         # What is read of a tensor, or computed of sizes, is seen where it is used; and a mode that
         # is switched, as a checkpoint does with gradients, is no computation.
         of_sizes = name == "__get__" or name.startswith(_OF_SIZES)
@@ -109,9 +124,19 @@ class SeenCalls(TorchFunctionMode):
         finally:
             self.rests = before
 
+    def reads(self) -> tuple[AttributeRead, ...]:
+        """Return what has to stay as it is: the functions' names, and the constants' numbers."""
+        versions = [
+            AttributeRead("", (("cell", Version(one)),), "_version", Where.ENCLOSED, one._version)
+            for one in self.constants.values()
+            if not one.is_inference()
+        ]
+        return (*torch_functions(call[0] for call in self.calls), *versions)
+
     def clear(self) -> None:
         """Forget all calls, as for another attempt."""
         self.calls.clear()
+        self.constants.clear()
         self.unknown = False
 
     def difference(self, other: SeenCalls) -> str:

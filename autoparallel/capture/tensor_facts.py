@@ -30,6 +30,11 @@ __all__ = ["TensorFacts"]
 # Properties that stay as they are during a call, and those that are a matter of the moment.
 _LASTING = ("requires_grad", "is_leaf", "retains_grad", "is_inference")
 _PASSING = ("grad", "_version")
+_MOST_PAIRED = 16  # inputs that are compared with one another
+# Functions that give the memory of a tensor, which may be larger than the tensor.
+_MEMORY = frozenset(
+    getattr(torch.Tensor, name) for name in ("untyped_storage", "storage", "_typed_storage")
+)
 # Functions that tell of the order in which the numbers of a tensor lie.
 _ORDERS = (torch.Tensor.is_contiguous, torch.Tensor.stride, torch.Tensor.storage_offset)
 
@@ -92,6 +97,12 @@ class TensorFacts(TorchFunctionMode):
     ) -> Any:
         if function in _ORDERS and id(args[0]) in self.numbers and _asked_by_user():
             self.order(function, args[0], (*args[1:], *(kwargs or {}).values()))
+        if function in _MEMORY and id(args[0]) in self.numbers and _asked_by_user():
+            raise self.refuse(
+                f"the forward asks for the memory of its input {self.numbers[id(args[0])]}",
+                "the input may be a part of other memory in the next call",
+                "ask for the size of the tensor: x.numel() * x.element_size()",
+            )
         name = _names().get(function)
         if name == "grad" and _sets_to_zero(sys._getframe(1)):
             raise self.refuse(
@@ -122,6 +133,20 @@ class TensorFacts(TorchFunctionMode):
             "a trace has tensors of its own, of which this may be another",
             "keep what reads it in a module of its own, which stays Python, or pass it as an "
             "argument",
+        )
+
+    def pairs(self, count: int) -> tuple[TensorRead, ...]:
+        """Return which inputs are one object: the tracer has another tensor for each of them.
+
+        count: the number of inputs.
+        """
+        given = self.inputs
+        return tuple(
+            TensorRead(
+                number, "is", given is not None and given[number] is given[other], None, other
+            )
+            for number in range(min(count, _MOST_PAIRED))
+            for other in range(number)
         )
 
     def order(self, function: Any, tensor: torch.Tensor, arguments: tuple[Any, ...]) -> None:

@@ -181,8 +181,10 @@ class FlatForward(nn.Module):
             for name in self.wanted.outer.unwatched.get(type(module), ()):
                 self.reads.note(module, name)
         reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
-        reads += (*self.levels.values(), *self.wanted.outer.reads())
+        reads += (*self.levels.values(), *self.wanted.outer.reads(), *self.wanted.seen.reads())
         given, own = tuple(self.facts.given), held_among(self.model, flat)
+        if self.wanted.outer.compares_objects():
+            given += self.facts.pairs(len(tensors))
         numbers = self.numbers
         self.remember(Ran(skeleton, changes, written, reads, gradients, given, own, numbers))
         return tuple(flat)

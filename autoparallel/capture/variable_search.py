@@ -17,13 +17,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoparallel.capture.library_questions import names_looked_up, questions_in
+from autoparallel.capture.found_reads import CALLABLE, FoundReads
+from autoparallel.capture.library_names import named
+from autoparallel.capture.library_questions import asked_by_identity
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
-from autoparallel.capture.outside_answers import NOTATIONS
+from autoparallel.capture.searched_values import (
+    builtins_of,
+    has_own,
+    is_added,
+    is_home_left_out,
+    is_left_out,
+    is_name,
+    is_own_code,
+    is_own_kind,
+    is_setting,
+    name_of_function,
+    names_in_methods,
+)
 from autoparallel.graph.attribute_read import (
-    ABSENT,
     SIMPLE,
-    Answer,
+    UNKNOWN,
     AttributeRead,
     Cell,
     Contents,
@@ -31,32 +44,35 @@ from autoparallel.graph.attribute_read import (
     kept_of,
     name_of,
 )
+from autoparallel.graph.read_holders import (
+    Items,
+    Namespace,
+)
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import (
     bytes_of,
     caches_in,
     functions_in,
+    is_bound,
     is_closed,
-    is_of_library,
     moves_on,
     own_attributes,
     random_state,
     special_methods,
 )
 
-__all__ = ["VariableSearch", "is_own_code", "searched"]
+__all__ = ["VariableSearch", "searched"]
 
-# Packages whose own settings are not looked at; the standard library is none either.
-_LEFT_OUT = {"torch", "numpy", "autoparallel", *NOTATIONS, *sys.stdlib_module_names} - {"__main__"}
 # Containers to which code writes, whatever is in them.
 _WRITTEN = (
     *(list, dict, set, collections.deque, bytearray),
     *(types.SimpleNamespace, argparse.Namespace),
 )
-_INTERPRETERS = {"builtins", "io", "_io", "_sitebuiltins"}
-_CALLABLE = (types.BuiltinFunctionType, types.MethodType, types.FunctionType)
-# By these a function looks up Python modules, and attributes past `__getattribute__` of the object.
 _GRADIENTS = torch.is_grad_enabled
+# By these code comes to variables and attributes by names that it may put together when it runs.
+_NAMESPACES = {"globals", "__globals__"}
+_LOOKING_UP = {"getattr", "vars", "__dict__", "attrgetter", "__getattribute__"}
+# By these a function looks up Python modules, and attributes past `__getattribute__` of the object.
 _IMPORTING = {"import_module", "__import__", "modules"}
 _PAST = {"__getattribute__", "getattr_static", "__getattr__"}
 _MOST_BYTES = 1 << 20  # of an object whose memory is compared at each call
@@ -82,7 +98,7 @@ def searched(model: nn.Module) -> VariableSearch:
     return walk
 
 
-class VariableSearch:
+class VariableSearch(FoundReads):
     """The search from function to function.
 
     found: the reads, by the name of the Python module and the names from there. seen: the functions
@@ -95,33 +111,33 @@ class VariableSearch:
     classes of objects that modules or variables refer to; True where they refer to the class, of
     which code may make an object. kept: functions that modules refer to. names: those in all code
     that was looked at. absent: those of attributes that the code under way may find to be absent.
+    classes: helpers whose methods are still to be taken up, which happens while helping.
+    looks_up: whether that code may come to attributes by names that it puts together.
     asks_gradients: whether something refers to the function of torch that says if gradients are
-    recorded, so that it may be called by another name.
+    recorded, so that it may be called by another name. instances: the user's own objects that were
+    looked into, by their ids.
     """
 
     def __init__(self) -> None:
-        self.found: dict[tuple[Any, ...], AttributeRead] = {}
-        self.seen: dict[tuple[int, type], types.FunctionType] = {}
+        super().__init__()
         self.todo: list[tuple[types.FunctionType, type]] = []
         self.objects: dict[str, Any] = {}
         self.caches: list[Any] = []
-        self.places: dict[type, str] = {}
         self.settings: dict[str, list[tuple[type, type]]] = {}
         self.unwatched: dict[type, dict[str, None]] = {}
-        self.moving: list[str] = []
         self.codes: dict[types.CodeType, dict[str, Any]] = {}
         self.variables: dict[tuple[int, str], tuple[Any, str, Any]] = {}
-        self.helpers: dict[type, bool] = {}
         self.kept: list[Any] = []
         self.names: dict[str, None] = {}
-        self.absent: frozenset[str] = frozenset()
-        self.asks_gradients = False
+        self.looks_up = self.helping = False
+        self.classes: list[tuple[type, bool]] = []
 
     def reads(self) -> tuple[AttributeRead, ...]:
         """Look at all functions that are to be looked at, and return what they may read."""
         while self.todo:
             self.look(*self.todo.pop())
-        return tuple(self.found.values())
+        listed = self.listed()
+        return (*self.found.values(), *listed)
 
     def method(self, kind: type, name: str, above: bool = False) -> None:
         """Take up a method of a class, wherever it inherits it from.
@@ -130,9 +146,16 @@ class VariableSearch:
         """
         for owner in kind.__mro__:
             if name in vars(owner):
-                if not _left_out(owner.__module__):
+                if not is_left_out(owner.__module__):
                     self.value(vars(owner)[name], kind)
                     self.help(vars(owner)[name])  # a descriptor
+                    called = any(True for _ in functions_in(vars(owner)[name]))
+                    if called and kind in self.helpers and is_own_kind(owner):
+                        # A module's own methods are noted when they are read.
+                        read = AttributeRead(
+                            "", (("cell", Namespace(owner)),), name, Where.NAMED, UNKNOWN
+                        )
+                        self.found.setdefault((owner, name, "method"), read)
                 if not above:
                     return
 
@@ -153,9 +176,9 @@ class VariableSearch:
         for item in items if isinstance(value, (list, tuple, dict)) else (value,):
             self.cached(item)
             for function in functions_in(item):
-                if not _left_out(function.__module__):
+                if not is_left_out(function.__module__):
                     self.value(function, kind)
-            if isinstance(item, _CALLABLE):
+            if isinstance(item, CALLABLE):
                 self.kept.append(item)
             self.help(item)
 
@@ -163,6 +186,10 @@ class VariableSearch:
         """Note the class of an object of the user's that code may call, or a class that it has."""
         function = value.func if isinstance(value, functools.partial) else value
         self.asks_gradients = self.asks_gradients or function is _GRADIENTS
+        for question in asked_by_identity(name_of_function(function), value, is_left_out):
+            self.found.setdefault(("question", id(function)), question.read())
+        if is_bound(value) and isinstance(value.__self__, contextvars.ContextVar):
+            self.asked(value.__self__)
         if isinstance(value, type):
             self.help_class(value, made=True)
             if type(value) is not type:
@@ -173,18 +200,25 @@ class VariableSearch:
     def help_class(self, kind: type, made: bool) -> None:
         """Note a class of objects that code may call. made: it may make an object, too."""
         known = self.helpers.get(kind, kind in self.places and not made)
-        if kind.__flags__ & _HEAP_TYPE and not known and not _left_out(kind.__module__):
+        if kind.__flags__ & _HEAP_TYPE and not known and not is_left_out(kind.__module__):
             self.helpers[kind] = made
-            if _is_own(kind):
-                special = [special_methods(owner, made) for owner in kind.__mro__]
-                for name in dict.fromkeys((*self.names, *sorted(frozenset().union(*special)))):
-                    self.method(kind, name)
+            if is_own_kind(kind):
+                self.classes.append((kind, made))
+        # One class leads to others: not by a call in a call, as there may be very many.
+        while self.classes and not self.helping:
+            self.helping = True
+            kind, made = self.classes.pop()
+            special = [special_methods(owner, made) for owner in kind.__mro__]
+            for name in dict.fromkeys((*self.names, *sorted(frozenset().union(*special)))):
+                self.method(kind, name)
+            self.helping = False
 
     def look(self, function: types.FunctionType, kind: type) -> None:
         """Look at the code of a function, and at the functions that are written in it."""
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for value in defaults:
             self.keep(f"default of {function.__qualname__}", value)
+            self.value(value, kind)
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             self.enclosed(name, cell, kind)
@@ -193,19 +227,25 @@ class VariableSearch:
         while codes:
             code = codes.pop()
             self.codes[code] = function.__globals__
-            self.absent = frozenset()
+            self.absent, self.looks_up = frozenset(), False
             if own:
+                self.looks_up = not _LOOKING_UP.isdisjoint(code.co_names)
                 self.questions(function, code)
+                self.libraries(function, code)
             codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
             # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
-            texts = [item for item in code.co_consts if isinstance(item, str) and _is_name(item)]
+            texts = [item for item in code.co_consts if isinstance(item, str) and is_name(item)]
             # An operator.attrgetter is given several in one.
             texts += [part for text in texts if "." in text for part in text.split(".")]
             names = (*code.co_names, *texts)
+            composed = self.looks_up and {"modules", "__name__"} <= set(code.co_names)
+            if own and (composed or not _NAMESPACES.isdisjoint(code.co_names)):
+                around = function.__globals__
+                self.any_of(str(around.get("__name__")), (), around)
             for name in code.co_names if "globals" not in code.co_names else names:
                 if name in function.__globals__:
                     self.variable(function, name, names, kind)
-                elif _is_added(_builtins_of(function).get(name)):
+                elif is_added(builtins_of(function).get(name)):
                     self.of_builtins(function, name, names, kind)
                 # It may be a method that is called on self.
                 elif name != "forward" or "super" in code.co_names:
@@ -218,33 +258,12 @@ class VariableSearch:
             for name in names if not _IMPORTING.isdisjoint(code.co_names) else code.co_names:
                 self.imported(function, name, names, kind)
 
-    def questions(self, function: types.FunctionType, code: types.CodeType) -> None:
-        """Note what code asks libraries, and what it may look for and not find."""
-        for question in questions_in(code, function.__globals__, _left_out):
-            if question.is_plain:
-                self.found.setdefault(("question", question.text), question.read())
-            else:
-                self.moving.append(f"the answer of {question.text}")
-        self.absent, variables = names_looked_up(code)
-        module = str(function.__globals__.get("__name__"))
-        for name in sorted(variables - function.__globals__.keys() - _builtins_of(function).keys()):
-            read = AttributeRead("", (("global", module),), name, Where.GLOBAL, ABSENT)
-            self.found.setdefault((module, (), name), read)
-        for kind, path in self.places.items():
-            for owner in kind.__mro__ if self.absent else ():
-                if _left_out(owner.__module__):
-                    continue
-                for name in sorted(name for name in self.absent if not hasattr(kind, name)):
-                    route = (("class", name_of(owner)),)
-                    read = AttributeRead(path, route, name, Where.INSTANCE, ABSENT)
-                    self.found.setdefault((owner, name), read)
-
     def collect(self) -> None:
         """Note the settings among the attributes of the modules' classes, by their names."""
         for kind in self.places:
             names: set[str] = set()
             for owner in kind.__mro__:
-                for name, value in vars(owner).items() if not _left_out(owner.__module__) else ():
+                for name, value in vars(owner).items() if not is_left_out(owner.__module__) else ():
                     setting = isinstance(value, SIMPLE) or Contents.fit(value)
                     if setting and name not in names and not name.startswith("__"):
                         self.settings.setdefault(name, []).append((kind, owner))
@@ -254,7 +273,7 @@ class VariableSearch:
         """Take up the methods of the user's objects that have one of these names."""
         new = [name for name in names if name not in self.names]
         self.names.update(dict.fromkeys(new))
-        for kind in [kind for kind in self.helpers if _is_own(kind)]:
+        for kind in [kind for kind in self.helpers if is_own_kind(kind)]:
             for name in new:
                 self.method(kind, name)
 
@@ -278,7 +297,7 @@ class VariableSearch:
         package = str(function.__globals__.get("__package__") or "")
         for full in dict.fromkeys((name, join_path(package, name))):
             module = sys.modules.get(full)
-            if isinstance(module, types.ModuleType) and not _left_out(full):
+            if isinstance(module, types.ModuleType) and not is_left_out(full):
                 self.inside(function, full, (), module, names, kind)
 
     def enclosed(self, name: str, cell: types.CellType, kind: type) -> None:
@@ -292,7 +311,11 @@ class VariableSearch:
         self.variables.setdefault((id(cell), name), (cell, name, value))
         if isinstance(value, contextvars.ContextVar):
             self.asked(value)
-        if _is_setting(value):
+        if isinstance(value, torch.Tensor):
+            route = (("cell", Cell(cell)),)
+            read = AttributeRead("", route, name, Where.NAMED, UNKNOWN)
+            self.found.setdefault((id(cell),), read)
+        if is_setting(value):
             route = (("cell", Cell(cell)),)
             read = AttributeRead("", route, name, Where.ENCLOSED, kept_of(value))
             self.found.setdefault((id(cell),), read)
@@ -308,6 +331,8 @@ class VariableSearch:
         taken = self.function(function, value, kind)
         if taken:
             self.replaceable(module, (), name, value, Where.GLOBAL)
+        elif isinstance(value, torch.Tensor):
+            self.found.setdefault((module, (), name), named(module, name))
         elif callable(value) and not hasattr(value, "__dict__") and is_own_code(module):
             # Such as a function of C's, in whose place another one may be put.
             read = AttributeRead("", (("global", module),), name, Where.GLOBAL, kept_of(value))
@@ -319,7 +344,7 @@ class VariableSearch:
         self, function: types.FunctionType, name: str, names: tuple[str, ...], kind: type
     ) -> None:
         """Look at a name that was put beside those of the interpreter. See `variable`."""
-        value = _builtins_of(function)[name]
+        value = builtins_of(function)[name]
         self.keep(name, value)
         self.value(value, kind)
         if not self.read("builtins", (), name, value):
@@ -334,19 +359,8 @@ class VariableSearch:
         home, package = value.__module__ or "", function.__module__.partition(".")[0]
         if home.partition(".")[0] == package or is_own_code(home):
             self.value(value, kind)
-            return not _has_own(value)
+            return not has_own(value)
         return True
-
-    def replaceable(
-        self, module: str, way: tuple[tuple[str, Any], ...], name: Any, value: Any, where: Where
-    ) -> None:
-        """Note a function of the user's own, in whose place another one may be put.
-
-        module, way, name, value: see `read`. where: it is an attribute, or an item of a dict.
-        """
-        if is_own_code(value.__module__ or ""):
-            read = AttributeRead("", (("global", module), *way), name, where, kept_of(value))
-            self.found.setdefault((module, way, name), read)
 
     def inside(
         self,
@@ -364,13 +378,22 @@ class VariableSearch:
         if isinstance(value, (list, tuple, dict)):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
-        elif isinstance(value, nn.Module) or _home_left_out(value):
+            by_user = is_own_code(str(function.__globals__.get("__name__")))
+            if by_user and len(steps) == len(value) and not isinstance(value, tuple):
+                items = AttributeRead("", (("cell", Items(value)),), "items", Where.LISTED, UNKNOWN)
+                self.found.setdefault((id(value), "items"), items)
+        elif isinstance(value, nn.Module) or is_home_left_out(value):
             return
         else:
             own = getattr(value, "__dict__", None) or own_attributes(value)
             # Methods may be called, by name or not, and read what the object has.
             of: Any = type(value)
-            names = (*names, *_names_in_methods(of))
+            names = (*names, *names_in_methods(of))
+            if not isinstance(value, (types.ModuleType, type)) and is_own_kind(of):
+                self.instances[id(value)] = value
+            by_user = isinstance(value, types.ModuleType) and is_own_code(value.__name__)
+            if self.looks_up and by_user:
+                self.any_of(module, way, own)
             # What the way has passed already leads round in a circle, as a rule.
             passed = {step for _, step in way}
             here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
@@ -393,29 +416,6 @@ class VariableSearch:
             if step == "item" or not self.read(module, way, str(key), item, slot):
                 self.inside(function, module, inner, item, names, kind)
 
-    def missing(self, module: str, way: tuple[tuple[str, Any], ...], value: Any) -> None:
-        """Note the attributes that an object does not have, and that the code may look for.
-
-        module, way: see `inside`.
-        """
-        if isinstance(value, _CALLABLE) or not hasattr(value, "__dict__"):
-            return
-        route = (("global", module), *way)
-        for name in sorted(name for name in self.absent if not hasattr(type(value), name)):
-            if name not in vars(value) and not (isinstance(value, type) and hasattr(value, name)):
-                read = AttributeRead("", route, name, Where.GLOBAL, ABSENT)
-                self.found.setdefault((module, way, name), read)
-
-    def asked(self, variable: contextvars.ContextVar[Any]) -> None:
-        """Note a context variable."""
-        try:
-            value = variable.get()  # an argument would stand before the variable's own default
-        except LookupError:
-            value = ABSENT
-        route = (("cell", Answer(variable.get)),)
-        read = AttributeRead("", route, variable.name, Where.ENCLOSED, kept_of(value))
-        self.found.setdefault((id(variable),), read)
-
     def keep(self, name: str, value: Any) -> None:
         """Keep what a variable refers to, where code may write to it."""
         self.help(value)
@@ -430,119 +430,18 @@ class VariableSearch:
             or (
                 getattr(type(value), "__slots__", None)
                 and type(value).__flags__ & _HEAP_TYPE
-                and not _left_out(type(value).__module__)
+                and not is_left_out(type(value).__module__)
             )
         ) or (
             hasattr(value, "__dict__")
             and not isinstance(value, (type, types.ModuleType, nn.Module))
-            and not (isinstance(value, types.FunctionType) and not _has_own(value))
-            and not _left_out(getattr(value, "__module__", type(value).__module__))
+            and not (isinstance(value, types.FunctionType) and not has_own(value))
+            and not is_left_out(getattr(value, "__module__", type(value).__module__))
         ):
             self.objects.setdefault(name, value)
 
     def cached(self, value: Any) -> None:
         """Note functions that remember what they have returned: a method of a class may, too."""
         for cache in caches_in(value):
-            if not _left_out(cache.__module__) and all(cache is not one for one in self.caches):
+            if not is_left_out(cache.__module__) and all(cache is not one for one in self.caches):
                 self.caches.append(cache)
-
-    def read(
-        self,
-        module: str,
-        way: tuple[tuple[str, Any], ...],
-        name: str,
-        value: Any,
-        slot: bool = False,
-    ) -> bool:
-        """Note a read, where the value is a setting; return whether it is.
-
-        module, way: see `inside`; of the object that has the attribute. slot: it has it in a slot.
-        """
-        if isinstance(value, contextvars.ContextVar):
-            self.asked(value)
-            return True
-        if name.startswith("__") or not _is_setting(value):
-            return False
-        route = (("global", module), *way)
-        self.found.setdefault(
-            (module, way, name),
-            AttributeRead("", route, name, Where.ASKED if slot else Where.GLOBAL, kept_of(value)),
-        )
-        return True
-
-
-def _builtins_of(function: Any) -> dict[str, Any]:
-    """Return what a function finds where there is no global variable."""
-    names: dict[str, Any] = function.__builtins__
-    return names
-
-
-def _is_added(value: Any) -> bool:
-    """Return whether a value among the interpreter's own names was put there by a program."""
-    if value is None or value is Ellipsis or value is NotImplemented:
-        return False
-    homes = (getattr(value, "__module__", ""), type(value).__module__)
-    return _INTERPRETERS.isdisjoint(homes) or isinstance(value, (*SIMPLE, types.FunctionType))
-
-
-def _is_setting(value: Any) -> bool:
-    """Return whether a value is one that can be compared: simple ones, few of them, or memory."""
-    if isinstance(value, SIMPLE) or Contents.fit(value):
-        return True
-    known = (list, dict, types.ModuleType, types.FunctionType, type, nn.Module, torch.Tensor)
-    return not isinstance(value, known) and (is_of_library(value) or bytes_of(value) is not None)
-
-
-def _has_own(function: types.FunctionType) -> bool:
-    """Return whether a function has attributes of its own, or refers to itself to give it some."""
-    return bool(vars(function)) or function.__name__ in function.__code__.co_names
-
-
-@functools.lru_cache(maxsize=1024)
-def _names_in_methods(kind: Any) -> tuple[str, ...]:
-    """Return the names in the code of a class's methods, where it is the user's own."""
-    owners = [owner for owner in kind.__mro__ if _is_own(owner)]
-    functions = [
-        each for owner in owners for item in vars(owner).values() for each in functions_in(item)
-    ]
-    return tuple(dict.fromkeys(name for each in functions for name in each.__code__.co_names))
-
-
-def _left_out(module: str | None) -> bool:
-    """Return whether a Python module is of a package whose settings are not looked at."""
-    return (module or "builtins").partition(".")[0] in _LEFT_OUT
-
-
-def _home_left_out(value: Any) -> bool:
-    """Return whether the attributes of a value are of a package that is not looked at.
-
-    An object of the standard library, such as a namespace, has what a program has put there.
-    """
-    if isinstance(value, types.ModuleType):
-        return _left_out(value.__name__)
-    if isinstance(value, type):
-        return _left_out(value.__module__)
-    package = (type(value).__module__ or "").partition(".")[0]
-    return package in _LEFT_OUT and package not in sys.stdlib_module_names
-
-
-def _is_name(text: str) -> bool:
-    """Return whether a text may be the name of a variable, an attribute or a Python module."""
-    return all(map(str.isidentifier, text.split(".")))
-
-
-def _is_own(kind: type) -> bool:
-    """Return whether a class is the user's own."""
-    return is_own_code(kind.__module__)
-
-
-def is_own_code(module: str) -> bool:
-    """Return whether a Python module lies beside the user's own, and in no installed package.
-
-    >>> is_own_code("torch.nn"), is_own_code("json")
-    (False, False)
-    """
-    if module == "__main__":
-        return True
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return bool(file) and "-packages" not in str(file) and not _left_out(module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class Contents:
     (True, False)
     """
 
-    MOST = 32  # items of a container; with more it is a table, and no setting
+    MOST = 1024  # items of a container that are compared at each call
 
     def __init__(self, value: Any) -> None:
         self.value = copy.deepcopy(value)
@@ -157,7 +157,8 @@ class Answer(Mapping[str, Any]):
 class Where(enum.Enum):
     """The place of an attribute: the object's own dictionary, its class, or known by asking; or it
     is a global variable, or one of a function around the code that reads it. NAMES stands for the
-    names of all attributes that an object has of its own.
+    names of all attributes that an object has of its own. NAMED is a name of which only the object
+    counts that it refers to, whatever that holds. LISTED stands for all that a holder lists.
     """
 
     INSTANCE = "instance"
@@ -166,6 +167,8 @@ class Where(enum.Enum):
     GLOBAL = "global"
     ENCLOSED = "enclosed"
     NAMES = "names"
+    NAMED = "named"
+    LISTED = "listed"
 
 
 @dataclass(frozen=True)
@@ -174,13 +177,26 @@ class TensorRead:
 
     number: of the input, in the order of the graph's inputs. name: of the property, or of an
     attribute that the caller has set on the tensor. value: a simple one, or ABSENT. order: of
-    memory, where the forward has asked whether the tensor lies in that one.
+    memory, where the forward has asked whether the tensor lies in that one. other: the number of
+    another input, where it matters whether both are one object; value says that.
     """
 
     number: int
     name: str
     value: Any
     order: torch.memory_format | None = None
+    other: int | None = None
+
+    def holds_among(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Return whether the inputs of a call are in this respect like those of the trace.
+
+        >>> x = torch.ones(2)
+        >>> TensorRead(1, "is", True, other=0).holds_among([x, x.clone()])
+        False
+        """
+        if self.other is None:
+            return self.holds(inputs[self.number])
+        return (inputs[self.number] is inputs[self.other]) is self.value
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Return whether another tensor has this property with the same value.
@@ -221,7 +237,7 @@ class AttributeRead:
     @property
     def place(self) -> str:
         """The path of the attribute of a module by which the value was reached."""
-        if self.where in (Where.GLOBAL, Where.ENCLOSED):
+        if self.where in (Where.GLOBAL, Where.ENCLOSED, Where.NAMED, Where.LISTED):
             return self.name  # by none
         name = self.route[0][1] if self.route else self.name
         return f"{self.path}.{name}" if self.path else name

@@ -167,7 +167,7 @@ class Captured:
 
     def alike(self, inputs: Sequence[torch.Tensor]) -> bool:
         """Return whether the properties of inputs that the forward has read are as they were."""
-        return all(read.holds(inputs[read.number]) for read in self.given)
+        return all(read.holds_among(inputs) for read in self.given)
 
     def fits(self, inputs: list[torch.Tensor]) -> bool:
         """Return whether the program is right for tensors of these types and sizes, and gives a

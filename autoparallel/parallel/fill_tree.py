@@ -74,14 +74,27 @@ def fill_tree(
                 twin = nn.Parameter(data, parameter.requires_grad)
                 # Marks that users put on parameters, for the groups of an optimizer, say.
                 vars(twin).update(vars(parameter))
+                if mesh is None:
+                    _count_writes_of(twin, parameter)
                 twins[id(parameter)] = twin
             module._parameters[name] = twins[id(parameter)]
         for name, buffer in original._buffers.items():
             if buffer is not None:
                 copied = parts.get(prefix + name, buffer.detach().clone())
+                _count_writes_of(copied, buffer)
                 module._buffers[name] = buffers.setdefault(id(buffer), copied)
     # Attributes of modules may refer to a buffer besides the module that registered it.
     redirect(tree.modules(), buffers)
+
+
+def _count_writes_of(copied: torch.Tensor, original: torch.Tensor) -> None:
+    """Have a copy's version be that of its original: a forward may ask how often it was written to.
+
+    The versions of DTensors count nothing that the optimizer writes, and are not told.
+    """
+    if not copied.is_inference() and not original.is_inference():
+        missing = original._version - copied._version
+        torch.autograd.graph.increment_version([copied] * missing)
 
 
 def gathered_copies(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE
-from autoparallel.support.object_state import bytes_of, own_attributes
+from autoparallel.support.object_state import bytes_of, is_bound, own_attributes
 
 __all__ = ["ALL", "DEEPEST", "equal", "frozen", "is_array", "shows_bytes", "variable_in"]
 
@@ -91,6 +91,10 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
         return (type(value), inner(value.func), inner(value.args), inner(value.keywords))
     if isinstance(value, types.MethodType):
         return (type(value), value.__func__, inner(value.__self__))
+    if isinstance(value, types.MappingProxyType):
+        return (type(value), inner(dict(value)))
+    if is_bound(value):
+        return (type(value), value.__name__, inner(value.__self__))
     if isinstance(value, types.FunctionType):
         if (value.__module__ or "").partition(".")[0] in _LIBRARIES:
             return value

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from autoparallel.support.replaced_functions import refuse_replaced
+
 __all__ = ["FunctionKind", "kind_of", "writes"]
 
 
@@ -36,7 +38,7 @@ class FunctionKind(Enum):
     WHOLE = "whole"
     # It assigns a gradient.
     GRADIENT = "gradient"
-    # It asks for memory, which a split tensor has none of.
+    # It asks for memory, which a split tensor has none of, or how often that was written to.
     MEMORY = "memory"
 
 
@@ -66,6 +68,7 @@ _MEMORY = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage")
 @lru_cache(maxsize=4096)
 def kind_of(function: Any) -> FunctionKind:
     """Return how a function is run. function: one that torch names in `__torch_function__`."""
+    refuse_replaced(function)
     name = getattr(function, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(function, "__self__", None), "__name__", "")
@@ -73,6 +76,7 @@ def kind_of(function: Any) -> FunctionKind:
             if attribute in _COMPUTED_ATTRIBUTES:
                 return FunctionKind.VIEWS
             held = {"data": FunctionKind.DATA, "grad": FunctionKind.MARKED}
+            held["_version"] = FunctionKind.MEMORY
             return held.get(attribute, FunctionKind.PASSED)
         gradient = (name, attribute) == ("__set__", "grad")
         return FunctionKind.GRADIENT if gradient else FunctionKind.PASSED

@@ -32,6 +32,7 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.graph.attribute_write import AttributeWrite
+from autoparallel.graph.read_holders import FunctionParts, Items, Namespace
 from autoparallel.parallel.frozen_values import (
     ALL,
     DEEPEST,
@@ -42,7 +43,7 @@ from autoparallel.parallel.frozen_values import (
     variable_in,
 )
 from autoparallel.parallel.shown_parameters import held_by
-from autoparallel.support.object_state import is_of_library, own_attributes
+from autoparallel.support.object_state import is_bound, is_of_library, own_attributes
 
 __all__ = ["Guards"]
 
@@ -53,7 +54,7 @@ _LEFT_OUT = {*vars(nn.Module()), "_autoparallel", "_generator"}
 # are looked into by themselves.
 _CHANGING = (
     *(collections.deque, set, bytearray, array.array, types.SimpleNamespace),
-    *(functools.partial, types.MethodType, weakref.ref),
+    *(functools.partial, types.MethodType, weakref.ref, types.MappingProxyType),
 )
 _GET: Any = dict.get
 _ABSENT = itertools.repeat(ABSENT)
@@ -126,15 +127,26 @@ class Guards:
             names = _Names(vars(item))
             self.lists.append((names, list(names)))
             return
+        if read.where is Where.NAMED:
+            self.named(vars(item) if isinstance(item, types.ModuleType) else item, read.name)
+            return
+        if read.where is Where.LISTED:
+            self.lists.append((item, item.before))
+            self.stale = self.stale or not equal(list(item), item.before)
+            for value in item.before if isinstance(item, (FunctionParts, Items)) else ():
+                self.contents(value, 1)
+            return
         if read.where is Where.ENCLOSED:
             self.place(item, read.name, item.get(read.name, ABSENT), read)
             return
-        if read.where in (Where.INSTANCE, Where.GLOBAL):
-            own = vars(item)
-            self.place(own, read.name, own.get(read.name, ABSENT), read)
-            return
         # Objects of classes with slots, and builtin functions, have no attributes of their own.
         own = getattr(item, "__dict__", None)
+        if read.where in (Where.INSTANCE, Where.GLOBAL):
+            if own is None:
+                self.stale = True  # it is another object now
+            else:
+                self.place(own, read.name, own.get(read.name, ABSENT), read)
+            return
         if own is not None:
             self.absent(own, read.name, id(item))
         mro = type(item).__mro__
@@ -160,6 +172,16 @@ class Guards:
             self.seen.append(ABSENT)
             self.right.append((ABSENT,))
             self.stale = self.stale or name in mapping
+
+    def named(self, mapping: Mapping[Any, Any], name: str) -> None:
+        """Guard that a name refers to the object that it refers to now, or to none."""
+        key = (id(mapping), name)
+        if key not in self.known:
+            value = mapping.get(name, ABSENT)
+            self.known[key] = value is not ABSENT
+            self.places.append((mapping, name))
+            self.seen.append(value)
+            self.right.append((value,))
 
     def place(self, mapping: Mapping[Any, Any], name: Any, value: Any, read: AttributeRead) -> None:
         """Guard the value at a key of a mapping."""
@@ -197,6 +219,7 @@ class Guards:
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
         partly = any(owner == id(value) for owner, _ in self.own)
         changing = isinstance(value, _CHANGING) or is_array(value) or shows_bytes(value)
+        changing = changing or is_bound(value)
         functions = None if partly or not enclosing else _Functions.around(value)
         if functions is not None:
             self.lists.append((functions, list(functions)))
@@ -346,6 +369,7 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
     for kind, step in read.route:
         if kind in ("global", "cell"):
             item = sys.modules[step] if kind == "global" else step
+            item = item.mapping if isinstance(item, Namespace) else item
             continue
         if kind == "class":
             item = next(base for base in reversed(type(item).__mro__) if name_of(base) == step)

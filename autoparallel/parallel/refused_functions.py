@@ -13,7 +13,8 @@ from autoparallel.parallel.function_arguments import (
     tensors_among,
 )
 
-__all__ = ["recorded_write", "refuse_memory", "refuse_recorded_write"]
+__all__ = ["asking_module", "recorded_write", "refuse_memory", "refuse_recorded_write"]
+__all__ += ["refuse_version"]
 
 
 def refuse_recorded_write(function: Any, target: Any) -> None:
@@ -41,13 +42,11 @@ def recorded_write(function: Any) -> AutoParallelError:
 
 def refuse_memory(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Refuse libraries that read a split tensor's memory; torch itself knows that it has none."""
-    frame: Any = sys._getframe(3)
-    # Torch's own Python, or a mode that watches calls, may stand between.
-    between = ("__torch_function__", "handle_torch_function", function.__name__)
-    while frame.f_back is not None and frame.f_code.co_name in between:
-        frame = frame.f_back
-    caller = str(frame.f_globals.get("__name__"))
-    if caller.startswith(("torch.", "autoparallel.")):
+    caller = asking_module(3, function.__name__)
+    if function.__name__ == "__get__":
+        refuse_version(caller)
+        return function(*args, **kwargs)
+    if _is_ours(caller):
         return function(*args, **kwargs)
     raise AutoParallelError(
         f"{caller} asks for the memory of a split tensor",
@@ -55,3 +54,39 @@ def refuse_memory(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         fix="pass whole tensors: autoparallel.full_state_dict(model), on every rank; or "
         "tensor.full_tensor()",
     )
+
+
+def asking_module(depth: int, name: str = "") -> str:
+    """Return the name of the module whose code calls a function of torch.
+
+    depth: of the frame that is called, seen from the caller. name: of a function that may stand
+    between.
+    """
+    frame: Any = sys._getframe(depth + 1)
+    # Torch's own Python, or a mode that watches calls, may stand between.
+    between = ("__torch_function__", "handle_torch_function", name)
+    while frame.f_back is not None and frame.f_code.co_name in between:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__"))
+
+
+def refuse_version(caller: str, path: str = "") -> None:
+    """Raise AutoParallelError where a user's code asks how often a parameter was written to.
+
+    caller: the module that asks; torch and this package know what the count is worth. path: of the
+    parameter, where it is known.
+    """
+    if _is_ours(caller):
+        return
+    raise AutoParallelError(
+        f"{caller} asks for the version of {path or 'a split tensor'} (tensor._version)",
+        where=path,
+        why="optimizers and others write to the parts that ranks hold, and the whole tensor does "
+        "not count what is written to them",
+        fix="compare the values, or count the steps in an attribute: model.step += 1",
+    )
+
+
+def _is_ours(caller: str) -> bool:
+    """Return whether a module is one of torch or of this package."""
+    return f"{caller}.".startswith(("torch.", "autoparallel."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -52,7 +53,7 @@ class TreeShape:
                 if held:
                     self.dictionaries.append(held)
             self.buffers.add(module._buffers)
-        self.size = sum(map(len, self.dictionaries))
+        self.names = list(itertools.chain.from_iterable(self.dictionaries))
         self.looks = list(map(_looks, self.buffers.seen))
         parameters = {id(one): one for one in self.items.seen if isinstance(one, nn.Parameter)}
         self.parameters = list(parameters.values())
@@ -65,8 +66,8 @@ class TreeShape:
         """
         if not self.items.same(self.items.now()):
             return True
-        # What is missing was found above, so that the sum tells of what is new.
-        if sum(map(len, self.dictionaries)) != self.size:
+        # What is missing was found above, so that this tells of what is new, and of another order.
+        if list(itertools.chain.from_iterable(self.dictionaries)) != self.names:
             return True
         with without_function_overrides():
             dtypes = list(map(_DTYPE, self.parameters))
@@ -99,7 +100,7 @@ class TreeShape:
 
     def has_same_modules(self) -> bool:
         """Return whether the modules, and the names of all that is in them, are the same."""
-        if sum(map(len, self.dictionaries)) != self.size:
+        if list(itertools.chain.from_iterable(self.dictionaries)) != self.names:
             return False
         pairs = zip(self.items.now(), self.items.seen, strict=True)
         return (

@@ -26,6 +26,7 @@ from autoparallel.parallel.parameters import (
     computing_stream,
     refresh,
 )
+from autoparallel.parallel.refused_functions import asking_module, refuse_version
 from autoparallel.parallel.shown_parameters import ShownParameters, held_by
 from autoparallel.placement import (
     Invariant,
@@ -181,6 +182,8 @@ class WholeParameters(Watch):
         if value is not parameter:
             # Whatever is set on the one is set on the other.
             value.__dict__ = vars(parameter)
+            if type(value) is torch.Tensor:
+                value.__class__ = nn.Parameter
             self.note(leaf, value)
         return value
 
@@ -306,6 +309,9 @@ class WholeParameters(Watch):
         if seen is None or seen.value() is not tensor:
             return NotImplemented
         leaf = seen.leaf
+        if name == "_version":
+            refuse_version(asking_module(2), leaf.path)
+            return NotImplemented
         held = leaf.owner[leaf.name]
         if name != "grad" or held.grad is None:
             return {"is_leaf": True, "retains_grad": False}.get(name)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from autoparallel.support.replaced_functions import refuse_replaced
 from autoparallel.support.torch_private import (
     OpOverload,
     TorchDispatchMode,
@@ -92,7 +93,7 @@ class Watch:
     def asked(self, tensor: torch.Tensor, name: str) -> Any:
         """Return what a property of a tensor is; NotImplemented leaves the answer to torch.
 
-        name: `grad`, `is_leaf`, `grad_fn` or `retains_grad`.
+        name: `grad`, `is_leaf`, `grad_fn`, `retains_grad` or `_version`.
         """
         return NotImplemented
 
@@ -204,6 +205,7 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        refuse_replaced(function)
         name = _properties().get(function) if args and not self.idle else None
         if name is not None:
             answer = self.watch.asked(args[0], name)
@@ -219,7 +221,7 @@ class _Calls(TorchFunctionMode):
 def _properties() -> dict[Any, str]:
     """Return by the function that reads a property the property's name."""
     kind: Any = torch.Tensor
-    names = ("grad", "is_leaf", "grad_fn", "retains_grad")
+    names = ("grad", "is_leaf", "grad_fn", "retains_grad", "_version")
     return {getattr(kind, name).__get__: name for name in names}
 
 

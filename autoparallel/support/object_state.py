@@ -23,6 +23,7 @@ __all__ = [
     "caches_in",
     "contents_of",
     "functions_in",
+    "is_bound",
     "is_closed",
     "is_of_library",
     "moves_on",
@@ -251,7 +252,8 @@ def moves_on(value: Any) -> bool:
 def is_closed(value: Any) -> bool:
     """Return whether an object of C's may hold what can change, and shows nothing of it.
 
-    Such are connections to a database, and the contexts of decimal numbers.
+    Such are connections to a database, the contexts of decimal numbers, and what ctypes finds in a
+    library in C: its functions ask what they like, and pointers lead anywhere.
 
     >>> is_closed(decimal.getcontext()), is_closed(decimal.Decimal(1)), is_closed(len)
     (True, False, False)
@@ -261,6 +263,8 @@ def is_closed(value: Any) -> bool:
     kind = type(value)
     if kind in _UNCHANGING:
         return False
+    if _is_foreign(value):
+        return True
     # Classes in Python have what their instances hold in a dictionary, or in slots.
     function = callable(value) and kind.__module__.partition(".")[0] in _FUNCTIONS
     plain = isinstance(value, (type, tuple, int, float, str, bytes, types.ModuleType))
@@ -269,6 +273,24 @@ def is_closed(value: Any) -> bool:
     if any("__slots__" in vars(base) for base in kind.__mro__):
         return False
     return kind.__module__.partition(".")[0] not in _STEADY and bytes_of(value) is None
+
+
+def is_bound(value: Any) -> bool:
+    """Return whether a value is a method of C's with the object that it is of, such as `list.pop`.
+
+    >>> is_bound([].append), is_bound(len)
+    (True, False)
+    """
+    bound = isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType))
+    return bound and not isinstance(value.__self__, (types.ModuleType, type, type(None)))
+
+
+def _is_foreign(value: Any) -> bool:
+    """Return whether an object is a library in C, a function of one, or a pointer."""
+    ctypes: Any = sys.modules.get("ctypes")
+    return ctypes is not None and isinstance(
+        value, (ctypes.CDLL, ctypes._CFuncPtr, ctypes._Pointer)
+    )
 
 
 def is_of_library(value: Any) -> bool:

@@ -60,6 +60,13 @@ def stack() -> float:
     return float(len(inspect.stack()))
 
 
+def looked_at() -> float:
+    """Code that may ask is watched, and inspect asks for purposes of its own."""
+    if X.numel() < 0:
+        return time.monotonic()
+    return float(len(inspect.signature(helped).parameters))
+
+
 def read() -> float:
     with open(FILE) as file:
         return float(len(file.readline()))
@@ -244,6 +251,7 @@ def arranged() -> int:
         lambda: np.random.default_rng(3).normal(),
         lambda: len(os.path.join("a", "b")),
         lambda: datetime.timedelta(seconds=3).seconds,
+        looked_at,
     ],
     ids=[
         "sleep",
@@ -253,6 +261,7 @@ def arranged() -> int:
         "default_rng(3)",
         "os.path.join",
         "timedelta",
+        "signature",
     ],
 )
 def test_what_is_the_same_in_each_call_is_traced(number: Any) -> None:

@@ -27,6 +27,7 @@ FILES = (
     "distributed",
     "libraries",
     "unseen",
+    "exchanged",
 )
 
 # Libraries of the tests' environment: the project's own, and its extra `test`.
