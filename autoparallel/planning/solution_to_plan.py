@@ -15,6 +15,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.placement import Layout, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
 from autoparallel.planning.gathers_ahead import with_gathers_ahead
+from autoparallel.planning.regathered_copies import copies_to_regather
 from autoparallel.planning.unsplit_reasons import is_left_whole, why_whole
 from autoparallel.strategy.cost_network import CostNetwork, reduced_together
 from autoparallel.strategy.parameter_storage import ParameterStorage
@@ -35,12 +36,14 @@ def plan_of_solution(
     solution: Solution,
     weight: float,
     added: Mapping[str, float] = {},
+    regathering: frozenset[str] = frozenset(),
 ) -> Plan:
     """Return a solution of the network in the words of the model: layouts, ops, conversions.
 
     model: the name that the plan gives the model. weight: what a second of matrix products counted
     in the solution's cost. added: per node that is left unsharded and could be sharded, what
-    sharding it would add to the cost; see unsplit_reasons.py.
+    sharding it would add to the cost; see unsplit_reasons.py. regathering: ops that keep no copies
+    which are gathered for them alone: these are gathered again in the backward pass.
     The plan's seconds are those of its rows, added up, while its cost is the solution's own, in
     which products may weigh more.
     """
@@ -90,6 +93,8 @@ def plan_of_solution(
         )
     outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
     dropped = network.made_again(solution) | _remade_copies(graph, network, ops, made, made_again)
+    if regathering:
+        dropped |= copies_to_regather(network, ops, made, regathering - repeated.keys())
     conversions = _conversions(graph, network, ops, made, outputs, chosen, dropped, repeated)
     seconds += sum(conversion.seconds for conversion in conversions)
     plan = Plan(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import nbytes, op_costs
+from autoparallel.cost.saved_tensors import SavedTensors
 from autoparallel.errors import CoupledBatchError
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
@@ -217,7 +218,7 @@ class _Builder:
             rules,
             self.network.weights,
             self.options.recompute,
-            None if self.saved is None else self.saved.saved,
+            self.known_saved() if self.saved is None else self.saved.saved,
             self.modes,
             self.pace.device,
         )
@@ -276,6 +277,14 @@ class _Builder:
             self.network.rules[node.name] = matched.rule
             if self.saved is not None:
                 self.network.saved_for_backward[node.name] = self.saved.reads_saved_by(node)
+
+    def known_saved(self) -> SavedTensors | None:
+        """Return what calls save, where another network of the same graph has found it."""
+        known = self.known
+        if known is None or known.graph is not self.graph or known.matched is not self.matched:
+            return None
+        blocks = known.recomputation
+        return blocks.saved if blocks is not None and blocks.device == self.pace.device else None
 
     def states_of(self, node: Node, matched: MatchedCall) -> CallStates:
         """Return the states of one call: its strategies on the whole mesh, and their costs."""
