@@ -25,7 +25,7 @@ from planners import Solution
 
 Told = TypeVar("Told", OpChoice, ParameterChoice)
 
-__all__ = ["plan_of_solution", "solution_of_plan", "with_reasons"]
+__all__ = ["layouts_together", "plan_of_solution", "solution_of_plan", "with_reasons"]
 
 
 def plan_of_solution(
@@ -163,9 +163,30 @@ def _inputs(captured: Captured, graph: Graph) -> tuple[PlannedInput, ...]:
     )
 
 
+def layouts_together(plan: Plan, graph: Graph) -> dict[str, frozenset[Layout]]:
+    """Return the layouts in which a plan's ops read each value that they read in several.
+
+    A network has few sets of layouts for a value, or its states would be too many, and where it
+    costs nothing to move the value, it has no variable for it, so that its readers choose as they
+    like. On other hardware, or where saved bytes are counted, the same plan may then have a set
+    that a network lacks: `build_network` takes these sets as `also`.
+    """
+    read: dict[str, dict[Layout, None]] = {}
+    for op in plan.ops:
+        for value, layout in zip(op.reads, op.operands, strict=True):
+            read.setdefault(value, {})[layout] = None
+    for name, layout in zip(graph.outputs, plan.outputs, strict=True):
+        read.setdefault(name, {})[layout] = None
+    # A buffer is written whole, on every rank.
+    for _, name in graph.mutations:
+        read.setdefault(name, {})[whole_layout(len(plan.mesh.axes))] = None
+    return {name: frozenset(layouts) for name, layouts in read.items() if len(layouts) > 1}
+
+
 def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
     """Return the states of the network's variables that make `plan`, by the variables' names.
 
+    network: one that was built with the plan's `layouts_together`, or the one that it was made by.
     This is the inverse of `plan_of_solution`. Raises PlanError for a plan of another program or
     mesh, and for one that the network's options do not allow.
     """
