@@ -1,43 +1,38 @@
 """Published steps with stages, predicted as the product plans and times them.
 
-    python benchmarks/published_pipelines.py [--only chosen] [--row 9] [--own]
+    python benchmarks/published_pipelines.py [--only llama] [--row 9] [--own]
 
 Each row is planned on its own mesh of stages, data and tensor parallelism, with parameters split as
 published, and cut into stages by the planner; its passes are walked in the order of torch's
 schedule, interleaved where the row is. Nothing is fitted to a row. As in published.py, what kernels
-of the time fused is taken off the seconds of Megatron's ops. `chosen` lets the planner choose all,
-mesh, schedule and what is recomputed, within the memory of a device, and says what planning took
-and how its step stands beside that of the published layout.
+of the time fused is taken off the seconds of Megatron's ops. What the planner chooses for each row
+is told by published_choices.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
 from autoparallel.analysis.timeline import passes_of_stage
 from autoparallel.cost.hardware import Hardware, find_hardware
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.part_sizes import layout_fraction
-from autoparallel.mesh import Mesh, arrangements
+from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.placement import Invariant
+from autoparallel.placement import Invariant, Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import pipeline_plan
-from autoparallel.planning.plan_model import fastest_plan
 from autoparallel.rewrite.stages import cut_plan, stages_of_calls
 from megatron_rules.papers import GRADIENT_PASSES, Transformer, build, not_written
 
-__all__ = ["Row", "chosen", "interleaved", "llama", "pipelined"]
+__all__ = ["Row", "captured_transformer", "interleaved", "llama", "pipelined", "planned"]
 
 ROWS: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text())
 
@@ -64,7 +59,7 @@ class Row:
 
 
 @lru_cache(maxsize=1)
-def _captured(model: Transformer, batch: int) -> tuple[Captured, dict[str, Any]]:
+def captured_transformer(model: Transformer, batch: int) -> tuple[Captured, dict[str, Any]]:
     """Return the traced model for a step's whole batch, and Megatron's partition of it."""
     from autoparallel.capture.graph_breaks import trace
     from autoparallel.rules.lookup import find_rule
@@ -88,7 +83,7 @@ def planned(
 
     own: the planner chooses the micro-batches and the splits.
     """
-    captured, pins = _captured(model, row["batch"])
+    captured, pins = captured_transformer(model, row["batch"])
     replicas = row["devices"] // row["tensor"] // row["stages"]
     axes = {"pp": row["stages"], "dp": replicas, "tp": row["tensor"]}
     mesh = Mesh(**{name: size for name, size in axes.items() if size > 1 or name == "pp"})
@@ -104,11 +99,15 @@ def planned(
         microbatches=row["batch"] // replicas // row["micro_batch"],
         stages_per_rank=row["chunks"],
     )
-    layouts = (
-        {path: (*((Invariant(),) * several), *place) for path, place in pins.items()}
-        if row["tensor"] > 1
-        else None
-    )
+    # The axes of a stage: that of tensors may be left out, or stand for none at all.
+    tensors = row["tensor"] > 1 or not several
+    layouts: dict[str, Layout] | None = {
+        path: (
+            *((Invariant(),) * several),
+            *(place if row["tensor"] > 1 else (Invariant(),))[:tensors],
+        )
+        for path, place in pins.items()
+    }
     if own:
         options, layouts = replace(options, microbatches=None), None
     return pipeline_plan(captured, "GPT", mesh, options, pins=layouts)
@@ -124,7 +123,8 @@ def seconds_of(plan: Plan, hardware: Hardware, fused: bool = True) -> float:
     link = link_of_stages(plan, pipeline.ranks, hardware)
     if fused:
         assert plan.captured is not None
-        pace = hardware.slowest(plan.world_size)
+        # That of the stage which all others wait for, if it is a heavy one.
+        pace = hardware.slowest(plan.world_size // pipeline.ranks)
         inside = {name for group in plan.recomputed for name in group}
         stage_of = stages_of_calls(plan.captured.graph, pipeline.starts)
         ahead, both = list(pipeline.forward_seconds), list(pipeline.seconds)
@@ -166,11 +166,18 @@ def with_waiting_forward(plan: Plan) -> Plan:
     assert captured is not None
     waiting = replace(plan, options=replace(plan.options, overlap=False))
     hardware = find_hardware(plan.options.hardware)
-    stages = [stage.plan for stage in cut_plan(captured.graph, waiting)]
-    ahead = tuple(passes_of_stage(stage, hardware).forward for stage in stages)
-    rows = zip(pipeline.seconds, pipeline.forward_seconds, ahead, strict=True)
-    both = tuple(seconds - forward + longer for seconds, forward, longer in rows)
-    return replace(plan, pipeline=replace(pipeline, forward_seconds=ahead, seconds=both))
+
+    def ahead(each: Plan) -> list[float]:
+        """Return the seconds of every stage's forward pass."""
+        stages = cut_plan(captured.graph, each)
+        return [passes_of_stage(stage.plan, hardware).forward for stage in stages]
+
+    longer = [late - soon for late, soon in zip(ahead(waiting), ahead(plan), strict=True)]
+    forward, both = (
+        tuple(seconds + more for seconds, more in zip(each, longer, strict=True))
+        for each in (pipeline.forward_seconds, pipeline.seconds)
+    )
+    return replace(plan, pipeline=replace(pipeline, forward_seconds=forward, seconds=both))
 
 
 def pipelined(only: int | None = None, own: bool = False) -> Iterator[Row]:
@@ -249,80 +256,7 @@ def flops_of_llama(sizes: Mapping[str, int]) -> float:
     return 6 * weights + 6 * layers * hidden * sizes["sequence"]
 
 
-def chosen(only: int | None = None) -> Iterator[Row]:
-    """Yield the steps of all rows on the mesh that the planner chooses for 80 GB.
-
-    Each stands beside the printed one, and beside that of the published layout as it is predicted.
-
-    Rows 0 and 1 are Llama 3 405B on 8192 and on 16384 devices, the next six are those of
-    arXiv:2104.04473 (row 7 is 1 T on 3072), and the last three those of arXiv:2205.05198.
-    Published layouts are predicted with what is recomputed there, and overlap as the product does;
-    that of Llama 3 within 80 GB, too, for which blocks are recomputed.
-    """
-    from benchmarks.published_llama import captured_llama, partition
-
-    tables = [
-        (name, row) for name in ("llama_405b", "pipelined", "selective") for row in _rows(name)
-    ]
-    for number, (name, row) in enumerate(tables):
-        if only is not None and number != only:
-            continue
-        table = ROWS[name]
-        hardware = find_hardware(table["hardware"])
-        options = Options(
-            data_parallel=True,
-            hardware=hardware.name,
-            tokens=1,
-            optimizer="mixed_adam",
-            recompute="auto",
-            memory_limit=80 * 10**9,
-        )
-        if name == "llama_405b":
-            sizes = table["model"]
-            captured = captured_llama(tuple(sizes.items()), row["batch"])
-            flops = flops_of_llama(sizes) * row["batch"] * sizes["sequence"]
-            printed = flops / row["devices"] / row["flops_per_second"]
-            replicas = row["devices"] // row["tensor"] // row["stages"]
-            layout = pipeline_plan(
-                captured,
-                "Llama",
-                Mesh(pp=row["stages"], dp=replicas, tp=row["tensor"]),
-                replace(
-                    options,
-                    microbatches=row["batch"] // replicas // row["micro_batch"],
-                    stages_per_rank=row["chunks"],
-                ),
-                pins={path: (Invariant(), place) for path, place in partition(captured).items()},
-            )
-        else:
-            model = Transformer.of(row, table)
-            captured = _captured(model, row["batch"])[0]
-            recompute = "full" if name == "pipelined" else "selective"
-            layout = planned(model, row, hardware, recompute, True, True)
-            flops = model.flops(row["batch"], again=True)
-            printed = (
-                flops / row["devices"] / row["flops_per_second"]
-                if name == "pipelined"
-                else row["seconds_selective"]
-            )
-        meshes = arrangements(row["devices"], hardware.devices_per_node)
-        began = time.process_time()
-        plan = fastest_plan(nn.Module(), captured, meshes, options)
-        took = time.process_time() - began
-        seconds = (
-            seconds_of(plan, hardware, fused=name != "llama_405b") if plan.pipeline else plan.step
-        )
-        what = f"{row['devices']} devices, {plan.whole_mesh}, planned in {took:.0f} s"
-        yield Row(what, seconds, printed, "s", plan)
-        yield Row("   beside the published layout", plan.step, layout.step, "s", plan)
-
-
-def _rows(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a table that have stages."""
-    return [row for row in ROWS[name]["rows"] if row["stages"] > 1]
-
-
-TABLES = {each.__name__: each for each in (pipelined, interleaved, llama, chosen)}
+TABLES = {each.__name__: each for each in (pipelined, interleaved, llama)}
 
 
 def main() -> None:

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from autoparallel.errors import AutoParallelError, PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Dim
 from autoparallel.parallel.compiled_calls import is_compiled
 from autoparallel.parallel.pipeline_call import PipelineCall, wants_loss_alone
+from autoparallel.parallel.pipeline_node import PipelineStep
 from autoparallel.parallel.pipeline_place import PipelinePlace, as_sent
 from autoparallel.parallel.pipeline_schedules import (
     IN_HALVES,
@@ -52,7 +51,6 @@ from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import OpCall
 from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
-from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["PipelineRun", "pipeline_program"]
 
@@ -195,7 +193,7 @@ class PipelineRun:
             return outputs[: self.returned], [*written, *outputs[self.returned :]]
         # Ranks whose stage has no parameter take part in the backward pass all the same.
         anchor = torch.zeros((), device=call.device, requires_grad=True)
-        outputs = list(_Step.apply(self, call, anchor, *parameters))
+        outputs = list(PipelineStep.apply(self, call, anchor, *parameters))
         return outputs[: self.returned], [*written, *outputs[self.returned :]]
 
     def _before(self, call: PipelineCall) -> list[torch.Tensor]:
@@ -395,46 +393,3 @@ def _multiplied(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if torch.promote_types(tensor.dtype, factor.dtype) == tensor.dtype:
         return tensor.mul_(factor.to(tensor.dtype))
     return tensor.copy_(tensor.to(factor.dtype) * factor)
-
-
-class _Step(torch.autograd.Function):
-    """A step of the pipeline: parameters in, outputs out."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: PipelineRun,
-        call: PipelineCall,
-        anchor: torch.Tensor,
-        *parameters: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        outputs, gradients = run.eagerly(call)
-        ctx.run, ctx.call, ctx.gradients = run, call, gradients
-        ctx.needed = ctx.needs_input_grad[3:]
-        ctx.set_materialize_grads(False)
-        plain = [
-            value
-            for value, each in zip(outputs, run.outputs, strict=True)
-            if not each.requires_grad
-        ]
-        ctx.mark_non_differentiable(*plain)
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        run: PipelineRun = ctx.run
-        others = [g for place, g in enumerate(gradients) if g is not None and place != run.loss]
-        loss = None if run.loss is None else gradients[run.loss]
-        # They are given away, as autograd frees what it has saved; a second backward pass runs the
-        # step again.
-        held, ctx.gradients = ctx.gradients, None
-        with without_function_overrides():
-            if held is None or others:
-                found = run.again(ctx.call, gradients)
-            elif loss is None:
-                found = [None] * len(ctx.needed)
-            else:
-                found = run.scaled(ctx.call, held, loss)
-        found = [g if wanted else None for g, wanted in zip(found, ctx.needed, strict=True)]
-        return None, None, None, *found

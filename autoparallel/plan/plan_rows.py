@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -93,12 +94,15 @@ def _types(kind: Any) -> dict[str, str]:
     return {field.name: str(field.type) for field in fields(kind)}
 
 
+# Halves of letters cannot be printed, and nothing behind the end of a text is looked at.
+_HIDING = re.compile("[\0\ud800-\udfff]")
+
+
 def _text(content: Any, what: str) -> str:
     """Return a text. One that no file can hold, or that hides what it says, is none."""
     if not isinstance(content, str):
         raise TypeError(f"{what} is {_short(content)}, and no str")
-    # Halves of letters cannot be printed, and nothing behind the end of a text is looked at.
-    if "\0" in content or any("\ud800" <= letter <= "\udfff" for letter in content):
+    if _HIDING.search(content):
         raise ValueError(f"{what} has characters that are none")
     return content
 

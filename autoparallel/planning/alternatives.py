@@ -20,7 +20,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, Plan
 from autoparallel.planning.pipeline_choices import shares_of
-from autoparallel.planning.solution_to_plan import solution_of_plan
+from autoparallel.planning.solution_to_plan import layouts_together, solution_of_plan
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
@@ -117,8 +117,9 @@ def find_alternatives(plan: Plan) -> Alternatives:
     if plan.pipeline is not None:
         shares = shares_of(plan.pipeline.ranks, plan.pipeline.microbatches, options)
     network = build_network(
-        graph, plan.mesh, hardware, options, whole_outputs=captured.part, shares=shares
-    )
+        graph, plan.mesh, hardware, options, whole_outputs=captured.part, shares=shares,
+        also=layouts_together(plan, graph),
+    )  # fmt: skip
     constrain(network, captured)
     try:
         chosen = solution_of_plan(network, plan)

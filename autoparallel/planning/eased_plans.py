@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from autoparallel.analysis.timeline import step_and_waits
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
+from autoparallel.graph.repeated_blocks import find_repeats
 from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.planning.ways_to_keep import mode_of, regathers
 from autoparallel.strategy.build_network import rebuilt
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
@@ -31,9 +33,10 @@ _FAR_LESS = 1 / 3
 class Eased:
     """A way to keep less than the quickest plan does, found on a shorter model of the same blocks.
 
-    recompute: of all blocks alike. price: what all bytes of parameters, gradients and the
-    optimizer's state are charged, as a share of the seconds of the quickest plan. blocks: the way
-    to recompute each repeated block, in order; empty where all are alike. seconds: of the step, as
+    recompute: the way to keep what all blocks alike and the ops around them need, as in
+    `ways_to_keep`. price: what all bytes of parameters, gradients and the optimizer's state are
+    charged, as a share of the seconds of the quickest plan. blocks: the way of each repeated block,
+    in order; empty where all are alike. seconds: of the step, as
     it was estimated. starts: of the stages for which it was, as numbers of ops; empty where stages
     are cut as those of any plan.
     """
@@ -96,25 +99,44 @@ class EasedPlans:
         """Return the plan of one way.
 
         Where blocks are recomputed in several ways, layouts are those of the plan with all blocks
-        as most of them are. Planned by themselves, blocks that meet others might pass on larger
-        tensors than equal blocks do, which no stage has room for.
+        in the one that keeps less. Planned by themselves, blocks that meet others might pass on
+        larger tensors than equal blocks do, which no stage has room for; and what is little to
+        recompute a block of as the one way lies may be much as the other does.
         """
-        mode = Counter(eased.blocks).most_common(1)[0][0] if eased.blocks else eased.recompute
+        modes = tuple(map(mode_of, eased.blocks))
+        mode = mode_of(eased.recompute)
         network = self._network(mode)
         if (mode, eased.price) not in self.alike:
             solve, problem = NetworkSolver(network), network.problem(1.0, self.pins)
             quickest = solved_or_refused(lambda: solve(problem))
-            self.alike[mode, eased.price] = eased.solved(solve, problem, quickest)
+            # Nothing is kept in another way without a limit, and the next network has no problem.
+            self.alike[mode, eased.price] = replace(
+                eased.solved(solve, problem, quickest),
+                factor_alternatives=(),
+                variable_alternatives=(),
+            )
         solution = self.alike[mode, eased.price]
-        if set(eased.blocks) - {mode}:
-            network = self._network("auto", eased.blocks)
+        if set(modes) - {mode}:
+            network = self._network("auto", modes)
             problem = network.problem(1.0, self.pins)
             solution = Solution.of(
                 problem, solution.assignment, solution.method, -math.inf, solution.multiplier
             )
-        plan = plan_of_solution(self.captured, self.model, network.mesh, network, solution, 1.0)
+        plan = plan_of_solution(
+            self.captured, self.model, network.mesh, network, solution, 1.0,
+            regathering=self._regathering(eased),
+        )  # fmt: skip
         step, _ = step_and_waits(plan, network.hardware, network.shares.once)
         return replace(plan, step_seconds=step, memory_price=solution.multiplier)
+
+    def _regathering(self, eased: Eased) -> frozenset[str]:
+        """Return the ops that keep no copies that are gathered for them."""
+        graph = self.free.graph
+        names = {node.name for node in graph.calls} if regathers(eased.recompute) else set()
+        for block, way in zip(find_repeats(graph).blocks, eased.blocks, strict=False):
+            inside = {node.name for node in graph.nodes[block.start : block.stop]}
+            names = names | inside if regathers(way) else names - inside
+        return frozenset(names)
 
     def _network(self, recompute: str, blocks: Sequence[str] = ()) -> CostNetwork:
         """Return the network with blocks recomputed alike, or each in its way."""

@@ -57,8 +57,9 @@ def plan_within(
     `unlimited` options. pins: layouts of parameters, by node name. start, beat: as of `search`.
     judge: how the memory of a plan is counted; by default as that of the whole model on each rank.
     eased: ways in which a plan is said to fit, the quickest first. On meshes of three axes, where
-    searches within the limit are by groups of states and take long, the first that does in about
-    the time that it is said to take is taken; where none does, the quickest of them.
+    searches within the limit are by groups of states and take long, and of stages, of whose bytes
+    such a search knows but a sum, the first that does in about the time that it is said to take is
+    taken; where none does, the quickest of them.
     step: what tells the seconds of a step; by default they are the plan's.
 
     Nothing within a limit costs less than the best without one, where no copy is gathered again and
@@ -78,7 +79,7 @@ def plan_within(
     best = solved_or_refused(lambda: solve(problem))
     eased_plans = EasedPlans(captured, model, free, pins)
     quickest: tuple[float, Plan] | None = None
-    for way in eased if solve.many and start is None else ():
+    for way in eased if (solve.many or of_stages) and start is None else ():
         if not way.keeps_less:
             continue
         plan = replace(eased_plans.plan(way), options=options)

@@ -1,13 +1,10 @@
-"""The choices that make a pipeline: stages, micro-batches, and the ranks of a stage."""
+"""The choices that make a pipeline of given stages: micro-batches, and what they are parts of."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-from autoparallel.analysis.pipeline_walk import held
-from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.graph import Graph, Sym, hint
@@ -16,23 +13,19 @@ from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.graph.passes.equal_sizes import with_equal_sizes
 from autoparallel.graph.passes.flattened_rows import unflatten_rows
 from autoparallel.graph.passes.global_counts import split_loss_counts
-from autoparallel.mesh import PIPELINE, Mesh
+from autoparallel.mesh import Mesh
 from autoparallel.options import SCHEDULES, Options
 from autoparallel.placement import Invariant, Layout, Replicate
-from autoparallel.planning.pipeline_estimates import Estimate, Estimator, is_better
-from autoparallel.runtime.schedule_orders import schedule_order
+from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.schedule_figures import figures_of
+from autoparallel.planning.stage_estimates import Estimate, is_better
 from autoparallel.strategy.stage_shares import StageShares
-from planners.effort import current
 
 __all__ = [
     "batch_of",
-    "best_mesh",
-    "best_order",
     "chosen_of",
-    "estimator_of",
     "in_parts",
     "is_even",
-    "likely_meshes",
     "microbatch_counts",
     "middle_of",
     "over_time",
@@ -45,250 +38,6 @@ __all__ = [
 _PER_STAGE = 4
 # So many numbers of micro-batches are tried at most.
 _MOST_COUNTS = 12
-# More stages are no longer looked at after so many numbers of them that were worse.
-_MOST_WORSE = 2
-# Numbers of stages are looked at in steps of this factor first.
-_STEP = 1.6
-# Numbers of stages beside the best one are looked at if blocks divide into them so evenly, as a
-# share of how they divide into the best one.
-_AS_EVEN = 0.9
-# More stages on each rank are taken where a step is shorter than by an error of estimates.
-_WORTH = 1.01
-# Meshes of which the estimate is within this factor of the shortest are planned in full, and so
-# many of them at most.
-_LIKELY, _MOST_LIKELY = 1.03, 2
-
-
-def best_mesh(
-    captured: Captured, world_size: int, options: Options, beat: float
-) -> tuple[Mesh, Estimator] | None:
-    """Return the mesh with stages of which an estimate is shortest, and what estimates it; None
-    where none is shorter than `beat` seconds, where no pipeline can be run, and for a model without
-    chains of equal blocks.
-
-    Stages stay inside of nodes or across them; ranks of one stage are arranged as ranks without
-    stages are. From few stages on, more are looked at as long as they are better.
-
-    Example: `best_mesh(captured, 64, Options(data_parallel=True), plan.step)`
-    """
-    estimator = estimator_of(captured, options)
-    best = None if estimator is None else _with_stages(estimator, world_size, options)
-    if best is None or not _fits(best[0], options) or best[0].seconds >= beat:
-        return None
-    assert estimator is not None
-    estimator.settle(best[1], best[0])
-    return best[1], estimator
-
-
-def likely_meshes(
-    estimator: Estimator, meshes: Sequence[Mesh], options: Options
-) -> tuple[Mesh, ...] | None:
-    """Return those of many meshes, and one with stages, of which the shortest steps are estimated,
-    the shortest first; None where no estimate fits.
-
-    meshes: of the same number of ranks, without stages, in the order of their inner axes' sizes.
-    From the one of whole nodes on, larger and smaller ones are looked at as long as they are
-    better.
-
-    Example: `likely_meshes(estimator_of(captured, options), arrangements(1024, 8), options)`
-    """
-    found: list[tuple[Estimate, Mesh]] = []
-    alone = shares_of(1, 1, options)
-    limit = options.memory_limit
-    per_node = find_hardware(options.hardware).devices_per_node
-    inner = [dict(mesh.axes).get("tp", 1) for mesh in meshes]
-    middle = max(place for place, size in enumerate(inner) if size <= per_node)
-    nearest: Estimate | None = None
-    for way in (range(middle, len(meshes)), range(middle)[::-1]):
-        for place in way:
-            estimate = estimator.estimate(meshes[place], alone, 1)
-            if estimate is None:
-                continue
-            found.append((estimate, meshes[place]))
-            if nearest is not None and not is_better(estimate, nearest, limit):
-                break
-            nearest = estimate
-    staged = _with_stages(estimator, meshes[0].world_size, options)
-    if staged is not None:
-        estimator.settle(staged[1], staged[0])
-    found += [staged] if staged is not None else []
-    found = [each for each in found if _fits(each[0], options)]
-    if not found:
-        return None
-    found.sort(key=lambda each: each[0].seconds)
-    enough = found[0][0].seconds * _LIKELY
-    return tuple(mesh for estimate, mesh in found if estimate.seconds <= enough)[:_MOST_LIKELY]
-
-
-def estimator_of(captured: Captured, options: Options) -> Estimator | None:
-    """Return what estimates pipelines of a model; None where there can be none, or no estimates.
-
-    Example: `estimator_of(captured, Options(data_parallel=True))`
-    """
-    try:
-        refuse_pipeline(captured, options)
-    except PlanError:
-        return None
-    estimator = Estimator(in_parts(captured), options)
-    return None if estimator.short is None else estimator
-
-
-def _fits(estimate: Estimate, options: Options) -> bool:
-    """Return whether an estimated step is within the memory limit."""
-    return options.memory_limit is None or estimate.nbytes <= options.memory_limit
-
-
-def _with_stages(
-    estimator: Estimator, world_size: int, options: Options
-) -> tuple[Estimate, Mesh] | None:
-    """Return the best estimate of a mesh with stages, and that mesh; None where there is none."""
-    per_node = find_hardware(options.hardware).devices_per_node
-    limit = options.memory_limit
-    best: tuple[Estimate, Mesh] | None = None
-    fewest, each = 2, 1
-    for tensor in _widths(world_size, per_node):
-        ladder = [
-            pp
-            for pp in range(fewest, estimator.blocks // options.each_rank + 1)
-            if world_size % (pp * tensor) == 0
-        ]
-        of_width = _best_of_width(estimator, ladder, tensor, world_size, options, each)
-        if of_width is None:
-            continue
-        if best is not None and not is_better(of_width[0], best[0], limit):
-            # Narrower ones send more between fewer ranks still.
-            break
-        # With so many stages, fewer on each rank wait longer whatever the width.
-        best, each = of_width, of_width[0].stages_per_rank
-        if limit is not None:
-            # Fewer ranks hold more of a stage each, which takes more stages.
-            fewest = dict(of_width[1].axes)[PIPELINE]
-        if current().is_over:
-            break
-    return best
-
-
-def _best_of_width(
-    estimator: Estimator,
-    ladder: Sequence[int],
-    tensor: int,
-    world_size: int,
-    options: Options,
-    each: int,
-) -> tuple[Estimate, Mesh] | None:
-    """Return the best estimate of so many ranks on the inner axis, and its mesh.
-
-    ladder: numbers of stages, in order. each: as of `best_order`. Every number that is about twice
-    the one before it is looked at as long as they are better, and then those beside the best.
-    """
-    tried: dict[int, tuple[Estimate, Mesh] | None] = {}
-
-    def at(pp: int) -> tuple[Estimate, Mesh] | None:
-        """Return the estimate for so many stages, and its mesh."""
-        if pp not in tried:
-            data = world_size // (pp * tensor)
-            axes = {"dp": data} if data > 1 else {}
-            axes |= {"tp": tensor} if tensor > 1 or not axes else {}
-            inside = Mesh(**axes)
-            found = best_order(estimator, pp, inside, options, each)
-            tried[pp] = None if found is None else (found, Mesh(**{PIPELINE: pp}, **axes))
-        return tried[pp]
-
-    best: tuple[Estimate, Mesh] | None = None
-    limit = options.memory_limit
-    place, least, worse = -1, 0.0, 0
-
-    def look(number: int) -> bool:
-        """Look at a place of the ladder; say whether it is the best so far."""
-        nonlocal best, place
-        found = at(ladder[number])
-        better = found is not None and (best is None or is_better(found[0], best[0], limit))
-        if better:
-            best, place = found, number
-        return better
-
-    for number, pp in enumerate(ladder):
-        if pp < least:
-            continue
-        found = at(pp)
-        # What a stage holds goes down as their number goes up. Where no more than what stays is
-        # known, no smaller number has room for that.
-        over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
-        known = found is not None and found[0].seconds == math.inf
-        least = pp * (over if known else max(_STEP, over / _STEP))
-        worse = 0 if look(number) else worse + 1
-        if worse >= _MOST_WORSE or current().is_over:
-            break
-    for way in (-1, 1):
-        while best is not None and 0 <= place + way < len(ladder) and not current().is_over:
-            beside, even = ladder[place + way], _evenness(estimator.blocks, ladder[place])
-            # Numbers that blocks divide into much less evenly leave most ranks waiting for a few.
-            if beside in tried or _evenness(estimator.blocks, beside) < _AS_EVEN * even:
-                break
-            if not look(place + way):
-                break
-    return best
-
-
-def _evenness(blocks: int, ranks: int) -> float:
-    """Return the mean number of blocks of a rank as a share of the largest."""
-    return blocks / ranks / -(-blocks // ranks)
-
-
-def best_order(
-    estimator: Estimator, ranks: int, inside: Mesh, options: Options, each: int = 1
-) -> Estimate | None:
-    """Return the best estimate of so many ranks that share out stages, of all ways to order them.
-
-    What was asked for is not chosen. each: the fewest stages on a rank that are looked at; twice as
-    many are as long as they are better. They send more often, and hold more micro-batches.
-
-    Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
-    """
-    best: Estimate | None = None
-    for asked in _orders(options, ranks, inside, estimator.blocks, each):
-        counts = [asked.microbatches or 0]
-        if not asked.microbatches:
-            counts = [middle_of(microbatch_counts(estimator.whole, ranks, inside, asked), ranks)]
-        elif not is_even(counts[0], ranks, asked):
-            continue
-        chosen = chosen_of(estimator, counts, ranks, inside, asked)
-        if chosen is None:
-            continue
-        found = chosen[0]
-        longer = replace(found, seconds=found.seconds * _WORTH)
-        if best is None or is_better(longer, best, options.memory_limit):
-            best = found
-        elif asked.order == best.schedule:
-            break
-    return best
-
-
-def _orders(
-    options: Options, ranks: int, inside: Mesh, blocks: int, each: int
-) -> Iterator[Options]:
-    """Yield the options with each schedule and number of stages on a rank, `each` or more, worth a
-    look.
-    """
-    if options.schedule is None and inside.world_size == 1:
-        # Ranks alone in their stage may put off gradients of weights.
-        yield replace(options, schedule="zero_bubble", stages_per_rank=options.each_rank)
-    if options.stages_per_rank is not None:
-        yield options
-        return
-    each = each if each * ranks <= blocks else 1
-    while each == 1 or each * ranks <= blocks:
-        yield replace(options, schedule=options.order, stages_per_rank=each)
-        each *= 2
-
-
-def _widths(world_size: int, per_node: int) -> list[int]:
-    """Return the sizes of the axis tp that are looked at: a node, and parts of it."""
-    return [
-        size
-        for size in range(min(per_node, world_size // 2), 0, -1)
-        if world_size % size == 0 and per_node % size == 0
-    ]
 
 
 def chosen_of(
@@ -340,8 +89,7 @@ def shares_of(ranks: int, count: int, options: Options) -> StageShares:
     StageShares(ranks=4, passes=11.0, in_flight=4.0)
     """
     each = options.each_rank
-    order = schedule_order(options.order, ranks, each, count)
-    most = max(moment.nbytes for moment in held(order, [1.0] * (ranks * each)))
+    most = figures_of(options.order, ranks, each, count).most
     return StageShares(ranks, count + (ranks - 1) / each, most / each)
 
 

@@ -11,46 +11,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoparallel.analysis.observed_runs import Seen
-from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
-from autoparallel.analysis.pipeline_walk import held_together
-from autoparallel.analysis.timeline import passes_of_stage
+from autoparallel.analysis.pipeline_step import passes_of, step_of
+from autoparallel.analysis.stage_paces import Busy, at_own_paces
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
-from autoparallel.graph.repeated_blocks import find_repeats
 from autoparallel.graph.shortened import Shortened, shortened
-from autoparallel.graph.size_hints import with_larger_hints
-from autoparallel.mesh import MICROBATCH, Mesh
+from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
-from autoparallel.planning.eased_plans import Eased
-from autoparallel.planning.network_solver import NetworkSolver
-from autoparallel.planning.solution_to_plan import plan_of_solution
-from autoparallel.planning.stage_chain import StageChain, chain_of, mixed, most_saved, stays_of
-from autoparallel.planning.stage_work import StageBytes, StageWork
-from autoparallel.runtime.schedule_orders import Pass, ranks_of_stages, schedule_order
-from autoparallel.strategy.build_network import build_network
-from autoparallel.strategy.constraints import constrain
-from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.planning.short_chains import Asked, ShortChains, TooLargeError
+from autoparallel.planning.stage_chain import StageChain, mixed, most_saved
+from autoparallel.planning.stage_estimates import Estimate, is_better
+from autoparallel.planning.stage_work import StageBytes
+from autoparallel.planning.ways_to_keep import WAYS, mode_of, regathered, worthwhile
 from autoparallel.strategy.stage_shares import StageShares
 from planners import InfeasibleError
 
-__all__ = ["Estimate", "Estimator", "is_better"]
+__all__ = ["Estimator"]
 
 # Steps of more passes than these are told by a formula.
 _MOST_PASSES = 20_000
-# Ways to recompute, from the quickest to the one that saves least.
-_MODES = ("none", "selective", "full")
 # By how much an estimate from other meshes may be beyond the limit, to be looked at.
 _NEARLY = 1.1
 # What all bytes that stay are charged, one after the other, as shares of a plan's seconds.
@@ -58,70 +47,6 @@ _PRICES = (0.0, 0.1)
 # Shares of the limit that estimates with some blocks recomputed are made to fill, one after the
 # other: what the plan itself takes differs by a few percent.
 _FILLED = (0.98, 0.95, 0.91, 0.85)
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """An Estimate tells what a step of a pipeline would take.
-
-    seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
-    not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
-    of one stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, as of
-    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. starts:
-    as of `Eased`, of their stages. schedule, stages_per_rank: as of Options.
-    """
-
-    seconds: float
-    nbytes: float
-    recompute: str
-    activations: float = 0.0
-    price: float = 0.0
-    mixes: tuple[tuple[str, ...], ...] = ()
-    starts: tuple[int, ...] = ()
-    schedule: str = "1f1b"
-    stages_per_rank: int = 1
-
-    @property
-    def eased(self) -> tuple[Eased, ...]:
-        """The ways in which a plan of the whole model keeps as little as this one."""
-        alike = Eased(self.recompute, self.price, seconds=self.seconds)
-        return (
-            *(replace(alike, blocks=blocks, starts=self.starts) for blocks in self.mixes),
-            alike,
-        )
-
-
-class _TooLargeError(Exception):
-    """The error that what stays takes more than all ranks have.
-
-    nbytes: of each rank, if they share it evenly.
-    """
-
-    def __init__(self, nbytes: float) -> None:
-        super().__init__(nbytes)
-        self.nbytes = nbytes
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """The figures of an estimate: see `Estimator.estimate`."""
-
-    inside: Mesh
-    shares: StageShares
-    count: int
-    pins: Mapping[str, Layout]
-    options: Options
-
-    @property
-    def order(self) -> tuple[tuple[Pass, ...], ...]:
-        """The passes of each rank."""
-        options = self.options
-        return schedule_order(options.order, self.shares.ranks, options.each_rank, self.count)
-
-    @cached_property
-    def most(self) -> tuple[int, ...]:
-        """The micro-batches of which each stage keeps activations when its rank keeps most."""
-        return held_together(self.order)
 
 
 class Estimator:
@@ -135,36 +60,22 @@ class Estimator:
         self.options, self.whole = options, captured.graph
         self.short: Shortened | None = shortened(captured.graph)
         self.blocks = 0
-        # The network that was built last, and what calls save on its mesh.
-        self._known: tuple[CostNetwork, Seen] | None = None
-        # The place in _MODES of the way to recompute with which an estimate last fitted.
+        # Seconds and bytes kept of all ways, on the first mesh with stages on which they were told,
+        # and those that are worth a try. Tensors lie otherwise where a rank has all blocks.
+        self._taken: dict[str, tuple[float, float]] = {}
+        self._ways = WAYS
+        # The place among them of the way with which an estimate last fitted.
         self._first = 0
-        # How much more the way to recompute at a place saves than the next one.
+        # How much more the way at a place keeps than the next one.
         self._more: dict[int, float] = {}
         self._estimates: dict[Any, Estimate | None] = {}
-        # Chains of the whole model, by mesh, numbers and the way to recompute: stages on each rank
-        # and schedules differ in cuts and passes alone.
-        self._chains: dict[Any, StageChain] = {}
-        # By the same, what stays of those that cannot fit.
-        self._too_large: dict[Any, float] = {}
         # The shortest step so far, which ways of recomputing some blocks have to beat.
         self._shortest = math.inf
         # The schedules and stages on each rank of the meshes that were chosen.
         self._chosen: dict[Mesh, tuple[str, int]] = {}
         if self.short is not None:
-            self.blocks = sum(times + 2 for _, _, times in self.short.times)
-            self.captured = replace(captured, graph=self.short.graph)
-            self.graph = with_larger_hints(self.captured, options.tokens)
-            repeats = find_repeats(self.graph).blocks
-            # Blocks of the whole model are told by number, where the short one's are the same.
-            every = len(find_repeats(captured.graph).blocks)
-            left = sum(times - 1 for _, _, times in self.short.times)
-            self._numbered = len(repeats) + left == every
-            self._blocks = {
-                node.name: number
-                for number, block in enumerate(repeats)
-                for node in self.graph.nodes[block.start : block.stop]
-            }
+            self.chains = ShortChains(captured, self.short, options)
+            self.blocks, self.graph = self.chains.blocks, self.chains.graph
 
     def settle(self, mesh: Mesh, estimate: Estimate) -> None:
         """Remember with which schedule a mesh with stages was estimated to be quickest."""
@@ -193,7 +104,7 @@ class Estimator:
         options = options or self.options
         key = inside, shares, count, options.order, options.each_rank, tuple((pins or {}).items())
         if key not in self._estimates:
-            asked = _Asked(inside, shares, count, pins or {}, options)
+            asked = Asked(inside, shares, count, pins or {}, options)
             found = self._estimated(asked)
             limit = options.memory_limit
             if found is not None and (limit is None or found.nbytes <= limit):
@@ -201,16 +112,23 @@ class Estimator:
             self._estimates[key] = found
         return self._estimates[key]
 
-    def _estimated(self, of: _Asked) -> Estimate | None:
+    def _estimated(self, of: Asked) -> Estimate | None:
         """Return the estimate, which is not known yet."""
         limit, asked = self.options.memory_limit, self.options.recompute
         if asked != "auto":
-            return self._fitting(of, asked)
+            given = self._fitting(of, asked)
+            if given is None or limit is None or asked == "full":
+                return given
+            # Stages that fit only where they take unequal times may be equal with less kept.
+            less = self._fitting(of, regathered(asked))
+            return less if less is not None and is_better(less, given, limit) else given
+        if not self._taken and of.shares.ranks > 1:
+            self._tell_ways(of)
         tried: dict[int, Estimate | None] = {}
 
         def fits(place: int) -> bool:
             """Try a way to recompute; say whether it fits."""
-            found = self._fitting(of, _MODES[place])
+            found = self._fitting(of, self._ways[place])
             tried[place] = found
             return found is not None and (limit is None or found.nbytes <= limit)
 
@@ -222,7 +140,7 @@ class Estimator:
                     break
                 self._first -= 1
         else:
-            able = (place for place in range(first + 1, len(_MODES)) if fits(place))
+            able = (place for place in range(first + 1, len(self._ways)) if fits(place))
             self._first = next(able, first)
         found = [(place, each) for place, each in sorted(tried.items()) if each is not None]
         for (place, one), (other, less) in pairwise(found):
@@ -234,37 +152,74 @@ class Estimator:
                 best = each
         return self._partly(of, best) if best is not None else None
 
-    def _partly(self, of: _Asked, alike: Estimate) -> Estimate:
+    def _tell_ways(self, of: Asked) -> None:
+        """Find which ways are worth a try, if all of them can be told on a mesh."""
+        for price in _PRICES:
+            try:
+                chains = {way: self.chains.chain(of, way, price) for way in WAYS}
+            except (PlanError, InfeasibleError, TooLargeError):
+                continue
+            self._taken = {
+                way: (float(chain.seconds.sum()), float(chain.bytes.kept.sum()))
+                for way, chain in chains.items()
+            }
+            self._ways = worthwhile(self._taken)
+            self._first, self._more = 0, {}
+            return
+
+    def _pairs(self, alike: str) -> list[tuple[str, str]]:
+        """Return pairs of ways that blocks may have beside each other, (keeps more, keeps less).
+
+        alike: that with which all blocks fit, which is one of each pair. The other saves most time
+        for a byte.
+        """
+        place, taken = self._ways.index(alike), self._taken
+        before, behind = self._ways[:place][::-1], self._ways[place + 1 :]
+
+        def rate(other: str) -> float:
+            """Return the seconds for a byte by which two ways differ."""
+            if not taken:
+                return 0.0
+            (seconds, nbytes), (less, more) = taken[alike], taken[other]
+            return (seconds - less) / (more - nbytes)
+
+        return [
+            *([(max(before, key=rate), alike)] if before else []),
+            *([(alike, min(behind, key=rate))] if behind else []),
+        ]
+
+    def _partly(self, of: Asked, alike: Estimate) -> Estimate:
         """Return the best estimate with as many blocks recomputed less as fit.
 
         alike: the estimate with all blocks recomputed alike.
         """
         limit = self.options.memory_limit
-        if limit is None or alike.nbytes > limit or not self._numbered:
+        if limit is None or alike.nbytes > limit or not self.chains.numbered:
             return alike
         if of.shares.ranks == 1:
             return alike  # without stages, the search within the limit chooses block by block
         # What shares most of what stays leaves most room for activations.
         best, price = alike, _PRICES[-1]
-        place = _MODES.index(alike.recompute)
+        each = of.count / of.shares.ranks
         # Where all blocks fit alike only in stages that take unequal times, a few of them that are
         # recomputed more leave room for equal ones.
-        for fewer, more in pairwise(_MODES[max(place - 1, 0) : place + 2]):
+        for fewer, more in self._pairs(alike.recompute):
             try:
-                one = self._chain(of, fewer, price)
                 # No cut is shorter than one into equal stages.
-                least = one.seconds.sum() / of.shares.ranks * of.count
+                least = self.chains.chain(of, fewer, price).seconds.sum() * each
                 if least >= min(self._shortest, best.seconds):
                     continue
-                found = self._mixed(of, one, self._chain(of, more, price), fewer, more)
-            except (PlanError, InfeasibleError, _TooLargeError):
+                # Blocks lie beside each other as those do that keep less.
+                one = self.chains.chain(of, fewer, price, mode_of(more))
+                found = self._mixed(of, one, self.chains.chain(of, more, price), fewer, more)
+            except (PlanError, InfeasibleError, TooLargeError):
                 continue
             if found is not None and is_better(found, best, limit):
                 best = replace(found, price=price)
         return best
 
     def _mixed(
-        self, of: _Asked, one: StageChain, other: StageChain, fewer: str, more: str
+        self, of: Asked, one: StageChain, other: StageChain, fewer: str, more: str
     ) -> Estimate | None:
         """Return the estimate with some blocks as in a chain that recomputes fewer ops; None where
         none fits.
@@ -272,14 +227,14 @@ class Estimator:
         limit = self.options.memory_limit
         assert limit is not None
         starts = self._cut(of, other)
-        ranks = ranks_of_stages(of.order)
+        ranks, most = of.schedule.ranks, of.schedule.together
         best: Estimate | None = None
         for in_turn in (False, True):
             found: Estimate | None = None
             mixes: list[tuple[str, ...]] = []
             for filled in _FILLED:
                 room = limit * filled
-                marked = most_saved(one, other, starts, of.most, ranks, room, in_turn)
+                marked = most_saved(one, other, starts, most, ranks, room, in_turn)
                 if not any(marked):
                     break
                 mixes.append(tuple(fewer if each else more for each in marked))
@@ -304,7 +259,7 @@ class Estimator:
         more = found.activations * (self._more.get(place, 1.0) - 1.0)
         return found.nbytes + more <= limit * _NEARLY
 
-    def _fitting(self, of: _Asked, recompute: str) -> Estimate | None:
+    def _fitting(self, of: Asked, recompute: str) -> Estimate | None:
         """Return the estimate with one way to recompute; None where there is none.
 
         Where the quickest plan does not fit in the limit, bytes that stay are charged, so that
@@ -314,10 +269,10 @@ class Estimator:
         best: Estimate | None = None
         for price in _PRICES:
             try:
-                chain = self._chain(of, recompute, price)
+                chain = self.chains.chain(of, recompute, price)
                 found = self._told(of, chain, self._cut(of, chain), recompute)
                 found = replace(found, price=price)
-            except _TooLargeError as error:
+            except TooLargeError as error:
                 found = Estimate(math.inf, error.nbytes, recompute, price=price)
             except (PlanError, InfeasibleError):
                 break
@@ -327,70 +282,18 @@ class Estimator:
                 break
         return best
 
-    def _network(
-        self, mesh: Mesh, options: Options, shares: StageShares
-    ) -> tuple[CostNetwork, Seen]:
-        """Return the cost network of the short model, and what calls save on this mesh."""
-        known, seen = self._known or (None, {})
-        if known is not None and known.mesh != mesh:
-            seen = {}
-        if known is None or (known.mesh, known.options, known.shares) != (mesh, options, shares):
-            hardware, part = find_hardware(options.hardware), self.captured.part
-            known = build_network(self.graph, mesh, hardware, options, None, part, shares, known)
-            constrain(known, self.captured)
-        self._known = known, seen
-        return known, seen
-
-    def _chain(self, of: _Asked, recompute: str, price: float) -> StageChain:
-        """Return the ops of the whole model with one way to recompute. price: of all bytes that
-        stay, as a share of the seconds of the quickest plan. Raises _TooLargeError where that is
-        known to be too much without counting activations.
-        """
-        assert self.short is not None
-        key = of.inside, of.shares.ranks, of.count, tuple(of.pins.items()), recompute, price
-        if key in self._chains:
-            return self._chains[key]
-        if key in self._too_large:
-            raise _TooLargeError(self._too_large[key])
-        shares = of.shares
-        options = replace(self.options, memory_limit=None, recompute=recompute)
-        hardware = find_hardware(options.hardware)
-        mesh = Mesh(**{MICROBATCH: of.count}, **dict(of.inside.axes))
-        network, seen = self._network(mesh, options, shares)
-        nodes = {node.target: node.name for node in self.graph.nodes if node.kind == "parameter"}
-        pinned = {nodes[path]: pin for path, pin in of.pins.items() if path in nodes}
-        solve, problem = NetworkSolver(network), network.problem(1.0, pinned)
-        solution = solve(problem)
-        if price:
-            solution = Eased(recompute, price).solved(solve, problem, solution)
-        plan = plan_of_solution(self.captured, "", mesh, network, solution, 1.0)
-        work = StageWork(self.graph, plan)
-        limit = self.options.memory_limit
-        if limit is not None:
-            each = stays_of(work, self.short, work.bytes_of(of.count, False)) / shares.ranks
-            if each > limit:
-                self._too_large[key] = each
-                raise _TooLargeError(each)
-        passes = passes_of_stage(plan, hardware)
-        rows = sum(op.seconds for op in plan.ops) + sum(row.seconds for row in plan.conversions)
-        updates = max(plan.seconds - rows, 0.0) / shares.once + passes.reduction
-        sizes = work.bytes_of(of.count, self.options.memory_limit is not None, seen)
-        link = link_of_stages(plan, shares.ranks, hardware)
-        chain = chain_of(work, self.short, self._blocks, passes, updates, sizes, link)
-        self._chains[key] = chain
-        return chain
-
-    def _cut(self, of: _Asked, chain: StageChain) -> NDArray[np.intp]:
+    def _cut(self, of: Asked, chain: StageChain) -> NDArray[np.intp]:
         """Return where the stages of a chain start."""
         limit = self.options.memory_limit
         room = math.inf if limit is None else limit
-        return np.array(chain.cut(of.most, ranks_of_stages(of.order), room))
+        return np.array(chain.cut(of.schedule.together, of.schedule.ranks, room))
 
     def _told(
-        self, of: _Asked, chain: StageChain, starts: NDArray[np.intp], recompute: str
+        self, of: Asked, chain: StageChain, starts: NDArray[np.intp], recompute: str
     ) -> Estimate:
         """Return the estimate of a chain whose stages start at these places."""
-        ranks, stages = of.shares.ranks, len(of.most)
+        most, places = of.schedule.together, of.schedule.ranks
+        ranks, stages = of.shares.ranks, len(most)
         ends = np.array([*starts[1:], len(chain.seconds)])
 
         def summed(each: NDArray[np.float64]) -> tuple[float, ...]:
@@ -414,19 +317,21 @@ class Estimator:
             summed(chain.once),
             (0, *sent),
         )
-        sizes = chain.bytes.sizes(of.most)
+        busy = tuple(map(Busy, summed(chain.busy_forward), summed(chain.busy_backward)))
+        hardware = find_hardware(self.options.hardware)
+        pipeline = at_own_paces(pipeline, busy, hardware, of.inside.world_size)
+        sizes = chain.bytes.sizes(most)
         of_rank = [chain.bytes.besides] * ranks
-        places = ranks_of_stages(of.order)
         for stage, rank in enumerate(places):
             size = float(sizes(stage, starts[stage], ends[stage]))
             of_rank[rank] += size - chain.bytes.besides
-        if sum(map(len, of.order)) <= _MOST_PASSES:
+        if of.schedule.passes <= _MOST_PASSES:
             step = step_of(pipeline, passes_of(pipeline, chain.link))[0]
         else:
             step = _long_step(pipeline, places)
         kept = StageBytes(
             np.zeros_like(chain.bytes.stays), chain.bytes.kept, chain.bytes.buffers, (), 0.0
-        ).sizes(of.most)
+        ).sizes(most)
         saved = max(float(kept(n, starts[n], ends[n])) for n in range(stages))
         return Estimate(
             step,
@@ -436,20 +341,6 @@ class Estimator:
             schedule=of.options.order,
             stages_per_rank=of.options.each_rank,
         )
-
-
-def is_better(one: Estimate, other: Estimate, limit: int | None) -> bool:
-    """Return whether an estimate is better than another: fits, where that does not, or is shorter;
-    of two that do not fit, needs less.
-
-    >>> is_better(Estimate(2.0, 10.0, "full"), Estimate(1.0, 30.0, "none"), limit=20)
-    True
-    """
-    bound = math.inf if limit is None else limit
-    fits = (one.nbytes <= bound, other.nbytes <= bound)
-    if fits == (False, False):
-        return one.nbytes < other.nbytes
-    return one.seconds < other.seconds if all(fits) else fits[0]
 
 
 def _long_step(pipeline: Pipeline, ranks: tuple[int, ...]) -> float:

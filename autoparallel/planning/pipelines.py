@@ -37,7 +37,7 @@ from autoparallel.planning.pipeline_choices import (
 )
 from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.search import search
-from autoparallel.planning.stage_cuts import cut_into_stages
+from autoparallel.planning.stage_cuts import cut_into_stages, with_accounts
 from autoparallel.rewrite.stages import cut_plan, holders_of
 
 __all__ = [
@@ -249,8 +249,9 @@ class _Request:
         pins = None if self.pins is None else over_time(graph, self.pins, count)
         shares = shares_of(self.ranks, count, options)
 
-        # Plans that were said to fit, and their cuts.
+        # Plans that were said to fit, and their cuts; and the memory of the ranks of these.
         known: list[tuple[Plan, Plan]] = []
+        told: list[tuple[Plan, tuple[Account, ...]]] = []
 
         def cut(plan: Plan, starts: Sequence[int] = ()) -> Plan:
             """Return the plan in stages, once and for all. starts: as of `Eased`."""
@@ -265,7 +266,9 @@ class _Request:
 
         def judge(plan: Plan, starts: Sequence[int] = ()) -> Account:
             """Return the memory of the rank that needs most. starts: as of `Eased`."""
-            accounts = memory_of_pipeline(cut(plan, starts), self.graph)
+            stages = cut(plan, starts)
+            accounts = memory_of_pipeline(stages, self.graph)
+            told[:] = [(stages, accounts)]
             return max(accounts, key=lambda account: account.total)
 
         try:
@@ -290,7 +293,10 @@ class _Request:
             raise _coupled(count, culprit, self.model) from error
         if count > 1 and _is_repeated(graph, plan):
             raise _coupled(count, coupled_call(graph, count, options), self.model)
-        return cut(plan)
+        stages = cut(plan)
+        # Counting takes as long as cutting: the one that was judged last is mostly the one.
+        same = [accounts for other, accounts in told if other.pipeline is stages.pipeline]
+        return with_accounts(stages, same[0]) if same else stages
 
 
 def _coupled(count: int, culprit: Node | None, model: str) -> CoupledBatchError:

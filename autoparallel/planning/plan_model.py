@@ -23,8 +23,8 @@ from autoparallel.options import Options
 from autoparallel.placement import Layout, Placement, layout_text
 from autoparallel.plan import Plan
 from autoparallel.planning.kept_plans import is_on, key_of, load, store
-from autoparallel.planning.pipeline_choices import best_mesh, estimator_of, likely_meshes
 from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.pipeline_meshes import best_mesh, estimator_of, likely_meshes
 from autoparallel.planning.pipelines import is_pipeline, pipeline_plan
 from autoparallel.planning.planning_progress import planning_progress
 from autoparallel.planning.request import require_clear, require_known
@@ -106,13 +106,13 @@ def fastest_plan(
         with effort(Effort(most, can_stop=alone, report=report)) as spent:
             free = stages and len(meshes) > 1 and not (pins or product_weight or start)
             estimator: Estimator | None = None
-            likely: tuple[Mesh, ...] | None = None
+            likely: dict[Mesh, float] | None = None
             if free and isinstance(traced, Captured) and len(meshes) > _MOST_IN_FULL:
                 estimator = estimator_of(traced, options)
                 likely = None if estimator is None else likely_meshes(estimator, meshes, options)
-            chosen = meshes if likely is None else likely
+            chosen = meshes if likely is None else tuple(likely)
             best, errors = _fastest(
-                model, traced, chosen, options, pins, product_weight, start, estimator
+                model, traced, chosen, options, pins, product_weight, start, estimator, likely or {}
             )
             if likely is not None and best is not None:
                 left = len([mesh for mesh in meshes if mesh not in likely])
@@ -142,16 +142,20 @@ def _fastest(
     product_weight: float | None,
     start: Plan | None,
     estimator: Estimator | None = None,
+    expected: Mapping[Mesh, float] = {},
 ) -> tuple[Plan | None, list[PlanError]]:
     """Return the fastest plan of all meshes, None where there is none, and the others' errors.
 
-    Arguments as of `fastest_plan`. estimator: as of `pipeline_plan`.
+    Arguments as of `fastest_plan`. estimator: as of `pipeline_plan`. expected: estimated steps by
+    mesh; one is not planned if it is no shorter than a plan is already.
     """
     best: Plan | None = None
     errors: list[PlanError] = []
     waiting = list(meshes)
     while waiting:
         mesh = waiting.pop(0)
+        if best is not None and expected.get(mesh, 0.0) >= best.step:
+            continue
         try:
             # A plan to begin with is of one mesh; for the other meshes there is none.
             begin = start if len(meshes) == 1 or (start and start.mesh == mesh) else None

@@ -11,7 +11,11 @@ from autoparallel.cost.hardware import Hardware, find_hardware, presets
 from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.plan import Plan
-from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
+from autoparallel.planning.solution_to_plan import (
+    layouts_together,
+    plan_of_solution,
+    solution_of_plan,
+)
 from autoparallel.strategy.build_network import build_network
 from autoparallel.support.arguments import MAKE_ONE, require_kind
 from planners import Solution
@@ -77,8 +81,9 @@ def repriced(plan: Plan, hardware: Hardware, as_given: bool = False) -> Plan:
         )
     graph = with_larger_hints(plan.captured, 1 if as_given else plan.options.tokens)
     network = build_network(
-        graph, plan.mesh, hardware, plan.options, whole_outputs=plan.captured.part
-    )
+        graph, plan.mesh, hardware, plan.options, whole_outputs=plan.captured.part,
+        also=layouts_together(plan, graph),
+    )  # fmt: skip
     states = solution_of_plan(network, plan)
     problem = network.problem(plan.product_weight)
     told = plan_of_solution(

@@ -23,6 +23,7 @@ from autoparallel.planning.memory_limit import plan_within, unlimited
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.request import require_known
 from autoparallel.planning.solution_to_plan import (
+    layouts_together,
     plan_of_solution,
     solution_of_plan,
     with_reasons,
@@ -90,7 +91,10 @@ def search(
     if few is not None:
         network = few.network
     else:
-        network = build_network(graph, mesh, hardware, free, stored, captured.part, shares)
+        also = None if start is None else layouts_together(start, graph)
+        network = build_network(
+            graph, mesh, hardware, free, stored, captured.part, shares, also=also
+        )
     paths = {node.target: node.name for node in graph.nodes if node.kind == "parameter"}
     require_known(pins, captured.aliases)
     # Tied parameters are one node of the graph, under the first of their paths.

@@ -15,6 +15,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.placement import Layout, whole_layout
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan, PlannedInput
 from autoparallel.planning.gathers_ahead import with_gathers_ahead
+from autoparallel.planning.regathered_copies import copies_to_regather
 from autoparallel.planning.unsplit_reasons import is_left_whole, why_whole
 from autoparallel.strategy.cost_network import CostNetwork, reduced_together
 from autoparallel.strategy.parameter_storage import ParameterStorage
@@ -24,7 +25,7 @@ from planners import Solution
 
 Told = TypeVar("Told", OpChoice, ParameterChoice)
 
-__all__ = ["plan_of_solution", "solution_of_plan", "with_reasons"]
+__all__ = ["layouts_together", "plan_of_solution", "solution_of_plan", "with_reasons"]
 
 
 def plan_of_solution(
@@ -35,12 +36,14 @@ def plan_of_solution(
     solution: Solution,
     weight: float,
     added: Mapping[str, float] = {},
+    regathering: frozenset[str] = frozenset(),
 ) -> Plan:
     """Return a solution of the network in the words of the model: layouts, ops, conversions.
 
     model: the name that the plan gives the model. weight: what a second of matrix products counted
     in the solution's cost. added: per node that is left unsharded and could be sharded, what
-    sharding it would add to the cost; see unsplit_reasons.py.
+    sharding it would add to the cost; see unsplit_reasons.py. regathering: ops that keep no copies
+    which are gathered for them alone: these are gathered again in the backward pass.
     The plan's seconds are those of its rows, added up, while its cost is the solution's own, in
     which products may weigh more.
     """
@@ -90,6 +93,8 @@ def plan_of_solution(
         )
     outputs = tuple(network.outputs[name][chosen[f"return:{name}"]] for name in graph.outputs)
     dropped = network.made_again(solution) | _remade_copies(graph, network, ops, made, made_again)
+    if regathering:
+        dropped |= copies_to_regather(network, ops, made, regathering - repeated.keys())
     conversions = _conversions(graph, network, ops, made, outputs, chosen, dropped, repeated)
     seconds += sum(conversion.seconds for conversion in conversions)
     plan = Plan(
@@ -158,9 +163,30 @@ def _inputs(captured: Captured, graph: Graph) -> tuple[PlannedInput, ...]:
     )
 
 
+def layouts_together(plan: Plan, graph: Graph) -> dict[str, frozenset[Layout]]:
+    """Return the layouts in which a plan's ops read each value that they read in several.
+
+    A network has few sets of layouts for a value, or its states would be too many, and where it
+    costs nothing to move the value, it has no variable for it, so that its readers choose as they
+    like. On other hardware, or where saved bytes are counted, the same plan may then have a set
+    that a network lacks: `build_network` takes these sets as `also`.
+    """
+    read: dict[str, dict[Layout, None]] = {}
+    for op in plan.ops:
+        for value, layout in zip(op.reads, op.operands, strict=True):
+            read.setdefault(value, {})[layout] = None
+    for name, layout in zip(graph.outputs, plan.outputs, strict=True):
+        read.setdefault(name, {})[layout] = None
+    # A buffer is written whole, on every rank.
+    for _, name in graph.mutations:
+        read.setdefault(name, {})[whole_layout(len(plan.mesh.axes))] = None
+    return {name: frozenset(layouts) for name, layouts in read.items() if len(layouts) > 1}
+
+
 def solution_of_plan(network: CostNetwork, plan: Plan) -> dict[str, int]:
     """Return the states of the network's variables that make `plan`, by the variables' names.
 
+    network: one that was built with the plan's `layouts_together`, or the one that it was made by.
     This is the inverse of `plan_of_solution`. Raises PlanError for a plan of another program or
     mesh, and for one that the network's options do not allow.
     """

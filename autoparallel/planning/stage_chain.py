@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoparallel.analysis.pipeline import send_seconds
+from autoparallel.analysis.stage_paces import busy_of
 from autoparallel.analysis.timeline import StagePasses
 from autoparallel.cost.links import Link
 from autoparallel.graph.shortened import Shortened
@@ -25,7 +26,8 @@ class StageChain:
     """The ops of the whole model, in order.
 
     seconds: of each, of one micro-batch, as far as nothing overlaps it; forward: those of its
-    forward pass, weights: those that only gradients of weights take. once: seconds of what is done
+    forward pass, weights: those that only gradients of weights take; busy_forward, busy_backward:
+    those of either pass in which devices work. once: seconds of what is done
     once a step. nbytes, joined: see StageWork. block: the number of the repeated block that each op
     is in, in their order, -1 for none. bytes: see StageBytes. link: between stages.
     """
@@ -33,6 +35,8 @@ class StageChain:
     seconds: Array
     forward: Array
     weights: Array
+    busy_forward: Array
+    busy_backward: Array
     once: Array
     nbytes: Array
     joined: NDArray[np.bool_]
@@ -92,12 +96,14 @@ def chain_of(
         place = end
     every = np.array(index)
     # Part of what is sent overlaps, in the short model as in the whole one.
-    both = passes.forward + passes.backward
+    both, busy = passes.forward + passes.backward, busy_of(passes)
     seconds = np.array(work.seconds)[every] * (both / max(float(sum(work.seconds)), 1e-300))
     return StageChain(
         seconds,
         seconds * (passes.forward / max(both, 1e-300)),
         seconds * (passes.weights / max(both, 1e-300)),
+        seconds * (busy.forward / max(both, 1e-300)),
+        seconds * (busy.backward / max(both, 1e-300)),
         sizes.stays[every] * (updates / max(float(sizes.stays.sum()), 1.0)),
         np.array([*work.nbytes, 0.0])[np.append(every, len(work.nbytes))],
         np.array(work.joined)[every],
@@ -118,7 +124,7 @@ def stays_of(work: StageWork, short: Shortened, sizes: StageBytes) -> float:
 
     work, sizes: of the short model.
 
-    Example: `stays_of(work, short, work.bytes_of(8, activations=False)) / 4`
+    Example: `stays_of(work, short, work.bytes_of(activations=False)) / 4`
     """
     times = np.ones(len(work.names))
     for first, last, count in short.times:
@@ -149,6 +155,8 @@ def mixed(one: StageChain, other: StageChain, blocks: Sequence[bool]) -> StageCh
         seconds=np.where(marked, one.seconds, other.seconds),
         forward=np.where(marked, one.forward, other.forward),
         weights=np.where(marked, one.weights, other.weights),
+        busy_forward=np.where(marked, one.busy_forward, other.busy_forward),
+        busy_backward=np.where(marked, one.busy_backward, other.busy_backward),
         bytes=replace(other.bytes, kept=kept, besides=besides),
     )
 

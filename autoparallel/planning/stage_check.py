@@ -12,7 +12,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH
 from autoparallel.placement import is_possible_step
 from autoparallel.plan import Plan
-from autoparallel.planning.solution_to_plan import solution_of_plan
+from autoparallel.planning.solution_to_plan import layouts_together, solution_of_plan
 from autoparallel.rewrite.stages import stages_of_calls
 from autoparallel.strategy.build_network import build_network
 
@@ -32,7 +32,10 @@ def require_sound_stages(plan: Plan, captured: Captured) -> None:
         raise _wrong("its mesh has another number of micro-batches than its stages")
     graph = with_larger_hints(captured, plan.options.tokens)
     hardware = find_hardware(plan.options.hardware)
-    network = build_network(graph, plan.mesh, hardware, plan.options, None, captured.part)
+    network = build_network(
+        graph, plan.mesh, hardware, plan.options, None, captured.part,
+        also=layouts_together(plan, graph),
+    )  # fmt: skip
     solution_of_plan(network, plan)
     for row in plan.conversions:
         layout = row.source

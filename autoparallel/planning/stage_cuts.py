@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.pipeline import send_seconds
 from autoparallel.analysis.pipeline_step import link_of_stages, passes_of, step_of
-from autoparallel.analysis.pipeline_walk import held_together, most_held
+from autoparallel.analysis.pipeline_walk import most_held
 from autoparallel.analysis.stage_memory import memory_of_pipeline
+from autoparallel.analysis.stage_paces import at_own_paces, busy_of
 from autoparallel.analysis.timeline import StagePasses, passes_of_stage
 from autoparallel.cost.hardware import Hardware, find_hardware
 from autoparallel.cost.op_costs import nbytes
@@ -21,13 +23,14 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH
 from autoparallel.parallel.pipeline_schedules import joins_weights_once
 from autoparallel.plan import Pipeline, Plan
+from autoparallel.planning.schedule_figures import figures_of
 from autoparallel.planning.stage_work import StageWork, cut_within, fewer_places
 from autoparallel.rewrite.stages import Stage, cut_plan
-from autoparallel.runtime.schedule_orders import ranks_of_stages, schedule_order
+from autoparallel.runtime.schedule_orders import schedule_order
 from autoparallel.strategy.stage_shares import StageShares
 from planners import InfeasibleError
 
-__all__ = ["cut_into_stages", "with_memory"]
+__all__ = ["cut_into_stages", "with_accounts", "with_memory"]
 
 
 def cut_into_stages(
@@ -58,8 +61,8 @@ def cut_into_stages(
         math.inf if place and (not size or work.joined[place]) else seconds
         for place, (size, seconds) in enumerate(zip(work.nbytes, sends, strict=True))
     ]
-    order = schedule_order(plan.options.order, ranks, per_rank, microbatches)
-    rank_of = ranks_of_stages(order)
+    figures = figures_of(plan.options.order, ranks, per_rank, microbatches)
+    rank_of, together = figures.ranks, figures.together
     able = all(place < len(allowed) and math.isfinite(allowed[place]) for place in known)
     if known and able:
         places = tuple(known)
@@ -67,9 +70,8 @@ def cut_into_stages(
         allowed = fewer_places(allowed, stages, work.seconds)
         owners = None if holders is None else work.owners(holders, rank_of)
         limit = plan.options.memory_limit
-        sizes = None if limit is None else work.bytes_of(microbatches)
+        sizes = None if limit is None else work.bytes_of()
         most = math.inf if limit is None else limit
-        together = held_together(order)
         try:
             places = cut_within(work.seconds, allowed, together, rank_of, sizes, most, owners)
         except InfeasibleError as error:
@@ -87,10 +89,10 @@ def cut_into_stages(
             (0.0,) * stages,
             (*(int(work.nbytes[end]) for end in ends[:-1]), 0),
             0.0,
-            in_flight=most_held(order),
+            in_flight=most_held(schedule_order(plan.options.order, ranks, per_rank, microbatches)),
         ),
     )
-    return _told(graph, plan, shares, hardware, ranks_of_stages(order))
+    return _told(graph, plan, shares, hardware, rank_of)
 
 
 def _no_cut(plan: Plan, stages: int, work: StageWork) -> PlanError:
@@ -131,7 +133,8 @@ def _told(
         + (send_seconds(tied[stage.number], link) if tied[stage.number] else 0.0)
         for stage, each in zip(stages, passes, strict=True)
     ]
-    alone = all(size == 1 for name, size in plan.mesh.axes if name != MICROBATCH)
+    devices = math.prod(size for name, size in plan.mesh.axes if name != MICROBATCH)
+    alone = devices == 1
     pipeline = replace(
         pipeline,
         seconds=tuple(each.forward + each.backward for each in passes),
@@ -142,6 +145,7 @@ def _told(
         once_seconds=tuple(once),
         back_nbytes=tuple(int(_back(stage, sizes)) for stage in stages),
     )
+    pipeline = at_own_paces(pipeline, [busy_of(each) for each in passes], hardware, devices)
     seconds, _, bubble = step_of(pipeline, passes_of(pipeline, link))
     return replace(
         plan,
@@ -216,12 +220,21 @@ def with_memory(plan: Plan) -> Plan:
 
     Example: `with_memory(plan).pipeline.memory`
     """
-    pipeline = plan.pipeline
-    assert pipeline is not None
+    if plan.pipeline is not None and plan.pipeline.memory:
+        return plan
     assert plan.captured is not None
     limited = plan.options.memory_limit is not None
     graph = with_larger_hints(plan.captured, plan.options.tokens) if limited else None
-    accounts = memory_of_pipeline(plan, graph)
+    return with_accounts(plan, memory_of_pipeline(plan, graph))
+
+
+def with_accounts(plan: Plan, accounts: Sequence[Account]) -> Plan:
+    """Return a plan with stages that tells the memory of its ranks. accounts: of each of them.
+
+    Example: `with_accounts(plan, memory_of_pipeline(plan)).pipeline.memory`
+    """
+    pipeline = plan.pipeline
+    assert pipeline is not None
     most = max(accounts, key=lambda account: account.total)
     each = tuple(account.total for account in accounts)
     device = find_hardware(plan.options.hardware).device_memory_bytes

@@ -76,6 +76,8 @@ def cut_within(
     even = partition(seconds, allowed, len(held), owners, near=_NEAR)
     if sizes is None or sizes.fit(held, ranks, limit, even):
         return even
+    if not sizes.may_fit(held, ranks, limit):
+        return even
     try:
         fits = sizes.fits(held, ranks, limit)
         return partition(seconds, allowed, len(held), owners, fits, _NEAR)
@@ -158,11 +160,8 @@ class StageWork:
             owners.append(able)
         return owners
 
-    def bytes_of(
-        self, microbatches: int, activations: bool = True, seen: Seen | None = None
-    ) -> StageBytes:
-        """Return the bytes that ops bring to a stage. microbatches: for each of which there is a
-        buffer of what comes in, and of its gradient. activations: whether to count those, which
+    def bytes_of(self, activations: bool = True, seen: Seen | None = None) -> StageBytes:
+        """Return the bytes that ops bring to a stage. activations: whether to count those, which
         takes longest. seen: as of AbstractExecution.
         """
         count = len(self.names)
@@ -176,7 +175,7 @@ class StageWork:
             stays[readers] += size
             # A stage with several readers has the parameter once.
             twice += [(one, other, size) for one, other in pairwise(readers)]
-        buffers = microbatches * np.array([0.0, *self.nbytes[1:], 0.0])
+        buffers = np.array([0.0, *self.nbytes[1:], 0.0])
         if not activations:
             return StageBytes(stays, kept, buffers, tuple(twice), 0.0)
         walk = AbstractExecution(
@@ -201,8 +200,8 @@ class StageBytes:
     """The bytes that each op, in order, brings to the stage that computes it.
 
     stays: of the parameters that it reads, with gradients and optimizer state. kept: of what is
-    saved of a micro-batch. buffers: by place, of what a cut there sends. twice: (op, op, bytes) of
-    a parameter that both read. besides: bytes of any stage.
+    saved of a micro-batch. buffers: by place, of what a cut there sends for one. twice: (op, op,
+    bytes) of a parameter that both read. besides: bytes of any stage.
     """
 
     stays: NDArray[np.float64]
@@ -221,12 +220,29 @@ class StageBytes:
         rank, in bytes.
         """
         buffers = float(self.buffers[self.buffers > 0].min(initial=math.inf))
-        needs = (float(self.stays.sum()) + np.array(held) * float(self.kept.sum())) / len(held)
-        needs = np.maximum(needs + (3 * buffers if math.isfinite(buffers) else 0.0), 1.0)
+        batches = np.array(held)
+        needs = (float(self.stays.sum()) + batches * float(self.kept.sum())) / len(held)
+        needs = needs + (batches + 3) * (buffers if math.isfinite(buffers) else 0.0)
+        needs = np.maximum(needs, 1.0)
         places = np.array(ranks)
         shares: NDArray[np.float64] = needs / np.bincount(places, needs)[places]
         limits: NDArray[np.float64] = self.besides + (limit - self.besides) * shares
         return limits
+
+    def may_fit(self, held: Sequence[int], ranks: Sequence[int], limit: float) -> bool:
+        """Return False where no cut fits, as is known without a look for one.
+
+        held, ranks, limit: see `limits`. Of what stays, as much as can is on the stages that hold
+        most micro-batches, where it leaves least of the room for what is kept of each.
+        """
+        stays = float(self.stays.sum()) - sum(size for _, _, size in self.twice)
+        room = 0.0
+        rooms = zip(held, self.limits(held, ranks, limit) - self.besides, strict=True)
+        for batches, each in sorted(rooms, reverse=True):
+            taken = min(max(stays, 0.0), max(float(each), 0.0))
+            stays -= taken
+            room += (max(float(each), 0.0) - taken) / max(batches, 1)
+        return stays <= 0 and room >= float(self.kept.sum())
 
     def fits(
         self, held: Sequence[int], ranks: Sequence[int], limit: float
@@ -269,8 +285,10 @@ class StageBytes:
         ) -> NDArray[np.float64]:
             """Tell the bytes of these runs as one of the stages."""
             size = stays[ends] - stays[starts] + held[run] * (kept[ends] - kept[starts])
-            # What comes in, its gradient, which is held until it is sent, and what comes back.
-            size = size + 2 * self.buffers[starts] + self.buffers[ends] + self.besides
+            # What came in is held with what is saved of it. Beside these there are what comes in
+            # next, a gradient that is held until it is sent, and one that comes back.
+            size = size + (held[run] + 2) * self.buffers[starts] + self.buffers[ends]
+            size = size + self.besides
             for one, other, again in self.twice:
                 size = size - again * ((starts <= one) & (other < ends))
             found: NDArray[np.float64] = size

@@ -27,7 +27,11 @@ from autoparallel.plan import Conversion, Plan
 from autoparallel.planning.closest_plan import MOST_ATTEMPTS
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.pipeline_choices import shares_of
-from autoparallel.planning.solution_to_plan import plan_of_solution, solution_of_plan
+from autoparallel.planning.solution_to_plan import (
+    layouts_together,
+    plan_of_solution,
+    solution_of_plan,
+)
 from autoparallel.planning.stage_cuts import cut_into_stages
 from autoparallel.rewrite.emitted_program import require_graph
 from autoparallel.strategy.build_network import build_network
@@ -75,8 +79,9 @@ class Forcing:
         if plan.pipeline is not None:
             shares = shares_of(plan.pipeline.ranks, plan.pipeline.microbatches, plan.options)
         self.network = build_network(
-            graph, plan.mesh, hardware, plan.options, whole_outputs=part, shares=shares
-        )
+            graph, plan.mesh, hardware, plan.options, whole_outputs=part, shares=shares,
+            also=layouts_together(plan, graph),
+        )  # fmt: skip
         constrain(self.network, self.captured)
         self.chosen = solution_of_plan(self.network, plan)
         limit = plan.options.memory_limit

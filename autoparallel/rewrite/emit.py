@@ -106,6 +106,8 @@ class _Emitter(ConversionEmitter):
         # Buffers are the same on every rank, so that all write the whole value.
         whole = whole_layout(len(self.ranks.sizes))
         written = [self.read(value, whole) for _, value in self.graph.mutations]
+        if self.drops or self.remade:
+            head = [self.in_order(line, kinds["input"]) for line in head]
         if self.drops:
             self.collect_cuts()
             head.append(f"alike = parts_are_alike(ranks, {', '.join(self.cuts)})")
@@ -175,6 +177,18 @@ class _Emitter(ConversionEmitter):
             assert isinstance(line, Line)
             self.count += 1
             self.lines.append(Block(f"made_{self.count}", [line], "remade"))
+
+    @staticmethod
+    def in_order(line: str, inputs: list[Node]) -> str:
+        """Return a line of the head; the one that takes the inputs brings their elements in order.
+
+        An op that keeps a copy of what is out of order would otherwise keep it on the ranks alone
+        that were given it so, and these would not make the same copies again as the others.
+        """
+        numbers = any(node.result.dtype.is_floating_point for node in inputs)
+        if numbers and line.endswith("] = inputs"):
+            return f"{line.removesuffix('inputs')}[given.contiguous() for given in inputs]"
+        return line
 
     def collect_cuts(self) -> None:
         """Collect every cut of a dim, once: the dim's size, and the mesh axes that cut it."""

@@ -123,7 +123,7 @@ class ConversionEmitter:
                 and Partial() not in choice.results[0]
             )
             together = self.blocks.get(product) == self.blocks.get(addition)
-            if same and together and addition not in self.remade:
+            if same and together and not self.remade & {product, addition}:
                 fused[product] = addition
         return fused
 

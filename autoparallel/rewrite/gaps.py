@@ -58,7 +58,8 @@ def find_gaps(plan: Plan) -> Gaps:
     the program makes before the product, because the backward pass runs the other way round. Each
     of the last two gaps gets one such gradient before the last one gets more. The gradient of a
     weight that is gathered has to be reduced afterwards, which needs something left to hide it: a
-    gap that is left before the first product is none for it.
+    gap that is left before the first product is none for it. A product that is made again by
+    itself leaves nothing to a gap: it is a function of tensors.
     """
     if not plan.options.overlap:
         return Gaps()
@@ -80,6 +81,7 @@ def find_gaps(plan: Plan) -> Gaps:
                     conversions[key] = len(filled)
         weight = parameters.get(op.reads[1]) if len(op.reads) > 1 else None
         late = op.target in LATE_PRODUCTS and weight is not None and len(weight.shape) == 2
+        late = late and op.name not in plan.remade
         if late and not early:
             early = len(filled) + 1
         gathered = late and known.get((op.reads[1], op.operands[1]))

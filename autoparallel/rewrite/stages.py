@@ -23,6 +23,7 @@ from autoparallel.rewrite.conversions import (
     find_deferred,
     layouts_made,
 )
+from autoparallel.rewrite.stage_rows import PlanRows
 
 __all__ = [
     "Cut",
@@ -154,14 +155,52 @@ class Cut:
 
     def crossing(self, boundary: int) -> tuple[str, ...]:
         """Return the values that go from stage `boundary` to the next one, in the graph's order."""
-        return tuple(name for name, (first, last) in self.spans.items() if first <= boundary < last)
+        return tuple(self._crossing[boundary])
+
+    @cached_property
+    def _crossing(self) -> list[list[str]]:
+        """The values that cross each boundary."""
+        crossing: list[list[str]] = [[] for _ in range(self.count)]
+        for name, (first, last) in self.spans.items():
+            for boundary in range(first, last):
+                crossing[boundary].append(name)
+        return crossing
+
+    @cached_property
+    def _bodies(self) -> list[list[Node]]:
+        """The calls of each stage."""
+        bodies: list[list[Node]] = [[] for _ in range(self.count)]
+        for node in self.graph.calls:
+            if node.name in self.places:
+                bodies[self.places[node.name]].append(node)
+        return bodies
+
+    @cached_property
+    def _inputs(self) -> list[Node]:
+        """The inputs of the model."""
+        return [node for node in self.graph.nodes if node.kind == "input"]
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        """The place of each node in the graph."""
+        return {node.name: place for place, node in enumerate(self.graph.nodes)}
+
+    @cached_property
+    def _rows(self) -> PlanRows:
+        """The rows of the plan, by what they are about."""
+        return PlanRows(self.plan)
+
+    def _in_order(self, names: Iterable[str]) -> tuple[Node, ...]:
+        """Return the nodes of these names in the graph's order, each once."""
+        places = sorted({self._order[name] for name in names})
+        return tuple(self.graph.nodes[place] for place in places)
 
     def stage(self, number: int) -> Stage:
         """Return one stage."""
         last = number == self.count - 1
         takes = self.crossing(number - 1) if number else ()
         gives = self.returned if last else self.crossing(number)
-        body = [node for node in self.graph.calls if self.places.get(node.name) == number]
+        body, inputs = self._bodies[number], self._inputs
         mutations = tuple(
             (path, name) for path, name in self.graph.mutations if name not in self.spans
         )
@@ -173,16 +212,15 @@ class Cut:
         makers = {name: self.graph.producers[name] for name in outside}
         inert = [name for name in outside if makers[name].kind == "call"]
         roots = [name for name in outside if makers[name].kind not in ("call", "input")]
-        inputs = [node for node in self.graph.nodes if node.kind == "input"]
         needed = _closure(self.graph, [*inert, *(name for _, name in mutations), *self.checks])
-        before = _in_order(self.graph, (*needed, *(node.name for node in inputs)))
+        before = self._in_order((*needed, *(node.name for node in inputs)))
         entering = dict.fromkeys(inert, self.whole)
         entering |= {name: self.travelling[name] for name in takes}
         given = [
             Node(name, "input", str(len(inputs) + place), (self.graph.values[name],))
             for place, name in enumerate((*inert, *takes))
         ]
-        held = _in_order(self.graph, [self.graph.producers[name].name for name in roots])
+        held = self._in_order(self.graph.producers[name].name for name in roots)
         graph = Graph((*inputs, *given, *held, *body), gives)
         # The first program also makes the values of buffers that are written after the step.
         before_graph = Graph(before, tuple(inert), mutations)
@@ -205,8 +243,7 @@ class Cut:
         self, graph: Graph, entering: Mapping[str, Layout], outputs: tuple[Layout, ...]
     ) -> Plan:
         """Return what the plan says of a part of its graph."""
-        calls = {node.name for node in graph.calls}
-        nodes = {node.name for node in graph.nodes}
+        calls, rows = {node.name for node in graph.calls}, self._rows
         # What comes in as its readers want it is not converted once more.
         arrived = {
             name for name, layout in entering.items() if layout != self.made.get(name, layout)
@@ -214,22 +251,16 @@ class Cut:
         return replace(
             self.plan,
             fingerprint=graph.fingerprint,
-            parameters=tuple(row for row in self.plan.parameters if row.name in nodes),
-            ops=tuple(op for op in self.plan.ops if op.name in calls),
+            parameters=rows.parameters(graph),
+            ops=rows.ops(graph),
             conversions=tuple(
-                _begun_here(row, calls, graph)
-                for row in self.plan.conversions
-                if row.value in graph.values and row.value not in arrived
+                _begun_here(row, calls, graph) for row in rows.conversions(graph, arrived)
             ),
             outputs=outputs,
             captured=None,
             # What follows from the inputs alone is computed before all micro-batches.
-            recomputed=tuple(
-                own
-                for group in self.plan.recomputed
-                if (own := tuple(name for name in group if name in calls))
-            ),
-            remade=tuple(name for name in self.plan.remade if name in calls),
+            recomputed=rows.recomputed(graph),
+            remade=rows.remade(graph),
             pipeline=None,
         )
 
@@ -309,9 +340,3 @@ def _closure(graph: Graph, names: Iterable[str]) -> list[str]:
             nodes[node.name] = None
             waiting += node.operands()
     return list(nodes)
-
-
-def _in_order(graph: Graph, names: Iterable[str]) -> tuple[Node, ...]:
-    """Return the nodes of these names in the graph's order, each once."""
-    some = set(names)
-    return tuple(node for node in graph.nodes if node.name in some)

@@ -68,8 +68,16 @@ def _start_reduce_scatter(tensor: torch.Tensor, shard: Shard, group: Group) -> R
         return lambda: wait().movedim(0, shard.dim).detach()
     lengths = run_lengths(tensor.size(shard.dim), shard, group)
     wait = group.start_reduce_scatter(cut_rows(tensor, shard, group))
-    # No view for autograd, so that the part may be written to.
-    return lambda: unpad_part(wait(), shard, lengths[0], lengths[group.rank]).detach()
+
+    def own_part() -> torch.Tensor:
+        """Return this rank's part. It is no view for autograd, so that it may be written to."""
+        row = wait()
+        part = unpad_part(row, shard, lengths[0], lengths[group.rank])
+        # Without its padding a part has gaps, or lies in memory that is larger than it. An op may
+        # then keep a copy, and not the part itself, on this rank and on no other.
+        return (part if part is row else part.clone(memory_format=torch.contiguous_format)).detach()
+
+    return own_part
 
 
 def _all_to_all(

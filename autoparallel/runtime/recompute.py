@@ -165,10 +165,12 @@ def _own_memory(
     """Return what the first rank keeps, where others make zeros, in memory of its own.
 
     It may lie in a copy that is dropped. The first rank alone would make that copy again for it,
-    and the ranks would not communicate in the same order.
+    and the ranks would not communicate in the same order. So it is in the second run of a block,
+    which must save what the first one did.
     """
     is_kept = movement(source, target) is Movement.KEEP_ON_FIRST and group.rank == 0
-    return moved.clone() if is_kept and getattr(_current, "copies", None) is not None else moved
+    is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return moved.clone() if is_kept and is_recorded else moved
 
 
 def dropping(run: Callable[..., Any]) -> Callable[..., Any]:

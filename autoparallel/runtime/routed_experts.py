@@ -132,7 +132,8 @@ def routed_experts(
     dtype: of the result, if not that of what the program makes, in which the sum is made.
     present: the share of choices that are expected to be in [0, e); others count for nothing, and
     there are none where it is 1. fixed: no size in between depends on the choices.
-    The result is (*batch, ..).
+    The result is (*batch, ..). Raises ValueError where rows or values are not of this batch: places
+    of other tokens would be read.
 
     >>> from autoparallel.graph.row_program import RowStep
     >>> step = RowStep(("y",), PRODUCT, (Ref("row0"), Ref("table0")))
@@ -144,6 +145,9 @@ def routed_experts(
     """
     batch, choices = experts.shape[:-1], experts.size(-1)
     leading = len(batch)
+    for each, own in [*((row, batch) for row in rows), *((each, experts.shape) for each in values)]:
+        if each.shape[: len(own)] != own:
+            raise ValueError(f"{tuple(each.shape)} is not one for each of {tuple(own)}")
     routes = _routes(experts.reshape(-1), tables[0].size(0), present, fixed)
     tokens = torch.div(routes.places, choices, rounding_mode="floor")
     tensors = {f"table{index}": table for index, table in enumerate(tables)}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from autoparallel.cost.hardware import Hardware
 from autoparallel.cost.op_costs import nbytes, op_costs
+from autoparallel.cost.saved_tensors import SavedTensors
 from autoparallel.errors import CoupledBatchError
 from autoparallel.graph.graph import Graph, Node
 from autoparallel.graph.inert_calls import inert_calls
@@ -66,6 +67,7 @@ def build_network(
     only: Mapping[str, frozenset[Any]] | None = None,
     modes: Sequence[str] = (),
     counted_at: str | None = None,
+    also: Mapping[str, frozenset[Layout]] | None = None,
 ) -> CostNetwork:
     """Return the cost network of a graph: all strategies, and what they cost with neighbours.
 
@@ -78,7 +80,8 @@ def build_network(
     bounds the one with them (see equal_axes.py). only: per variable, the states that there are to
     be, in whatever order, as `arranged_states` tells them; all by default. modes: how each repeated
     block is recomputed, in their order, where that is decided. counted_at: the call at whose
-    backward bytes are counted; by default, where they are likely to be most.
+    backward bytes are counted; by default, where they are likely to be most. also: per value, a set
+    of layouts that it may be brought to besides the sets that there are by default.
     Costs are seconds of one training step (forward, backward, update), usage is bytes per rank.
     Raises UnsupportedOpError that lists every differentiable op without a rule.
 
@@ -86,7 +89,7 @@ def build_network(
     """
     builder = _Builder(
         graph, mesh, hardware, options, stored or {}, whole_outputs, shares, known, groups, only,
-        modes, counted_at,
+        modes, counted_at, also or {},
     )  # fmt: skip
     return builder.build()
 
@@ -113,6 +116,7 @@ def rebuilt(
         network,
         # The states of one mesh say nothing of another's.
         only=network.only if mesh is None else None,
+        also=network.also if mesh is None else None,
         modes=modes,
         counted_at=counted_at,
     )
@@ -139,6 +143,7 @@ class _Builder:
         only: Mapping[str, frozenset[Any]] | None,
         modes: Sequence[str],
         counted_at: str | None,
+        also: Mapping[str, frozenset[Layout]],
     ) -> None:
         self.counted_at = counted_at
         self.graph, self.mesh, self.options, self.known = graph, mesh, options, known
@@ -162,7 +167,7 @@ class _Builder:
             self.alike = {} if memory else known.alike
         self.network = CostNetwork(
             graph, mesh, hardware, options, self.edges, stored, whole_outputs, shares=shares,
-            only=only,
+            only=only, also=also,
         )  # fmt: skip
         self.network.alike = self.alike
         self.invariant = whole_layout(len(self.sizes))
@@ -217,7 +222,7 @@ class _Builder:
             rules,
             self.network.weights,
             self.options.recompute,
-            None if self.saved is None else self.saved.saved,
+            self.known_saved() if self.saved is None else self.saved.saved,
             self.modes,
             self.pace.device,
         )
@@ -276,6 +281,14 @@ class _Builder:
             self.network.rules[node.name] = matched.rule
             if self.saved is not None:
                 self.network.saved_for_backward[node.name] = self.saved.reads_saved_by(node)
+
+    def known_saved(self) -> SavedTensors | None:
+        """Return what calls save, where another network of the same graph has found it."""
+        known = self.known
+        if known is None or known.graph is not self.graph or known.matched is not self.matched:
+            return None
+        blocks = known.recomputation
+        return blocks.saved if blocks is not None and blocks.device == self.pace.device else None
 
     def states_of(self, node: Node, matched: MatchedCall) -> CallStates:
         """Return the states of one call: its strategies on the whole mesh, and their costs."""

@@ -60,7 +60,8 @@ class CostNetwork:
     moment: the one at which bytes are counted.
     fixed_nbytes: bytes per rank that any plan needs besides those in the tables.
     activations: what calls save, None where memory is not limited.
-    only: the states that there are, see `build_network`; None for all.
+    only: the states that there are, see `build_network`; None for all. also: per value, a
+    set of layouts that there is besides.
     matched, splits: what every call is, and the splits that it may have, by the size of an axis and
     whether there are several. They serve other networks of the same graph. alike: the states of
     calls, by what they are computed from, which serve networks that differ in what is recomputed.
@@ -99,6 +100,7 @@ class CostNetwork:
     shares: StageShares = WHOLE_MODEL
     activations: SavedActivations | None = None
     only: Mapping[str, frozenset[Any]] | None = None
+    also: Mapping[str, frozenset[Layout]] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:

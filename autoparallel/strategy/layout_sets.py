@@ -33,12 +33,17 @@ class ReaderLayouts:
 
 
 def layout_sets(
-    readers: tuple[ReaderLayouts, ...], axes: int, memory: bool, groups: AxisGroups = ()
+    readers: tuple[ReaderLayouts, ...],
+    axes: int,
+    memory: bool,
+    groups: AxisGroups = (),
+    also: frozenset[Layout] = frozenset(),
 ) -> tuple[tuple[tuple[Layout, ...], ...], tuple[tuple[Layout, ...], ...]]:
     """Return the sets of layouts that a value may be brought to, the smallest first.
 
     axes: the number of mesh axes. memory: True where saved bytes are counted. groups: of axes whose
-    order is left open, none by default.
+    order is left open, none by default. also: a set that is among them, however many layouts it has
+    and on however many axes they differ; it is left out where it is empty.
     Also returns, parallel to these, the subset that is saved for the backward pass: the same set
     occurs once for every subset that its readers can ask for.
 
@@ -64,6 +69,8 @@ def layout_sets(
             for group in sets
             if len(group) == 1 or differ[place[group[0]], place[group[1]]] == 1
         ]
+    if also and all(also != frozenset(group) for group in sets):
+        sets.append(tuple(target for target in targets if target in also))
     savers = sum(reader.saved_for_backward for reader in readers) if memory else 0
     layouts: list[tuple[Layout, ...]] = []
     saved: list[tuple[Layout, ...]] = []

@@ -266,8 +266,9 @@ class NetworkFactors:
             layouts = tuple(layouts for _, layouts in readers)
             passed = self.saved is not None and name in self.saved.passed
             edge = self.network.edges.between(
-                value, produced, layouts, weight, together, modes, *self.needs(name), passed
-            )
+                value, produced, layouts, weight, together, modes, *self.needs(name), passed,
+                self.network.also.get(name, frozenset()),
+            )  # fmt: skip
             self.network.values[name] = edge
             mode = (
                 self.recomputation.variable(block) if len(modes) > 1 and block is not None else ""

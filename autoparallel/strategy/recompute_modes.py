@@ -156,7 +156,7 @@ class Recomputation:
 
     def _able(self, nodes: tuple[Node, ...]) -> frozenset[int]:
         """Return the places of ops whose results need not be saved, and of views of these."""
-        saved = self.saved = self.saved or SavedTensors(self.graph, self.rules, device=self.device)
+        saved = self.saving()
         inside = {node.name for node in nodes}
         able: set[int] = set()
         made: set[str] = set()
@@ -204,6 +204,12 @@ class Recomputation:
         if seen.assumed or any(seen.results) or name in self.graph.outputs:
             return False
         return all(reader.name in inside for reader in self.graph.readers[name])
+
+    def saving(self) -> SavedTensors:
+        """Return what calls save, which is found when it is first asked for."""
+        if self.saved is None:
+            self.saved = SavedTensors(self.graph, self.rules, device=self.device)
+        return self.saved
 
     def block_of(self, name: str) -> int | None:
         """Return the number of the block that a node belongs to, None for no block."""

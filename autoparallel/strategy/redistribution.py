@@ -206,6 +206,7 @@ class RedistributionTables:
         left: Left = Left.ALL,
         here: tuple[bool, bool] = (False, False),
         passed: bool = False,
+        also: frozenset[Layout] = frozenset(),
     ) -> RedistributionTable:
         """Return the tables of a value, from its producer to its reader or readers.
 
@@ -215,10 +216,10 @@ class RedistributionTables:
         the last of which is the mode. left: of the readers that save it, those that still need it
         at the moment at which bytes are counted. here: of the call whose backward that is, whether
         it needs a copy of the value, and makes a gradient of one beside the value's own. passed:
-        what is saved of it is counted with views of it.
+        what is saved of it is counted with views of it. also: as of `layout_sets`.
         """
         ends = id(produced), tuple(map(id, readers))
-        key = (_class(value, weight, together), ends, modes, left, here, passed)
+        key = (_class(value, weight, together), ends, modes, left, here, passed, also)
         if key not in self._tables:
             if len(readers) == 1:
                 groups = readers[0].layouts
@@ -226,7 +227,8 @@ class RedistributionTables:
                     groups if readers[0].saved_for_backward and self.memory else ((),) * len(groups)
                 )
             else:
-                groups, saved = layout_sets(readers, len(self.sizes), self.memory, self.groups)
+                axes = len(self.sizes)
+                groups, saved = layout_sets(readers, axes, self.memory, self.groups, also)
             targets = tuple(dict.fromkeys(target for group in groups for target in group))
             produced_layouts = tuple(dict.fromkeys(produced.layouts))
             routes = self.routes(value, weight, together, (*produced_layouts, *targets))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from fuzz_corpus import ON_SEVERAL_AXES, REGRESSIONS, UNSOLVED, WAYS
+from fuzz_corpus import ON_SEVERAL_AXES, REGRESSIONS, WAYS
 from fuzz_draw import containing, programs, splits
 from fuzz_programs import Program
 from fuzz_split import Coverage, Split, Subject, UnfitError
@@ -130,14 +130,4 @@ def test_what_failed_once(coverage: Coverage, name: str) -> None:
 )
 def test_what_failed_once_on_several_axes(coverage: Coverage, name: str) -> None:
     program, way = ON_SEVERAL_AXES[name]
-    Subject(program).check(way, coverage)
-
-
-@quiet
-@pytest.mark.fuzz
-@pytest.mark.parametrize("name", UNSOLVED)
-@pytest.mark.xfail(reason="ranks make dropped copies again in another order", strict=True)
-def test_what_fails_still(coverage: Coverage, name: str) -> None:
-    """By `make fuzz` alone: the ranks that wait for each other may end the process."""
-    program, way = UNSOLVED[name]
     Subject(program).check(way, coverage)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz_programs import Program
+from fuzz_split import Split, Subject
 from torch import nn
 from torch.nn import functional
 
@@ -14,7 +16,10 @@ import autoparallel
 from autoparallel import Mesh
 from autoparallel.errors import PlanError
 from autoparallel.plan import Plan
+from autoparallel.rewrite.emit import emit
+from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
 from autoparallel.runtime.recompute import dropping, remade
+from autoparallel.runtime.tensor_parts import take_layout_part
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 HIDDEN, HEADS = 24, 6
@@ -93,6 +98,62 @@ def test_loss_and_gradients_are_the_models(mesh: Mesh, demands: list[str]) -> No
         assert parameter.grad is not None
         torch.testing.assert_close(made.gradients[path], parameter.grad, rtol=1e-11, atol=1e-15)
     assert made.apart == 0
+
+
+def test_inputs_may_lie_otherwise_on_some_rank() -> None:
+    """The rank that has made a batch has it turned, and those that it was sent to have it in order.
+    All gather the same parameter again, though a product keeps a copy of what is turned."""
+    program = Program("""
+        i0 = input(4, 6, 8)
+        p0 = parameter(8)
+        p1 = parameter(6, 8)
+        return F.linear(i0 + p0, p1).square().sum()
+    """)
+    subject, x = Subject(program), program.arguments()[0].detach()
+    # What is gathered is added to the whole input on each rank.
+    plan = subject.plan(Split(2, 128, data_parallel=True, sequence_parallel=False))
+    again = tuple(replace(conversion, again=True) for conversion in plan.conversions)
+    plan = replace(plan, conversions=again, remade=("add",))
+
+    def work(ranks: Ranks) -> dict[str, int]:
+        emitted = emit(subject.captured.graph, plan, ranks)
+        assert "remade(made_1, tensors_0_R, p_p0_R)" in emitted.source
+        leaves = []
+        for path in emitted.parameters:
+            whole = subject.model.get_parameter(path).detach()
+            part = take_layout_part(whole, plan.storage[path], ranks.sizes, ranks.coordinates)
+            leaves.append(part.clone().requires_grad_())
+        given = x.clone() if ranks.rank else x.transpose(1, 2).contiguous().transpose(1, 2)
+        outputs, _ = emitted.run(leaves, [], [], [given.requires_grad_()], torch.device("cpu"))
+        outputs[0].backward()
+        return dict(ranks.counts)
+
+    first, second = run_ranks(thread_ranks(plan.mesh), work)
+    assert first["all_gather"] > 1
+    assert first == second
+
+
+def test_a_product_may_be_made_again() -> None:
+    """By a plan that was edited: it leaves no gradient to a gap, and takes in no bias."""
+    program = Program("""
+        i0 = input(4, 6)
+        p1 = parameter(5, 6)
+        p2 = parameter(5)
+        p3 = parameter(6, 5)
+        v0 = F.linear(i0.tanh(), p1, p2)
+        return F.linear(v0.tanh(), p3).tanh()
+    """)
+    subject = Subject(program)
+    # On one rank each bias could be added in the call of its product.
+    for way in (Split(1), *(Split(2, seed, 0.3, True, sparing=True) for seed in range(10))):
+        plan = subject.plan(way)
+        taken = {name for group in plan.recomputed for name in group}
+        names = (op.name for op in plan.ops if "linear" in op.target and op.name not in taken)
+        plan = replace(plan, remade=tuple(names))
+        for ranks in thread_ranks(plan.mesh):
+            source = emit(subject.captured.graph, plan, ranks).source
+            assert source.count("= remade(made_") == len(plan.remade)
+        subject.compare(plan, tuple(program.arguments()), subject.expected)
 
 
 def test_random_numbers_are_drawn_once() -> None:

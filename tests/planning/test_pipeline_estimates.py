@@ -16,10 +16,12 @@ from autoparallel.graph.captured import Captured
 from autoparallel.graph.shortened import shortened
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.planning.pipeline_choices import best_mesh, best_order, in_parts, shares_of
-from autoparallel.planning.pipeline_estimates import Estimate, Estimator
+from autoparallel.planning.pipeline_choices import in_parts, shares_of
+from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.pipeline_meshes import best_mesh, best_order
 from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import trace_model
+from autoparallel.planning.stage_estimates import Estimate
 from autoparallel.train.models import GPT, GPTConfig
 
 
@@ -60,6 +62,36 @@ def test_estimates_are_near_plans(limit: str | None) -> None:
     if limit:
         assert plan.pipeline is not None
         assert found.nbytes == pytest.approx(max(plan.pipeline.memory), rel=0.25)
+
+
+class Loss(nn.Module):
+    """A model that returns its loss alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = GPT(GPTConfig(5, 256, 4, 128, 256)).bfloat16()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids, labels).loss
+        return loss
+
+
+def test_few_of_many_messages_are_under_way() -> None:
+    """A stage has room for what it receives and sends of the micro-batches in flight, and not of
+    all of a step: the estimate of its bytes is near the plan's, however many there are.
+    """
+    with torch.device("meta"):
+        model = Loss()
+    inputs, count = model.model.example_inputs(batch=128, sequence=256), 128
+    options = Options(
+        hardware="dgx-a100", recompute="none", memory_limit=2**30, microbatches=count, tokens=1
+    )
+    captured = in_parts(traced(model, inputs, options))
+    found = Estimator(captured, options).estimate(Mesh(tp=1), shares_of(2, count, options), count)
+    plan = pipeline_plan(captured, "GPT", Mesh(pp=2), options)
+    assert found is not None
+    most = max(account.total for account in memory_of_pipeline(plan))
+    assert found.nbytes == pytest.approx(most, rel=0.2)
 
 
 def test_what_is_shortened() -> None:

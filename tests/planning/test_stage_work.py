@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -55,3 +56,26 @@ def test_stages_of_a_rank_share_its_limit() -> None:
     assert cut == (0, 3)
     # Where none fits, stages are equal.
     assert cut_within(seconds, allowed, (6, 6), (0, 1), sizes, 18.0) == (0, 4)
+
+
+def test_what_cannot_fit_is_known_without_a_search() -> None:
+    """Where a cut fits, it may fit; and where what all stages hold is beyond their room, not."""
+    numbers = np.random.default_rng(5)
+    refused = 0
+    for _ in range(60):
+        sizes = even(list(numbers.uniform(0, 4, 6)), list(numbers.uniform(0, 3, 6)))
+        held, ranks = (3, 2, 1), (0, 1, 2)
+        limit = float(numbers.uniform(4, 14))
+        size_of, limits = sizes.sizes(held), sizes.limits(held, ranks, limit)
+        fitting = [
+            cut
+            for cut in itertools.combinations(range(1, 6), 2)
+            if all(
+                size_of(run, np.array(start), np.array(end)) <= limits[run]
+                for run, (start, end) in enumerate(itertools.pairwise((0, *cut, 6)))
+            )
+        ]
+        may = sizes.may_fit(held, ranks, limit)
+        assert may or not fitting
+        refused += not may
+    assert 10 < refused < 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -189,6 +190,30 @@ def test_what_is_put_off_is_predicted_as_it_is_run(axes: dict[str, int]) -> None
     assert pipeline.weight_seconds[0] == pytest.approx(first)
     for put_off, backward in zip(pipeline.weight_seconds[1:], others, strict=True):
         assert 0 < put_off < backward
+
+
+class Counted(tuple[Any, ...]):
+    """Rows that count how often somebody goes through all of them."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        Counted.times += 1
+        return super().__iter__()
+
+
+def test_stages_find_their_rows_without_a_look_at_all() -> None:
+    """However many stages there are, a plan's rows are gone through equally often."""
+    counts = []
+    for stages in (2, 4):
+        plan = language_plan(mesh=Mesh(pp=stages))
+        assert plan.captured is not None
+        rows = {"ops": plan.ops, "conversions": plan.conversions, "parameters": plan.parameters}
+        counting = replace(plan, **{name: Counted(each) for name, each in rows.items()})
+        Counted.times = 0
+        assert len(cut_plan(plan.captured.graph, counting)) == stages
+        counts.append(Counted.times)
+    assert counts[0] == counts[1] > 0
 
 
 def test_plan_is_read_as_it_was_written() -> None:

@@ -87,7 +87,7 @@ def test_forms_are_what_stages_send_compute_and_hold() -> None:
     graph = with_larger_hints(plan.captured, plan.options.tokens)
     # What is saved is counted by the account of stages as well, and parameters in the rows.
     work = StageWork(graph, plan)
-    saved = work.bytes_of(count).kept
+    saved = work.bytes_of().kept
     starts = [work.place[name] for name in pipeline.starts]
     ends = [*starts[1:], len(saved)]
     for form, first, end, held in zip(forms.forms, starts, ends, pipeline.in_flight, strict=True):

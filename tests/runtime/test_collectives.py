@@ -128,6 +128,23 @@ def test_move_keeps_the_kind(source, target, kind):
     assert difference(made, whole, target) == ""
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(("source", "target"), PAIRS, ids=str)
+def test_what_was_moved_lies_alike_on_all_ranks(source, target, world_size):
+    """Whether an op keeps a tensor or a copy of it depends on how it lies: in order, and in memory
+    that is as large, on every rank, or the ranks would not make the same copies again."""
+    whole = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    parts = part_of(whole, source, world_size, torch.Generator().manual_seed(1))
+    size = SHAPE[source.dim] if isinstance(source, Shard) else 0
+
+    def run(group):
+        return move(parts[group.rank].clone(), group, source, target, size)
+
+    for tensor in on_every_rank(world_size, run)[0]:
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("shard", SHARDS, ids=str)
 def test_parts_join(shard, world_size):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from autoparallel.graph.graph import Ref
+from autoparallel.graph.row_program import RowProgram, RowStep
 from autoparallel.runtime.grouped_products import grouped_product, multiply
+from autoparallel.runtime.routed_experts import routed_experts
 
 
 def rows_and_matrices(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,3 +29,14 @@ def test_torchs_kernel_gives_the_same(rows: int) -> None:
     gradients = [torch.autograd.grad(result.sum(), (x, weight)) for result in results]
     torch.testing.assert_close(results[0], results[1], rtol=0.02, atol=0.02)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("wrong", ["rows", "values"])
+def test_rows_and_choices_of_other_batches_are_refused(wrong: str) -> None:
+    """Where there are fewer tokens than choices, or more, rows of other tokens would be read."""
+    step = RowStep(("y",), "product", (Ref("row0"), Ref("table0")))
+    rows, values = torch.ones(5, 2), torch.ones(5, 1)
+    rows, values = (rows[:4], values) if wrong == "rows" else (rows, values[:4])
+    chosen, table = torch.zeros(5, 1, dtype=torch.int64), torch.ones(3, 2, 2)
+    with pytest.raises(ValueError, match="is not one for each of"):
+        routed_experts([rows], chosen, [values], [table], [], RowProgram((step,), "y").text())

@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from autoparallel.mesh import Mesh
 from autoparallel.placement import Invariant, Layout, Partial, Placement, Replicate, Shard
+from autoparallel.runtime import overlap, rng
 from autoparallel.runtime import random_ops as draws
-from autoparallel.runtime import rng
 from autoparallel.runtime.axis_parts import take_part
 from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.ranks import Ranks, run_ranks, thread_ranks
-from autoparallel.runtime.recompute import convert_again, dropping, recomputed
+from autoparallel.runtime.recompute import convert_again, convert_beside, dropping, recomputed
 from autoparallel.runtime.tensor_parts import take_layout_part
 
 S0, R = Shard(0), Replicate()
@@ -93,6 +93,31 @@ def test_ranks_make_the_same_copies_again() -> None:
     first, *others = on_each(Mesh(tp=3), work)
     assert first["all_gather"] > 1
     assert all(counts == first for counts in others)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_parts_that_are_not_alike_are_made_again_alike(dim: int, turned: bool) -> None:
+    """A product keeps a copy of what has gaps, and of what lies in larger memory and not in order:
+    a part that was padded on its way would be made again by the longest rank alone."""
+
+    def work(ranks: Ranks) -> Any:
+        group = ranks.groups[0]
+        leaf = numbers(7, 7, 7).requires_grad_()
+        weight = numbers(7, (4, 3)[group.rank] if dim == 2 else 7).requires_grad_()
+
+        def program(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            pending = overlap.convert(x, group, R, Partial(), 0, 1)
+            x_S = convert_again(pending, group, Partial(), Shard(dim))
+            x_S = x_S.transpose(0, 1) if turned else x_S
+            return overlap.linear(x_S, weight, gap=1).sum()
+
+        dropping(program)(leaf, weight).backward()
+        return dict(ranks.counts)
+
+    first, second = on_each(Mesh(tp=2), work)
+    assert first["reduce_scatter"] == 2
+    assert first == second
 
 
 def test_a_copy_of_a_view_of_a_copy() -> None:
@@ -330,3 +355,21 @@ def test_a_block_keeps_its_inputs_alone() -> None:
     assert inside[0].expired()
     made.sum().backward()
     torch.testing.assert_close(x.grad, 2 * (2 * X).exp() * (2 * X).exp().cos())
+
+
+def test_a_block_lies_as_it_did_when_it_is_run_again() -> None:
+    """On the rank that keeps what others replace by zeros as on these: ops save the same of it."""
+
+    def work(ranks: Ranks) -> Any:
+        strides = []
+
+        def block(x: torch.Tensor) -> list[torch.Tensor]:
+            pending = convert_beside(x.sin().chunk(2, -1)[0], ranks.groups[0], R, Partial())
+            strides.append(pending.stride())
+            return [pending.cos()]
+
+        x = numbers(3, 8).requires_grad_()
+        dropping(lambda x: recomputed(block, x)[0].sum())(x).backward()
+        return strides
+
+    assert on_each(Mesh(tp=2), work) == [[(4, 1)] * 2] * 2

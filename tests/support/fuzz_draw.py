@@ -16,6 +16,8 @@ from fuzz_steps import COMPUTE
 from fuzz_views import VIEWS
 from hypothesis import strategies as st
 
+from autoparallel.runtime.value_branches import OtherBranchError
+
 __all__ = ["containing", "divided", "programs", "splits", "written"]
 
 Number = Callable[[int, int], int]
@@ -52,7 +54,7 @@ def attempt(pen: Pen, step: Any) -> str:
     """Write the step where it fits."""
     try:
         return str(step(pen) or "")
-    except (SkippedError, RuntimeError, IndexError):
+    except (SkippedError, RuntimeError, IndexError, OtherBranchError):
         return ""
 
 
@@ -72,6 +74,7 @@ def divided(number: Number, on: tuple[int, ...] = (), sparing: bool = False) -> 
         whole=(0.0, 0.5)[number(0, 1)],
         sizes=sizes,
         sparing=number(0, 3) == 3 or sparing,
+        remaking=number(0, 3) == 3,
     )
 
 

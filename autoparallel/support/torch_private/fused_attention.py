@@ -45,7 +45,8 @@ def attention_and_sums(
     >>> attention_and_sums((x, x, x), None, False, 0.25)[1].exp() / 2  # e ** (4 * 0.25)
     tensor([[[2.7183, 2.7183]]])
     """
-    query, key, _ = tensors
+    query, key, value = map(_in_rows, tensors)
+    tensors = query, key, value
     if not query.is_cuda:
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *tensors, 0.0, causal, attn_mask=_wide(mask, query, key), scale=scale
@@ -82,7 +83,8 @@ def attention_gradients(
     >>> attention_gradients((x, x, x), None, False, 0.25, result, result, sums)[2].sum()
     tensor(8.)
     """
-    query, key, _ = tensors
+    query, key, value = map(_in_rows, tensors)
+    tensors, grad, result = (query, key, value), _in_rows(grad), _in_rows(result)
     if not query.is_cuda:
         some = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(grad, *tensors, result, sums, 0.0, causal),
@@ -108,6 +110,13 @@ def attention_gradients(
         scale=scale,
     )
     return some[0], some[1], some[2]
+
+
+def _in_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose elements of a row lie side by side: the kernels take that for granted,
+    and read other memory where it is not so.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _wide(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:

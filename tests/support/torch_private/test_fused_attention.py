@@ -39,3 +39,35 @@ def test_attention_of_blocks_is_put_together_by_its_sums(masked: bool) -> None:
     torch.testing.assert_close(gradients[0][0] + gradients[1][0], expected[0])
     for at in (1, 2):
         torch.testing.assert_close(torch.cat([each[at] for each in gradients], 2), expected[at])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_operands_may_lie_in_any_order(dtype: torch.dtype) -> None:
+    """Torch's kernel reads the elements of a row side by side, whatever the strides say."""
+    torch.manual_seed(0)
+    query, key, value, mask, grad = (
+        torch.randn(2, 3, *sizes, dtype=dtype) for sizes in ((5, 4), (7, 4), (7, 4), (5, 7), (5, 4))
+    )
+    result, sums = torch_private.attention_and_sums((query, key, value), mask, False, 0.3)
+    given = [query, key, value, mask, grad, result, sums]
+    expected = _forward_and_back(given)
+    turned = [each.mT.contiguous().mT for each in given]
+    spread = [each[:, :, :1, :1].expand(each.shape) for each in given[:6]]
+    for at in range(len(given)):
+        again = _forward_and_back([*given[:at], turned[at], *given[at + 1 :]])
+        torch.testing.assert_close(again, expected)
+    for at in range(len(spread)):
+        whole = [*given[:at], spread[at].contiguous(), *given[at + 1 :]]
+        again = _forward_and_back([*given[:at], spread[at], *given[at + 1 :]])
+        torch.testing.assert_close(again, _forward_and_back(whole))
+
+
+def _forward_and_back(given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the attention of query, key, value and mask, its sums, and the three gradients for a
+    gradient of the result, the result and the sums."""
+    *tensors, mask, grad, result, sums = given
+    query, key, value = tensors
+    ends = mask, False, 0.3
+    forward = torch_private.attention_and_sums((query, key, value), *ends)
+    back = torch_private.attention_gradients((query, key, value), *ends, grad, result, sums)
+    return [*forward, *back]

@@ -1,0 +1,208 @@
+"""Chains of the ops of a whole model, planned on a model with few of its equal blocks.
+
+Equal blocks are planned alike. So a model with three of them is planned for each mesh of a stage,
+number of micro-batches and way to keep activations, and what its second block takes is repeated as
+often as the block is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoparallel.analysis.observed_runs import Seen
+from autoparallel.analysis.pipeline_step import link_of_stages
+from autoparallel.analysis.timeline import passes_of_stage
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.graph.captured import Captured
+from autoparallel.graph.repeated_blocks import find_repeats
+from autoparallel.graph.shortened import Shortened
+from autoparallel.graph.size_hints import with_larger_hints
+from autoparallel.mesh import MICROBATCH, Mesh
+from autoparallel.options import Options
+from autoparallel.placement import Layout
+from autoparallel.plan import Plan
+from autoparallel.planning.eased_plans import Eased
+from autoparallel.planning.network_solver import NetworkSolver
+from autoparallel.planning.schedule_figures import ScheduleFigures, figures_of
+from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.planning.stage_chain import StageChain, chain_of, stays_of
+from autoparallel.planning.stage_work import StageWork
+from autoparallel.planning.ways_to_keep import mode_of, regathers
+from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.constraints import constrain
+from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.stage_shares import StageShares
+from planners import Problem, Solution
+
+__all__ = ["Asked", "ShortChains", "TooLargeError"]
+
+# What stays in one way is too much in the others if it is so many times the limit.
+_FAR = 2.0
+
+
+class TooLargeError(Exception):
+    """The error that what stays takes more than all ranks have.
+
+    nbytes: of each rank, if they share it evenly.
+    """
+
+    def __init__(self, nbytes: float) -> None:
+        super().__init__(nbytes)
+        self.nbytes = nbytes
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The figures of an estimate: see `Estimator.estimate`."""
+
+    inside: Mesh
+    shares: StageShares
+    count: int
+    pins: Mapping[str, Layout]
+    options: Options
+
+    @property
+    def schedule(self) -> ScheduleFigures:
+        """The figures of its schedule."""
+        options = self.options
+        return figures_of(options.order, self.shares.ranks, options.each_rank, self.count)
+
+
+class ShortChains:
+    """The chains of one model. captured: as micro-batches compute it. short: with few blocks.
+
+    graph: of the short model, with the sizes planned for. blocks: the number of blocks in chains.
+    numbered: whether blocks of the whole model are told by number, where the short one's are the
+    same.
+    """
+
+    def __init__(self, captured: Captured, short: Shortened, options: Options) -> None:
+        self.options, self.short = options, short
+        # Networks of one mesh by mode, what calls save on it, and the network that was built last.
+        self._of: tuple[Any, ...] = ()
+        self._networks: dict[str, CostNetwork] = {}
+        self._solvers: dict[str, tuple[NetworkSolver, Problem]] = {}
+        self._seen: Seen = {}
+        self._last: CostNetwork | None = None
+        # By mesh, numbers and the way to keep: stages on each rank and schedules differ in cuts and
+        # passes alone.
+        self._chains: dict[Any, StageChain] = {}
+        # By the same, and of any way, what stays of those that cannot fit.
+        self._too_large: dict[Any, float] = {}
+        # Solutions, which do not depend on what is gathered again.
+        self._solutions: dict[Any, Solution] = {}
+        self.blocks = sum(times + 2 for _, _, times in short.times)
+        self.captured = replace(captured, graph=short.graph)
+        self.graph = with_larger_hints(self.captured, options.tokens)
+        repeats = find_repeats(self.graph).blocks
+        every = len(find_repeats(captured.graph).blocks)
+        left = sum(times - 1 for _, _, times in short.times)
+        self.numbered = len(repeats) + left == every
+        self._blocks = {
+            node.name: number
+            for number, block in enumerate(repeats)
+            for node in self.graph.nodes[block.start : block.stop]
+        }
+
+    def chain(self, of: Asked, way: str, price: float, layouts: str = "") -> StageChain:
+        """Return the ops of the whole model in one of the ways to keep.
+
+        price: of all bytes that stay, as a share of the seconds of the quickest plan. layouts: the
+        mode of recomputation that tensors lie as planned for; by default that of the way.
+        Raises TooLargeError where that is known to be too much without counting activations.
+        """
+        layouts = layouts or mode_of(way)
+        key = *_key(of), way, price, layouts
+        if key in self._chains:
+            return self._chains[key]
+        # What stays is much alike in all ways.
+        largest = self._too_large.get((*_key(of), price), 0.0)
+        if key in self._too_large or largest > _FAR * (self.options.memory_limit or math.inf):
+            raise TooLargeError(self._too_large.get(key, largest))
+        if layouts != mode_of(way) and self._lie_alike(of, layouts, mode_of(way), price):
+            return self.chain(of, way, price)
+        plan = self._plan(of, way, price, layouts)
+        if regathers(way) and not any(row.again for row in plan.conversions):
+            chain = self._chains[key] = self.chain(of, mode_of(way), price, layouts)
+            return chain
+        shares, limit = of.shares, self.options.memory_limit
+        work = StageWork(self.graph, plan)
+        if limit is not None:
+            each = stays_of(work, self.short, work.bytes_of(activations=False)) / shares.ranks
+            if each > limit:
+                self._too_large[key] = self._too_large[*_key(of), price] = each
+                raise TooLargeError(each)
+        hardware = find_hardware(self.options.hardware)
+        passes = passes_of_stage(plan, hardware)
+        rows = sum(op.seconds for op in plan.ops) + sum(row.seconds for row in plan.conversions)
+        updates = max(plan.seconds - rows, 0.0) / shares.once + passes.reduction
+        sizes = work.bytes_of(limit is not None, self._seen)
+        link = link_of_stages(plan, shares.ranks, hardware)
+        chain = chain_of(work, self.short, self._blocks, passes, updates, sizes, link)
+        self._chains[key] = chain
+        return chain
+
+    def _plan(self, of: Asked, way: str, price: float, layouts: str) -> Plan:
+        """Return the plan of the short model. way, price, layouts: as of `chain`."""
+        solution, network = self._solved(of, layouts, price)
+        if layouts != mode_of(way):
+            # States of tensors are the same, whatever is recomputed.
+            network = self._network(of, mode_of(way))
+        every = (node.name for node in self.graph.calls if regathers(way))
+        return plan_of_solution(
+            self.captured, "", network.mesh, network, solution, 1.0, regathering=frozenset(every)
+        )
+
+    def _lie_alike(self, of: Asked, one: str, other: str, price: float) -> bool:
+        """Return whether tensors lie alike as planned for two modes of recomputation."""
+        assignments = [self._solved(of, mode, price)[0].assignment for mode in (one, other)]
+        return assignments[0] == assignments[1]
+
+    def _solved(self, of: Asked, mode: str, price: float) -> tuple[Solution, CostNetwork]:
+        """Return the solution for a mode of recomputation and its network. price: as of `chain`."""
+        network = self._network(of, mode)
+        key = *_key(of), mode, price
+        if key not in self._solutions:
+            if mode not in self._solvers:
+                nodes = {
+                    node.target: node.name for node in self.graph.nodes if node.kind == "parameter"
+                }
+                pinned = {nodes[path]: pin for path, pin in of.pins.items() if path in nodes}
+                # It remembers tables, which problems of other prices have as well.
+                self._solvers[mode] = NetworkSolver(network), network.problem(1.0, pinned)
+            solve, problem = self._solvers[mode]
+            if price:
+                quickest, _ = self._solved(of, mode, 0.0)
+                solution = Eased(mode, price).solved(solve, problem, quickest)
+            else:
+                solution = solve(problem)
+            # Nothing is kept in another way without a limit, and the next network has no problem.
+            self._solutions[key] = replace(
+                solution, factor_alternatives=(), variable_alternatives=()
+            )
+        return self._solutions[key], network
+
+    def _network(self, of: Asked, mode: str) -> CostNetwork:
+        """Return the cost network of the short model for a mode of recomputation."""
+        options = replace(self.options, memory_limit=None, recompute=mode)
+        mesh, shares = Mesh(**{MICROBATCH: of.count}, **dict(of.inside.axes)), of.shares
+        if self._of != _key(of):
+            # Networks that differ in what is recomputed alone are kept beside each other. Stages on
+            # a rank change what a micro-batch bears of a step by next to nothing.
+            self._of, self._networks, self._solvers, self._seen = _key(of), {}, {}, {}
+        if mode not in self._networks:
+            hardware, part = find_hardware(options.hardware), self.captured.part
+            known = build_network(
+                self.graph, mesh, hardware, options, None, part, shares, self._last
+            )
+            constrain(known, self.captured)
+            self._last = self._networks[mode] = known
+        return self._networks[mode]
+
+
+def _key(of: Asked) -> tuple[Any, ...]:
+    """Return what solutions depend on, of the figures of an estimate."""
+    return of.inside, of.shares.ranks, of.count, tuple(of.pins.items())

@@ -1,0 +1,55 @@
+"""What a step of a pipeline would take, in a few figures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from autoparallel.planning.eased_plans import Eased
+
+__all__ = ["Estimate", "is_better"]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """An Estimate tells what a step of a pipeline would take.
+
+    seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
+    not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
+    of one stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, as of
+    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. starts:
+    as of `Eased`, of their stages. schedule, stages_per_rank: as of Options.
+    """
+
+    seconds: float
+    nbytes: float
+    recompute: str
+    activations: float = 0.0
+    price: float = 0.0
+    mixes: tuple[tuple[str, ...], ...] = ()
+    starts: tuple[int, ...] = ()
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
+
+    @property
+    def eased(self) -> tuple[Eased, ...]:
+        """The ways in which a plan of the whole model keeps as little as this one."""
+        alike = Eased(self.recompute, self.price, seconds=self.seconds)
+        return (
+            *(replace(alike, blocks=blocks, starts=self.starts) for blocks in self.mixes),
+            alike,
+        )
+
+
+def is_better(one: Estimate, other: Estimate, limit: int | None) -> bool:
+    """Return whether an estimate is better than another: fits, where that does not, or is shorter;
+    of two that do not fit, needs less.
+
+    >>> is_better(Estimate(2.0, 10.0, "full"), Estimate(1.0, 30.0, "none"), limit=20)
+    True
+    """
+    bound = math.inf if limit is None else limit
+    fits = (one.nbytes <= bound, other.nbytes <= bound)
+    if fits == (False, False):
+        return one.nbytes < other.nbytes
+    return one.seconds < other.seconds if all(fits) else fits[0]
