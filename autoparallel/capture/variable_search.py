@@ -60,6 +60,7 @@ from autoparallel.support.object_state import (
     random_state,
     special_methods,
 )
+from autoparallel.support.replaced_functions import is_of_another, replaced_functions
 
 __all__ = ["VariableSearch", "searched"]
 
@@ -95,6 +96,10 @@ def searched(model: nn.Module) -> VariableSearch:
             hooks = name.endswith("_hooks") and module is not model
             if name == "forward" or name not in MODULE_ATTRIBUTES or hooks:
                 walk.attribute(value, type(module))
+    # Torch's own layers come to these, and no code of the user's has their names.
+    for function in replaced_functions():
+        if not is_left_out(str(function.__globals__.get("__name__"))):
+            walk.value(function, type(model))
     return walk
 
 
@@ -146,7 +151,8 @@ class VariableSearch(FoundReads):
         """
         for owner in kind.__mro__:
             if name in vars(owner):
-                if not is_left_out(owner.__module__):
+                put_in = is_of_another(vars(owner)[name])  # by a program, in a class of torch's
+                if put_in or not is_left_out(owner.__module__):
                     self.value(vars(owner)[name], kind)
                     self.help(vars(owner)[name])  # a descriptor
                     called = any(True for _ in functions_in(vars(owner)[name]))

@@ -21,13 +21,21 @@ from torch import nn
 from autoparallel.graph.attribute_read import SIMPLE
 from autoparallel.support.object_state import bytes_of, is_bound, own_attributes
 
-__all__ = ["ALL", "DEEPEST", "equal", "frozen", "is_array", "shows_bytes", "variable_in"]
+__all__ = ["ALL", "DEEPEST", "equal", "frozen", "is_array", "is_looked_into", "shows_bytes"]
+__all__ += ["variable_in"]
 
 DEEPEST = 5  # containers inside of containers whose contents are compared
 ALL = None  # in place of a step into a container: all that it holds
 _LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # They keep caches of their own.
 _OPERATORS = (type(torch.ops.aten.add), type(torch.ops.aten.add.Tensor))
+
+# What is not looked into by its attributes.
+_OTHERWISE = (
+    *(list, tuple, dict, set, frozenset, collections.deque, bytearray, array.array, weakref.ref),
+    *(functools.partial, types.MethodType, types.MappingProxyType, types.FunctionType, type),
+    *(nn.Module, torch.Tensor, torch.Generator, *_OPERATORS),
+)
 
 
 def equal(one: Any, other: Any, depth: int = 0) -> bool:
@@ -108,6 +116,16 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
     if not attributes and not hasattr(value, "__dict__"):
         return value
     return (type(value), *_items(attributes, "attribute", value, own, inner))
+
+
+def is_looked_into(value: Any) -> bool:
+    """Return whether `frozen` tells of an object what attributes it has, and nothing else.
+
+    >>> is_looked_into(types.SimpleNamespace()), is_looked_into([]), is_looked_into(1)
+    (True, False, False)
+    """
+    otherwise = isinstance(value, (*SIMPLE, *_OTHERWISE)) or is_array(value) or is_bound(value)
+    return not otherwise and not shows_bytes(value) and hasattr(value, "__dict__")
 
 
 def _items(

@@ -24,7 +24,6 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import (
     ABSENT,
-    SIMPLE,
     UNKNOWN,
     AttributeRead,
     Contents,
@@ -32,7 +31,14 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.graph.attribute_write import AttributeWrite
-from autoparallel.graph.read_holders import FunctionParts, Items, Namespace
+from autoparallel.graph.read_holders import (
+    ClassParts,
+    FunctionParts,
+    Items,
+    Methods,
+    Namespace,
+    ObjectKinds,
+)
 from autoparallel.parallel.frozen_values import (
     ALL,
     DEEPEST,
@@ -40,7 +46,14 @@ from autoparallel.parallel.frozen_values import (
     frozen,
     is_array,
     shows_bytes,
-    variable_in,
+)
+from autoparallel.parallel.guarded_contents import (
+    Attributes,
+    Functions,
+    HeldTensor,
+    Names,
+    Pairs,
+    dictionary_of,
 )
 from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.support.object_state import is_bound, is_of_library, own_attributes
@@ -48,8 +61,6 @@ from autoparallel.support.object_state import is_bound, is_of_library, own_attri
 __all__ = ["Guards"]
 
 _SAME = operator.is_
-# Names that modules have from torch and from this project.
-_LEFT_OUT = {*vars(nn.Module()), "_autoparallel", "_generator"}
 # Objects that hold what can change, but for lists, dicts and objects of classes in Python, which
 # are looked into by themselves.
 _CHANGING = (
@@ -57,6 +68,9 @@ _CHANGING = (
     *(functools.partial, types.MethodType, weakref.ref, types.MappingProxyType),
 )
 _GET: Any = dict.get
+_HAS: Any = dict.__contains__
+# Holders that list as much as they did, of which the length need not be asked.
+_OF_ONE_LENGTH = (ClassParts, FunctionParts, Functions, Methods, ObjectKinds)
 _ABSENT = itertools.repeat(ABSENT)
 
 
@@ -89,6 +103,7 @@ class Guards:
         self.lists: list[tuple[Any, list[Any]]] = []
         self.asked: list[tuple[Any, str, Any]] = []
         self.kept: list[tuple[Any, Any]] = []
+        self.held: set[int] = set()  # the identities of what is kept, or listed in its place
         self.stale = False
         self.own = frozenset(_owned(module, writes))
         # By owner and name, whether it has the attribute: classes are those of many objects.
@@ -106,15 +121,23 @@ class Guards:
         self.sort()
 
     def sort(self) -> None:
-        """Put the dictionaries of objects before those of classes, which are none of dict's."""
-        count = len(self.places)
-        order = sorted(range(count), key=lambda at: not isinstance(self.places[at][0], dict))
+        """Put places in dictionaries in front, and apart what is asked by fewer steps."""
+        absent = [len(right) == 1 and right[0] is ABSENT for right in self.right]
+        dictionary = [isinstance(mapping, dict) for mapping, _ in self.places]
+        pairs = zip(dictionary, absent, strict=True)
+        ranks = [0 if own and not gone else 1 if not own else 2 for own, gone in pairs]
+        order = sorted(range(len(ranks)), key=ranks.__getitem__)
         self.places = [self.places[at] for at in order]
         self.seen = [self.seen[at] for at in order]
         self.right = [self.right[at] for at in order]
-        own = [place for place in self.places if isinstance(place[0], dict)]
+        self.present = len(ranks) - ranks.count(2)
+        own = self.places[: ranks.count(0)]
         self.dictionaries, self.names = [place[0] for place in own], [place[1] for place in own]
-        self.classes = self.places[len(own) :]
+        self.mappings = self.places[len(own) : self.present]
+        self.fixed = [each for each in self.lists if isinstance(each[0], _OF_ONE_LENGTH)]
+        self.lists = [each for each in self.lists if not isinstance(each[0], _OF_ONE_LENGTH)]
+        gone = self.places[self.present :]
+        self.without, self.absences = [place[0] for place in gone], [place[1] for place in gone]
 
     def add(self, item: Any, read: AttributeRead) -> None:
         """Guard one attribute of an object."""
@@ -124,7 +147,7 @@ class Guards:
             self.contents(value, 0)
             return
         if read.where is Where.NAMES:
-            names = _Names(vars(item))
+            names = Names(vars(item))
             self.lists.append((names, list(names)))
             return
         if read.where is Where.NAMED:
@@ -168,10 +191,14 @@ class Guards:
         key = (owner, name)
         if key not in self.known:
             self.known[key] = False
-            self.places.append((mapping, name))
-            self.seen.append(ABSENT)
-            self.right.append((ABSENT,))
+            self.watch(mapping, name, ABSENT, (ABSENT,))
             self.stale = self.stale or name in mapping
+
+    def watch(self, mapping: Mapping[Any, Any], name: Any, seen: Any, right: Any) -> None:
+        """Note a place with the value that was seen there, and those that are right."""
+        self.places.append((dictionary_of(mapping), name))
+        self.seen.append(seen)
+        self.right.append(right)
 
     def named(self, mapping: Mapping[Any, Any], name: str) -> None:
         """Guard that a name refers to the object that it refers to now, or to none."""
@@ -179,16 +206,12 @@ class Guards:
         if key not in self.known:
             value = mapping.get(name, ABSENT)
             self.known[key] = value is not ABSENT
-            self.places.append((mapping, name))
-            self.seen.append(value)
-            self.right.append((value,))
+            self.watch(mapping, name, value, (value,))
 
     def place(self, mapping: Mapping[Any, Any], name: Any, value: Any, read: AttributeRead) -> None:
         """Guard the value at a key of a mapping."""
         expected = self.expected(value, read)
-        self.places.append((mapping, name))
-        self.seen.append(value)
-        self.right.append((expected, *read.others))
+        self.watch(mapping, name, value, (expected, *read.others))
         if not any(equal(value, one) for one in self.right[-1]):
             self.stale = True
             self.seen[-1] = ABSENT
@@ -197,13 +220,26 @@ class Guards:
         seen = read.route or id(value) in self.opened
         # Tensors may be read as numbers, and objects by their dictionaries.
         if is_of_library(value):
-            self.kept.append((value, self.frozen(value)))
+            self.keep(value)
         elif read.where is Where.INSTANCE and not seen:
             tensor = isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
             slots = getattr(type(value), "__slots__", None)
             plain = plain and value is not ABSENT
             if tensor or (plain and (slots or hasattr(value, "__dict__")) and not callable(value)):
-                self.kept.append((value, self.frozen(value)))
+                self.keep(value)
+
+    def keep(self, value: Any) -> None:
+        """Guard what an object holds, which many modules may refer to, as to a configuration."""
+        if id(value) in self.held:
+            return
+        self.held.add(id(value))
+        if Attributes.fit(value) and not any(owner == id(value) for owner, _ in self.own):
+            attributes = Attributes(value)
+            self.lists.append((attributes, list(attributes)))
+            for item in vars(value).values():
+                self.contents(item, 1)
+        else:
+            self.kept.append((value, self.frozen(value)))
 
     def expected(self, value: Any, read: AttributeRead) -> Any:
         """Return the value that is right: that of the trace, or the present one if it is none of
@@ -220,17 +256,17 @@ class Guards:
         partly = any(owner == id(value) for owner, _ in self.own)
         changing = isinstance(value, _CHANGING) or is_array(value) or shows_bytes(value)
         changing = changing or is_bound(value)
-        functions = None if partly or not enclosing else _Functions.around(value)
+        functions = None if partly or not enclosing else Functions.around(value)
         if functions is not None:
             self.lists.append((functions, list(functions)))
             return
         if changing or enclosing or partly:
-            self.kept.append((value, self.frozen(value)))
+            self.keep(value)
             return
         if depth > DEEPEST or not isinstance(value, (list, tuple, dict)):
             return
         if isinstance(value, dict):
-            self.lists.append((_Items(value), [*value.keys(), *value.values()]))
+            self.lists.append((Pairs(value), [*value.keys(), *value.values()]))
         elif isinstance(value, list):
             self.lists.append((value, list(value)))
         for item in value.values() if isinstance(value, dict) else value:
@@ -257,11 +293,16 @@ class Guards:
         """Return whether all values are those that the program is right for."""
         if self.stale:
             return False
-        # This loop runs in C.
+        # These loops run in C.
+        if any(map(_HAS, self.without, self.absences)):
+            return False
         now: list[Any] = list(map(_GET, self.dictionaries, self.names, _ABSENT))
-        now += [mapping.get(key, ABSENT) for mapping, key in self.classes]
+        now += [mapping.get(key, ABSENT) for mapping, key in self.mappings]
         if not all(map(_SAME, now, self.seen)) and not self.others(now):
             return False
+        for holder, parts in self.fixed:
+            if not all(map(_SAME, holder, parts)) and not equal(list(holder), parts):
+                return False
         for container, contents in self.lists:
             same = len(container) == len(contents) and all(map(_SAME, container, contents))
             if not same and not equal(list(container), contents):
@@ -272,7 +313,7 @@ class Guards:
 
     def others(self, now: list[Any]) -> bool:
         """Return whether values that are other objects than before are right as well."""
-        for index, (value, seen) in enumerate(zip(now, self.seen, strict=True)):
+        for index, (value, seen) in enumerate(zip(now, self.seen[: self.present], strict=True)):
             if value is not seen:
                 if not any(equal(value, one) for one in self.right[index]):
                     return False
@@ -280,87 +321,6 @@ class Guards:
                 if not isinstance(value, (list, dict)):
                     self.seen[index] = value
         return True
-
-
-class _Held:
-    """A tensor of a module, whichever it is at the time, never as the user's Python is shown it.
-
-    tensors: the dictionary that has it. name: its key there.
-    """
-
-    def __init__(self, tensors: Mapping[str, Any], name: str = "") -> None:
-        self.tensors, self.name = tensors, name
-
-    def __getitem__(self, name: str) -> _Held:
-        return _Held(self.tensors, name)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensors[self.name], name)
-
-
-class _Names:
-    """The names of the attributes that an object was given, but for those that torch gives."""
-
-    def __init__(self, own: Mapping[str, Any]) -> None:
-        self.own = own
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def __iter__(self) -> Any:
-        return (name for name in self.own if name not in _LEFT_OUT)
-
-
-class _Functions:
-    """A list of what functions refer to in the variables of one another, as decorators do.
-
-    functions: each with what its code finds around it.
-    """
-
-    def __init__(self, functions: list[types.FunctionType]) -> None:
-        self.functions = functions
-        self.cells = [cell for each in functions for cell in each.__closure__ or ()]
-
-    @classmethod
-    def around(cls, function: types.FunctionType) -> _Functions | None:
-        """Return those that a function leads to; None where one refers to what can change."""
-        functions: list[types.FunctionType] = []
-        todo = [function]
-        while todo:
-            each = todo.pop()
-            if any(each is one for one in functions):
-                continue
-            functions.append(each)
-            values = [variable_in(cell) for cell in each.__closure__ or ()]
-            values += [*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()]
-            for value in values:
-                if isinstance(value, types.FunctionType):
-                    todo.append(value)
-                elif not isinstance(value, (*SIMPLE, type, types.ModuleType)):
-                    return None
-        return cls(functions)
-
-    def __len__(self) -> int:
-        return 3 * len(self.functions) + len(self.cells)
-
-    def __iter__(self) -> Iterator[Any]:
-        for each in self.functions:
-            yield from (each.__code__, each.__defaults__, each.__kwdefaults__)
-        yield from map(variable_in, self.cells)
-
-
-class _Items:
-    """The keys and values of a dict, one behind the other, as a list has them."""
-
-    def __init__(self, mapping: dict[Any, Any]) -> None:
-        self.mapping = mapping
-
-    def __len__(self) -> int:
-        return 2 * len(self.mapping)
-
-    def __iter__(self) -> Any:
-        yield from self.mapping
-        yield from self.mapping.values()
 
 
 def _reached(module: nn.Module, read: AttributeRead) -> Any:
@@ -374,7 +334,7 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
         if kind == "class":
             item = next(base for base in reversed(type(item).__mro__) if name_of(base) == step)
         elif step in ("_parameters", "_buffers") and kind == "attribute":
-            item = _Held(held_by(item) if step == "_parameters" else vars(item)[step])
+            item = HeldTensor(held_by(item) if step == "_parameters" else vars(item)[step])
         else:
             item = own_attributes(item)[step] if kind == "attribute" else item[step]
     return item

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from autoparallel.runtime.groups import Group
+from autoparallel.support.torch_private import nn_binding
 
 __all__ = ["MOST_PIECES", "Linear", "Mm", "bias_gradient", "piece_count", "summed_product"]
+
+# A program may have put another function under the name; what that does is in the graph already.
+_LINEAR = nn_binding("linear")
 
 
 class Linear:
@@ -25,7 +28,8 @@ class Linear:
 
     @staticmethod
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, weight, bias)
+        result: torch.Tensor = _LINEAR(x, weight, bias)
+        return result
 
     @staticmethod
     def of_x(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

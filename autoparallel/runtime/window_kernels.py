@@ -17,10 +17,13 @@ from torch.nn import functional
 from autoparallel.placement import part_bounds
 from autoparallel.runtime.dealt_pieces import Deal, dealt
 from autoparallel.runtime.groups import Group
+from autoparallel.support.torch_private import nn_binding
 
 __all__ = ["convolution_edges", "pool_edges", "resample_edges"]
 
 Run = Callable[..., torch.Tensor]
+# Not by its name, under which a program may have put another function.
+_PAD: Run = nn_binding("pad")
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 _TRANSPOSED = (
     functional.conv_transpose1d,
@@ -66,7 +69,7 @@ def _with_edges(
     after = here.stop - last if last > first else 0
     if not before and not after:
         return x
-    return functional.pad(x, [0, 0] * (x.dim() - 1 - dim) + [before, after], value=fill)
+    return _PAD(x, [0, 0] * (x.dim() - 1 - dim) + [before, after], value=fill)
 
 
 def _numbers(given: Any, count: int, default: int) -> list[int]:
@@ -166,7 +169,7 @@ def convolution_edges(
     x = _with_edges(x, group, dim, size, reaches, 0.0)
     borders[at] = (0, 0)
     if any(before != after for before, after in borders):
-        x = functional.pad(x, [each for border in reversed(borders) for each in border])
+        x = _PAD(x, [each for border in reversed(borders) for each in border])
         borders = [(0, 0)] * count
     y = (run or _CONVOLUTIONS[count - 1])(
         x, weight, bias, stride, [before for before, _ in borders], dilation, groups

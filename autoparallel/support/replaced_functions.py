@@ -17,7 +17,7 @@ from torch import nn
 
 from autoparallel.errors import AutoParallelError
 
-__all__ = ["HOMES", "refuse_replaced"]
+__all__ = ["HOMES", "is_of_another", "refuse_replaced", "replaced_functions"]
 
 # Where torch's own Python, and a user's, has functions of torch from.
 HOMES: tuple[types.ModuleType, ...] = (
@@ -44,13 +44,37 @@ def refuse_replaced(function: Any) -> None:
         )
 
 
-def _names_of(function: Any) -> Iterator[str]:
-    """Yield the names of torch's by which a function that is not torch's is called."""
+def is_of_another(function: Any) -> bool:
+    """Return whether something is a function in Python that neither torch nor this project wrote.
+
+    >>> is_of_another(nn.functional.softmax), is_of_another(lambda x: x)
+    (False, True)
+    """
     if not isinstance(function, types.FunctionType):
-        return
+        return False
     # Not by `__module__`, which a decorator takes over from what it decorates.
     home = str(function.__globals__.get("__name__")).partition(".")[0]
-    if home in ("torch", "autoparallel"):
+    return home not in ("torch", "autoparallel")
+
+
+def replaced_functions() -> Iterator[types.FunctionType]:
+    """Yield the functions that programs have put in places where torch's own code finds them.
+
+    >>> before, nn.functional.linear = nn.functional.linear, lambda x, *_: x
+    >>> found = list(replaced_functions())
+    >>> nn.functional.linear in found
+    True
+    >>> nn.functional.linear = before
+    """
+    for owner in (*HOMES, torch.Tensor):
+        for value in list(vars(owner).values()):
+            if is_of_another(value):
+                yield value
+
+
+def _names_of(function: Any) -> Iterator[str]:
+    """Yield the names of torch's by which a function that is not torch's is called."""
+    if not is_of_another(function):
         return
     homes: dict[str, Any] = {home.__name__: home for home in HOMES}
     for shown, owner in (*homes.items(), ("torch.Tensor", torch.Tensor)):

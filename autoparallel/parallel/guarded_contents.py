@@ -1,0 +1,158 @@
+"""Things in a running model that guards list, to compare what is there with what was there."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import operator
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from autoparallel.graph.attribute_read import SIMPLE, Contents
+from autoparallel.parallel.frozen_values import is_looked_into, variable_in
+from autoparallel.support.object_state import own_attributes
+
+__all__ = ["Attributes", "Functions", "HeldTensor", "Names", "Pairs", "dictionary_of"]
+
+_PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_OWN = object.__getattribute__
+_VARIABLE = operator.attrgetter("cell_contents")
+# Names that modules have from torch and from this project.
+_LEFT_OUT = {*vars(nn.Module()), "_autoparallel", "_generator"}
+
+
+def dictionary_of(mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the dictionary behind a view, such as a class has of its own; else the mapping.
+
+    To look into a dictionary takes half the time, and at every call there are many of them. It is
+    only read: what is written to it past the class would not be noticed by the interpreter.
+
+    >>> type(vars(nn.Linear)).__name__, type(dictionary_of(vars(nn.Linear))).__name__
+    ('mappingproxy', 'dict')
+    """
+    if isinstance(mapping, types.MappingProxyType):
+        behind = gc.get_referents(mapping)
+        if len(behind) == 1 and isinstance(behind[0], dict):
+            return behind[0]
+    return mapping
+
+
+class HeldTensor:
+    """A tensor of a module, whichever it is at the time, never as the user's Python is shown it.
+
+    tensors: the dictionary that has it. name: its key there.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], name: str = "") -> None:
+        self.tensors, self.name = tensors, name
+
+    def __getitem__(self, name: str) -> HeldTensor:
+        return HeldTensor(self.tensors, name)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensors[self.name], name)
+
+
+class Names:
+    """The names of the attributes that an object was given, but for those that torch gives."""
+
+    def __init__(self, own: Mapping[str, Any]) -> None:
+        self.own = own
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __iter__(self) -> Any:
+        return (name for name in self.own if name not in _LEFT_OUT)
+
+
+class Functions:
+    """A list of what functions refer to in the variables of one another, as decorators do.
+
+    functions: each with what its code finds around it.
+    """
+
+    def __init__(self, functions: list[types.FunctionType]) -> None:
+        self.functions = functions
+        self.cells = [cell for each in functions for cell in each.__closure__ or ()]
+
+    @classmethod
+    def around(cls, function: types.FunctionType) -> Functions | None:
+        """Return those that a function leads to; None where one refers to what can change."""
+        functions: list[types.FunctionType] = []
+        todo = [function]
+        while todo:
+            each = todo.pop()
+            if any(each is one for one in functions):
+                continue
+            functions.append(each)
+            values = [variable_in(cell) for cell in each.__closure__ or ()]
+            values += [*(each.__defaults__ or ()), *(each.__kwdefaults__ or {}).values()]
+            for value in values:
+                if isinstance(value, types.FunctionType):
+                    todo.append(value)
+                elif not isinstance(value, (*SIMPLE, type, types.ModuleType)):
+                    return None
+        return cls(functions)
+
+    def __len__(self) -> int:
+        return 3 * len(self.functions) + len(self.cells)
+
+    def __iter__(self) -> Iterator[Any]:
+        parts = itertools.chain.from_iterable(map(_PARTS, self.functions))
+        try:
+            return iter([*parts, *map(_VARIABLE, self.cells)])
+        except ValueError:  # one has no value now
+            parts = itertools.chain.from_iterable(map(_PARTS, self.functions))
+            return itertools.chain(parts, map(variable_in, self.cells))
+
+
+class Pairs:
+    """The keys and values of a dict, one behind the other, as a list has them."""
+
+    def __init__(self, mapping: dict[Any, Any]) -> None:
+        self.mapping = mapping
+
+    def __len__(self) -> int:
+        return 2 * len(self.mapping)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain(self.mapping, self.mapping.values())
+
+
+class Attributes:
+    """The class of an object, and the names and values of its attributes, which are simple.
+
+    owner: the object.
+
+    >>> tau = types.SimpleNamespace(tau=1.0)
+    >>> list(Attributes(tau))
+    [<class 'types.SimpleNamespace'>, 'tau', 1.0]
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    @classmethod
+    def fit(cls, value: Any) -> bool:
+        """Return whether an object is nothing but attributes, of simple values and such containers.
+
+        >>> Attributes.fit(types.SimpleNamespace(a=[1])), Attributes.fit([1])
+        (True, False)
+        """
+        if not is_looked_into(value) or type(getattr(value, "__dict__", None)) is not dict:
+            return False
+        own = _OWN(value, "__dict__")
+        return own_attributes(value).keys() == own.keys() and all(
+            isinstance(item, SIMPLE) or Contents.fit(item) for item in own.values()
+        )
+
+    def __len__(self) -> int:
+        return 1 + 2 * len(_OWN(self.owner, "__dict__"))
+
+    def __iter__(self) -> Iterator[Any]:
+        own = _OWN(self.owner, "__dict__")
+        return itertools.chain((type(self.owner),), own, own.values())
