@@ -230,6 +230,6 @@ def _padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         padding: list[int] = []
         for held, size in zip(reversed(tensor.shape), reversed(shape), strict=True):
             padding += [0, size - held]
-        tensor = nn.functional.pad(tensor, padding)
+        tensor = torch.constant_pad_nd(tensor, padding)
     # What was received and goes on is a leaf: a view of it is none.
     return tensor.contiguous().view_as(tensor)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from autoparallel.support.torch_private import (
     attention_and_sums,
@@ -246,7 +245,7 @@ def block_gradients(
         if sight.mask is not None and with_mask:
             of_mask = torch.cat(masks, -2).sum_to_size(sight.mask.shape)
     of_key, of_value = (
-        functional.pad(_groups_of(each, groups), (0, 0, 0, hidden)) for each in of_pair
+        torch.constant_pad_nd(_groups_of(each, groups), (0, 0, 0, hidden)) for each in of_pair
     )
     return of_query, of_key, of_value, of_mask
 

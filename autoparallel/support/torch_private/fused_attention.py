@@ -5,7 +5,6 @@ of keys are put together.
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 __all__ = ["attention_and_sums", "attention_gradients", "has_attention_sums"]
 
@@ -103,9 +102,9 @@ def attention_gradients(
         )
         return some[0], some[1], some[2]
     number = torch.zeros((), dtype=torch.int64)
-    rest = -query.size(-2) % _SUMS
+    sums = torch.constant_pad_nd(sums, (0, -query.size(-2) % _SUMS))
     some = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        *(grad, *tensors, _aligned(mask, query, key), result, functional.pad(sums, (0, rest))),
+        *(grad, *tensors, _aligned(mask, query, key), result, sums),
         *(number, number, 0.0, [True, True, True, False], causal),
         scale=scale,
     )
@@ -128,5 +127,5 @@ def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
     """Return a mask for each head, query and key, whose rows begin where GPUs want them."""
     keys = key.size(-2)
     mask = mask.expand(-1, -1, -1, keys)
-    mask = functional.pad(mask, (0, -keys % _ALIGNED))[..., :keys]
+    mask = torch.constant_pad_nd(mask, (0, -keys % _ALIGNED))[..., :keys]
     return mask.expand(*query.shape[:-1], keys)
