@@ -23,6 +23,8 @@ __all__ = ["HOMES", "is_of_another", "refuse_replaced", "replaced_functions"]
 HOMES: tuple[types.ModuleType, ...] = (
     *(torch, nn.functional, torch.functional, torch.special, torch.fft, torch.linalg),
 )
+# Packages whose decorators give back functions of their own.
+_DECORATORS = frozenset({"contextlib", "functools", "typing_extensions", "warnings"})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -49,12 +51,28 @@ def is_of_another(function: Any) -> bool:
 
     >>> is_of_another(nn.functional.softmax), is_of_another(functools.wraps)
     (False, True)
+
+    Torch's own function under a decorator of another package is still torch's.
+
+    >>> import contextlib
+    >>> is_of_another(contextlib.contextmanager(nn.functional.softmax))
+    False
     """
     if not isinstance(function, types.FunctionType):
         return False
-    # Not by `__module__`, which a decorator takes over from what it decorates.
-    home = str(function.__globals__.get("__name__")).partition(".")[0]
-    return home not in ("torch", "autoparallel")
+    # Torch itself decorates some, as those that are deprecated.
+    while _home(function) in _DECORATORS and isinstance(
+        decorated := getattr(function, "__wrapped__", None), types.FunctionType
+    ):
+        function = decorated
+    return _home(function) not in ("torch", "autoparallel")
+
+
+def _home(function: types.FunctionType) -> str:
+    """Return the package in which a function is written: not by `__module__`, which a decorator
+    takes over from what it decorates.
+    """
+    return str(function.__globals__.get("__name__")).partition(".")[0]
 
 
 def replaced_functions() -> Iterator[types.FunctionType]:
