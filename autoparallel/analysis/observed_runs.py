@@ -1,4 +1,4 @@
-"""What calls and moves of one rank save, as it is seen when they run on tensors without data."""
+"""Runs of one rank's calls and moves on tensors without data, which show what those save."""
 
 from __future__ import annotations
 

@@ -91,11 +91,16 @@ def questions_in(
             yield Question(f"import {name}", functools.partial(_has, name), False)
     for root, steps in ways_in(code):
         ask = functools.partial(_answer, root, steps, variables, is_library)
+        text = root + "".join(_shown(step) for step in steps)
         try:
             value = ask()
-        except Exception:  # whatever a library raises: the forward is told so itself
+        except LookupError:  # it leads through no library
             continue
-        text = root + "".join(_shown(step) for step in steps)
+        except Exception:
+            if code.co_exceptiontable:  # what is done where it is raised is done while it is
+                told = functools.partial(_told, ask)
+                yield Question(text, told, told())
+            continue
         if isinstance(value, (types.ModuleType, type)) and absence:
             yield from _by_text(text, value, texts, is_library)
         if steps and steps[-1][0] == "attribute":
@@ -129,11 +134,15 @@ def asked_by_identity(
     home = str(function.__module__ or "")
     if not home or not is_library(home) or not _is_question(home, function.__name__):
         return
+    ask: Callable[[], Any] = value
     try:
         answer = value()
-    except Exception:  # it takes arguments
+    except TypeError:  # it takes arguments
         return
-    asked = Question(f"{text}()", value, answer)
+    except Exception:
+        ask = functools.partial(_told, value)
+        answer = ask()
+    asked = Question(f"{text}()", ask, answer)
     if asked.is_plain or isinstance(answer, (tuple, torch.Tensor)):
         yield asked
 
@@ -229,6 +238,14 @@ def _answer(
             raise LookupError(name)
         value = value(*what)
     return value
+
+
+def _told(ask: Callable[[], Any]) -> Any:
+    """Return an answer, or what is raised in its place, as a text."""
+    try:
+        return ask()
+    except Exception as error:
+        return f"raises {type(error).__name__}"
 
 
 def _is_question(home: str, name: str) -> bool:

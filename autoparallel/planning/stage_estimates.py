@@ -1,4 +1,4 @@
-"""What a step of a pipeline would take, in a few figures."""
+"""Estimates of a step of a pipeline: the seconds and bytes that it would take, in few figures."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ forward's program has to be made anew then, or the module has to be left to Pyth
 from __future__ import annotations
 
 import abc
+import asyncio
 import collections
 import contextvars
 import ctypes
@@ -260,7 +261,7 @@ def script_of(kinds: dict[str, Kind]) -> Callable[[Any], Iterator[torch.Tensor]]
 
 
 def has_effect(kinds: dict[str, Kind]) -> bool:
-    """Whether each change makes the answer another one, so that the test tests something."""
+    """Return whether each change makes the answer another one, so that the test tests something."""
     for ask, change in kinds.values():
         change(False)
         before = float(ask())
@@ -301,6 +302,39 @@ def test_what_nobody_can_look_into_stays_python(name: str) -> None:
     for other in (False, True):
         change(other)
         torch.testing.assert_close(split(X), model(X), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["a name of the module", "another name"])
+def test_what_is_raised_in_place_of_an_answer(name: str) -> None:
+    """Outside of a loop there is none to return: a RuntimeError, which the forward catches."""
+    other_name = asyncio.get_running_loop
+
+    class Asks(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                return self.out(self.a(x) * 2)
+            return self.out(self.a(x))
+
+    class AsksOtherwise(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                other_name()
+            except RuntimeError:
+                return self.out(self.a(x) * 2)
+            return self.out(self.a(x))
+
+    model = (Asks if name == "a name of the module" else AsksOtherwise)()
+    split = autoparallel.autoparallelize(model, 1, example_inputs=X)
+
+    async def inside() -> tuple[torch.Tensor, torch.Tensor]:
+        return split(X), model(X)
+
+    before = split(X)
+    torch.testing.assert_close(before, model(X), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*asyncio.run(inside()), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(split(X), before, rtol=1e-10, atol=1e-12)
 
 
 def test_classes_that_are_registered_later() -> None:

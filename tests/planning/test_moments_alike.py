@@ -89,7 +89,7 @@ def costs_of(problem: Problem) -> list[np.ndarray]:
 
 
 def test_problems_that_differ_have_no_mean() -> None:
-    """What is counted by another problem's tables is refused, not read from the wrong ones."""
+    """A problem with other tables is refused: usage would be read from the wrong ones."""
     a, b = (Variable(name, np.zeros(2)) for name in "ab")
     both = Problem((a, b), (Factor(("a", "b"), np.zeros((2, 2))),))
     require_same_ways(both, both)

@@ -55,11 +55,11 @@ def functional_collectives() -> Any:
 def _gathers_alone(several: Callable[..., Any]) -> Callable[..., Any]:
     """Return the gather that takes one tensor and not a list of them, as `several` does inside.
 
-    Two threads of gloo write down the name of the op that each ended last, in one string without a
-    lock (torch 2.11 to 2.15). Names of up to 15 letters lie in the string itself, and nothing comes
-    of it; that of a gather of a list is longer, is allocated, and was freed by both: processes that
-    had two collectives on their way ended (AddressSanitizer: a double free in
-    ProcessGroupGloo::runLoop). Under a tracer or a counter `several` is called, by its usual name.
+    The threads of gloo share, without a lock, a string with the name of the op that ended last. The
+    long name of a gather of a list is allocated, and was freed by two of them, which ended the
+    process (torch 2.13; AddressSanitizer: a double free in ProcessGroupGloo::runLoop). A name of up
+    to 15 letters lies in the string itself. Under a tracer or a counter `several` is called, by its
+    usual name.
     """
     from torch.utils._python_dispatch import _get_current_dispatch_mode as current_mode
 

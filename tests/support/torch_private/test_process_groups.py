@@ -57,8 +57,8 @@ def test_functional_collectives_return_what_they_make(mesh_of_this_process) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 def test_a_gather_is_none_of_a_list(mesh_of_this_process, dtype: torch.dtype) -> None:
-    """Two gathers of lists on their way end a process now and then: gloo's two threads write their
-    op's long name into one string (torch 2.11 to 2.15).
+    """The long name of that op was freed by two threads of gloo, which ended the process (seen on
+    torch 2.13, in ProcessGroupGloo::runLoop).
     """
     ops, group = torch_private.functional_collectives(), mesh_of_this_process.get_group()
     x = torch.arange(6.0).view(2, 3).to(dtype).requires_grad_()
