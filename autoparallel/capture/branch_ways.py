@@ -83,6 +83,7 @@ _SELDOM |= {torch.isinf, torch.Tensor.isinf}
 _LOOK_OUTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 # With a separator at the end: other packages have names that begin with torch.
 _TORCH = str(Path(torch.__file__).parent / "_")[:-1]
+_HANDS_ON = "__torch_function__"
 _OURS = str(Path(__file__).parent.parent / "_")[:-1]
 
 
@@ -98,12 +99,16 @@ def _is_number(function: Any, args: tuple[Any, ...]) -> bool:
 def _place() -> tuple[Way, bool]:
     """Return the line of the user's that asks, and whether one of torch's checks asks for it.
 
-    Torch's checks (torch._check_tensor_all and the like) raise where the answer is no.
+    Torch's checks (torch._check_tensor_all and the like) raise where the answer is no. A mode that
+    hands on what others ask does not ask.
     """
     frame: FrameType | None = sys._getframe(2)
     checks, asker = False, ""
     while frame is not None:
         code = frame.f_code
+        if code.co_name == _HANDS_ON:
+            frame = frame.f_back
+            continue
         if not code.co_filename.startswith((_TORCH, _OURS)):
             return (code.co_filename, frame.f_lineno, asker), checks
         if code.co_filename.startswith(_TORCH):

@@ -82,7 +82,12 @@ class Origins:
         """
         trace = node.meta.get("stack_trace") or ""
         if trace not in self.lines:
-            frames = [(match[1], match[2]) for match in _FRAME.finditer(trace)]
+            # A mode of the user's hands on what the model asks for.
+            frames = [
+                (match[1], match[2])
+                for match in _FRAME.finditer(trace)
+                if match[3] != "__torch_function__"
+            ]
             written = [frame for frame in frames if frame[0] in self.files]
             innermost = (written or frames)[-1:]
             self.lines[trace] = "".join(
