@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from autoparallel.capture.source_files import HANDS_ON
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.operators import BRANCH_TAKEN, draws
@@ -83,7 +84,6 @@ _SELDOM |= {torch.isinf, torch.Tensor.isinf}
 _LOOK_OUTS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 # With a separator at the end: other packages have names that begin with torch.
 _TORCH = str(Path(torch.__file__).parent / "_")[:-1]
-_HANDS_ON = "__torch_function__"
 _OURS = str(Path(__file__).parent.parent / "_")[:-1]
 
 
@@ -106,7 +106,7 @@ def _place() -> tuple[Way, bool]:
     checks, asker = False, ""
     while frame is not None:
         code = frame.f_code
-        if code.co_name == _HANDS_ON:
+        if code.co_name == HANDS_ON:
             frame = frame.f_back
             continue
         if not code.co_filename.startswith((_TORCH, _OURS)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from autoparallel.capture.source_files import ModelFiles
+from autoparallel.capture.source_files import HANDS_ON, ModelFiles
 
 __all__ = ["Origins"]
 
@@ -82,11 +82,8 @@ class Origins:
         """
         trace = node.meta.get("stack_trace") or ""
         if trace not in self.lines:
-            # A mode of the user's hands on what the model asks for.
             frames = [
-                (match[1], match[2])
-                for match in _FRAME.finditer(trace)
-                if match[3] != "__torch_function__"
+                (match[1], match[2]) for match in _FRAME.finditer(trace) if match[3] != HANDS_ON
             ]
             written = [frame for frame in frames if frame[0] in self.files]
             innermost = (written or frames)[-1:]

@@ -225,7 +225,7 @@ class _Expert(RowSearch):
 
     @property
     def masks(self) -> bool:
-        """Return whether choices may be nobody's, and `chosen` is the mask of those that are not."""
+        """Return whether choices may be nobody's, and `chosen` is a mask of the others."""
         return len(self.graph.values[self.chosen].shape) == 3
 
     @property
