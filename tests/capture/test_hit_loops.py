@@ -334,9 +334,7 @@ class Capped(Routed):
         return y.pow(2).sum() + self.gate(y.reshape(x.shape)).sum()
 
 
-@pytest.mark.parametrize(
-    ("kernel", "world_size"), [("experts_summed", 3), ("experts_inner", 2)]
-)
+@pytest.mark.parametrize(("kernel", "world_size"), [("experts_summed", 3), ("experts_inner", 2)])
 def test_what_an_expert_does_not_take_is_nobodys(kernel: str, world_size: int) -> None:
     model = Capped("listed").double()
     generator = torch.Generator().manual_seed(3)

@@ -195,7 +195,7 @@ def _one_hot(graph: Graph, node: Node) -> tuple[str, str]:
 class _Expert(RowSearch):
     """The search for what one expert makes of its rows.
 
-    chosen: the value with the chosen experts, or with a mask. places: indices of the expert's rows, of
+    chosen: the value with the chosen experts, or a mask. places: the indices of its rows, of
     their tokens and of their choices. result: the name of the rows that it makes. given: the rows
     of tokens and of choices that it reads. others: what else it reads: its parameters, and what is
     the same for all. ranks: of what a step makes element by element, by the step's place.
