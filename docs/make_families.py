@@ -53,9 +53,9 @@ ours on one rank where a model draws random numbers all the same (ViLT). Written
 What breaks are left, by what makes them:
 
 - How many rows there are, or how far they are moved, follows from values: experts whose tokens are
-  counted by `.tolist()` (jetmoe) or that have a capacity (switch-transformers), edges that a mask
-  drops (graph-convolution, graph-attention), patches that a mask drops (vilt), delays that are read
-  as whole numbers (autoformer). What can be prepared outside of the model is better there.
+  counted by `.tolist()` (jetmoe), edges that a mask drops (graph-convolution, graph-attention),
+  patches that a mask drops (vilt), delays that are read as whole numbers (autoformer). What can be
+  prepared outside of the model is better there.
 - The forward reads the sizes of images out of a tensor, others in each batch (qwen2-vl).
 - Python draws which layers are left out, anew in each call (musicgen).
 - The forward writes to a parameter (gemma3n clamps one) or counts in an object (funnel). Where it
