@@ -36,9 +36,9 @@ class IntricateSizes(Exception):  # noqa: N818 - not an error: the trace begins 
 class WatchedSizes(TorchFunctionMode):
     """A mode under which a size with too many operations raises IntricateSizes.
 
-    So does one that is divided by a quotient of sizes, which no rule makes simpler, and which is in
-    all sizes that follow. A model that pads images to whole windows, say, has sizes like 4 * ((h // 2 + (-(h // 2)) % 4)
+    A model that pads images to whole windows, say, has sizes like 4 * ((h // 2 + (-(h // 2)) % 4)
     // 4), which grow from layer to layer until no tracer compares two of them in reasonable time.
+    So does a size that is divided by a quotient of sizes, which no rule makes simpler.
 
     inputs: the tensors that the forward is given. places: the (input, dim) pairs whose size has a
     symbol, by symbol. seen: expressions that have been looked at.
