@@ -323,6 +323,8 @@ class Capped(Routed):
         weights, chosen = self.gate(x).softmax(-1).max(-1)
         masks = functional.one_hot(chosen, EXPERTS)
         masks = masks * (masks.cumsum(-2) <= self.most)
+        if self.form == "several":
+            masks = self.gate(x) > 0
         tokens, masks = x.view(-1, WIDTH), masks.view(-1, 1, EXPERTS).permute(2, 1, 0)
         y = torch.zeros_like(tokens)
         weights = weights.view(-1, 1)
@@ -355,3 +357,10 @@ def test_what_an_expert_does_not_take_is_nobodys(kernel: str, world_size: int) -
     assert relative_error(run.output.detach(), model(x).detach()) < 1e-10
     error, where = worst_gradient({path: run.gradients[path] for path in gradients}, gradients)
     assert error < 1e-10, where
+
+
+def test_a_mask_of_several_experts_is_no_choice() -> None:
+    """A row may be of more experts than there are choices, and stays the user's Python."""
+    x = torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    with pytest.raises(CaptureError, match="depends on the values"):
+        trace(Capped("several").double(), (x,), {}, known=find_rule)

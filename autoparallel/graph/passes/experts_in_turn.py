@@ -149,9 +149,10 @@ def _chosen(graph: Graph, tokens: str) -> tuple[str, int]:
         axis = mask.args[1] % 3
         left = [dim for at, dim in enumerate(order) if at != axis]
         if order[axis] == 2 and left[place] == 0:
-            masks = turned.target in _MASKED
-            chosen = turned.result.name if masks else _one_hot(graph, turned)[0]
-            return chosen, mask.args[2]
+            if turned.target not in _MASKED:
+                return _one_hot(graph, turned)[0], mask.args[2]
+            _numbers(graph, turned.result.name)  # raises where a choice may be of several experts
+            return turned.result.name, mask.args[2]
     raise NoRowsError
 
 
@@ -186,7 +187,8 @@ def _one_hot(graph: Graph, node: Node) -> tuple[str, str]:
     column, numbers = (graph.producers[name] for name in node.operands())
     count = node.result.shape[-1]
     counted = numbers.target == "aten.arange.default" and numbers.args == (count,)
-    if not counted or column.target != "aten.unsqueeze.default" or column.args[1] not in (-1, 2):
+    last = (-1, len(node.result.shape) - 1)
+    if not counted or column.target != "aten.unsqueeze.default" or column.args[1] not in last:
         raise NoRowsError
     return first_operand(column), numbers.result.name
 
