@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -38,9 +39,9 @@ HEAD = """# More families
 Tiny models with random weights of the families in `tests/support/more_families.py`, none of which
 is in the zoo that the rules were written with ([coverage.md](coverage.md)): one step of training in
 float64, without dropout, on 2 and on 3 simulated ranks, against the unsplit module, and against
-ours on one rank where a model draws random numbers all the same (ViLT). Written by `make families`;
-`make broad` also has each on a mesh of two axes. Where two things stand in a cell, the first is for
-2 ranks and the second for 3.
+ours on one rank where a model draws random numbers all the same (ViLT, PhiMoE). Written by
+`make families`; `make broad` also has each on a mesh of two axes. Where two things stand in a cell,
+the first is for 2 ranks and the second for 3.
 
 - weights: bytes of parameters of two dims and more that are split. FLOPs: of matrix products and
   convolutions.
@@ -154,7 +155,8 @@ def page(rows: Sequence[Row]) -> str:
         if more_families.is_installed(library)
     )
     table = "\n".join(row.text for row in rows)
-    return f"{HEAD}{len(rows)} families: {total}.\nVersions: {versions}.\n\n{TABLE}{table}\n"
+    versions = textwrap.fill(f"Versions: {versions}.", 100)
+    return f"{HEAD}{len(rows)} families: {total}.\n{versions}\n\n{TABLE}{table}\n"
 
 
 def written() -> dict[str, Row]:
