@@ -13,10 +13,12 @@ last four those of arXiv:2205.05198.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,9 +32,18 @@ from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import fastest_plan
 from autoparallel.planning.stage_cuts import with_memory
-from benchmarks.published_llama import captured_llama, partition
-from benchmarks.published_pipelines import ROWS, captured_transformer, flops_of_llama, planned
 from megatron_rules.papers import Transformer
+
+# A script finds the files beside it, and not the package that they are.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.published_llama import captured_llama, partition  # noqa: E402
+from benchmarks.published_pipelines import (  # noqa: E402
+    ROWS,
+    captured_transformer,
+    flops_of_llama,
+    planned,
+)
 
 __all__ = ["Choice", "choices"]
 

@@ -191,7 +191,7 @@ def _made_again(plan: Plan, network: CostNetwork, recompute: str) -> list[Transf
 
 
 def _copied(plan: Plan, network: CostNetwork, recompute: str) -> float:
-    """Return the seconds of copying gathered parts into place, and parts together to scatter them."""
+    """Return the seconds of copying gathered parts into place, and parts that are scattered."""
     sent = [move for move in moves(plan) if move.conversion.value not in network.storages]
     nbytes = sum(
         move.nbytes
