@@ -37,8 +37,8 @@ from megatron_rules.papers import Transformer
 # A script finds the files beside it, and not the package that they are.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.published_llama import captured_llama, partition  # noqa: E402
-from benchmarks.published_pipelines import (  # noqa: E402
+from benchmarks.published_llama import captured_llama, partition
+from benchmarks.published_pipelines import (
     ROWS,
     captured_transformer,
     flops_of_llama,
