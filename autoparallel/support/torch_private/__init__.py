@@ -85,6 +85,8 @@ from autoparallel.support.torch_private.symbolic_numbers import (
 )
 from autoparallel.support.torch_private.tensor_records import (
     assert_on_device,
+    copy_all_,
+    laid_end_to_end,
     multiply_all_,
     norms_of,
     parts_of_norms,
@@ -189,6 +191,7 @@ __all__ = [
     "calling_module",
     "carries_backward_hooks",
     "checkpoint_classes",
+    "copy_all_",
     "current_dispatch_mode",
     "current_function_mode",
     "custom_op_functions",
@@ -224,6 +227,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_returned",
     "keeping_frames",
+    "laid_end_to_end",
     "let_gloo_end",
     "local_part",
     "local_parts",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "assert_on_device",
+    "copy_all_",
+    "laid_end_to_end",
     "multiply_all_",
     "norms_of",
     "parts_of_norms",
@@ -67,6 +69,17 @@ def norms_of(
 ) -> list[torch.Tensor]:
     """Return the p-norms of tensors, on a GPU by one kernel. dtype: in which they are summed."""
     return list(torch._foreach_norm(list(tensors), order, dtype=dtype))
+
+
+def copy_all_(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each of some tensors into another one of its shape."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def laid_end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a vector of the elements of some tensors of one type, in new memory."""
+    vector: torch.Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))
+    return vector
 
 
 def multiply_all_(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:

@@ -89,6 +89,9 @@ def test_all_tensors_of_a_list() -> None:
         assert all(norm.dtype == torch.float64 for norm in norms)
     torch_private.multiply_all_(tensors, torch.tensor(2.0))
     assert tensors[0].tolist() == [6.0, -8.0]
+    assert torch_private.laid_end_to_end(tensors).tolist() == [6.0, -8.0, 2.0, 2.0, 2.0, 2.0]
+    torch_private.copy_all_(tensors, [torch.zeros(2), torch.ones(2, 2)])
+    assert [tensor.sum().item() for tensor in tensors] == [0.0, 4.0]
 
 
 def test_parts_of_norms() -> None:
