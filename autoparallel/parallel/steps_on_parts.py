@@ -98,7 +98,10 @@ class StepsOnParts:
 
         self.ours = [part.parameter for part in parts]
         self.held = [part.local for part in parts]
-        self.whose = [part.stand_in for part in parts]
+        # The stand-ins are nobody else's, and stay as they are.
+        stand_ins = [part.stand_in for part in parts]
+        self.trained = list(map(_TRAINED, stand_ins))
+        self.addresses = list(map(_ADDRESS, stand_ins))
 
     def fits(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether the optimizer has these parameters, in the memory that they had, and
@@ -113,8 +116,8 @@ class StepsOnParts:
                 for now, seen in zip(params, self.seen, strict=True)
             )
             and are_alike(local_parts(self.ours), self.held)
-            and are_alike(map(_TRAINED, self.ours), map(_TRAINED, self.whose))
-            and all(map(operator.eq, map(_ADDRESS, self.held), map(_ADDRESS, self.whose)))
+            and list(map(_TRAINED, self.ours)) == self.trained
+            and list(map(_ADDRESS, self.held)) == self.addresses
         )
         # Where nothing but steps has touched the state, its parts are those of the last step.
         self.is_known = (
