@@ -67,7 +67,7 @@ class Part:
             if not placed_alike(gradient, parameter):
                 gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
             gradient = local_part(gradient)
-        return gradient  # type: ignore[no-any-return]
+        return gradient
 
     def begin(self) -> None:
         """Give the stand-in this rank's part of the gradient."""

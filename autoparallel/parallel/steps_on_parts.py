@@ -67,7 +67,7 @@ class StepsOnParts:
     ) -> None:
         self.params = [group["params"] for group in optimizer.param_groups]
         self.seen = [tuple(params) for params in self.params]
-        self.others = 0 if before is None else before.others + 1
+        self.others: int = 0 if before is None else before.others + 1
         self.units: list[Unit] = []
         self.joint: list[PartsTogether] = []
         # The optimizer's state in parts and as everybody sees it, as the last step left them; and
