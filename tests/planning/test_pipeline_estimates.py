@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from pipeline_models import MODELS, batch_of
 from torch import nn
 
@@ -144,7 +145,7 @@ def test_stages_on_each_rank_are_chosen() -> None:
     assert found[None][1] < found[1][1]
 
 
-@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("each", [*broad(1), 2])
 def test_some_blocks_are_recomputed(each: int) -> None:
     """Within a limit that some blocks exceed, only as many are recomputed as must be.
 
