@@ -122,7 +122,7 @@ def start_sum_together(tensors: Sequence[torch.Tensor], group: Group) -> Results
     started = []
     for places in _by_type(tensors):
         flat = torch.cat([tensors[index].reshape(-1) for index in places])
-        started.append((places, group.start_all_reduce(flat)))
+        started.append((places, group.start_all_reduce_(flat)))
     shapes = [tensor.shape for tensor in tensors]
 
     def finish() -> list[torch.Tensor]:
