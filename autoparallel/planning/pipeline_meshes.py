@@ -222,8 +222,9 @@ def best_order(
 ) -> Estimate | None:
     """Return the best estimate of so many ranks that share out stages, of all ways to order them.
 
-    What was asked for is not chosen. each: the fewest stages on a rank that are looked at; twice as
-    many are as long as they are better. They send more often, and hold more micro-batches.
+    What was asked for is not chosen. each: the fewest stages on a rank that are looked at; more
+    are as long as they are better (see `_rounds`). They send more often, and hold more
+    micro-batches.
 
     Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
     """
@@ -258,10 +259,26 @@ def _orders(
     if options.stages_per_rank is not None:
         yield options
         return
-    each = each if each * ranks <= blocks else 1
-    while each == 1 or each * ranks <= blocks:
-        yield replace(options, schedule=options.order, stages_per_rank=each)
-        each *= 2
+    numbers = _rounds(blocks, ranks)
+    for number in [most for most in numbers if most >= each] or numbers[-1:]:
+        yield replace(options, schedule=options.order, stages_per_rank=number)
+
+
+def _rounds(blocks: int, ranks: int) -> list[int]:
+    """Return the numbers of stages on each rank that are looked at, in order.
+
+    Each is at least twice the one before it, and the blocks divide into so many stages about as
+    evenly as into one on each rank: the longest stage is what all others wait for.
+
+    >>> _rounds(blocks=96, ranks=8), _rounds(blocks=105, ranks=35), _rounds(blocks=4, ranks=8)
+    ([1, 2, 4, 12], [1, 3], [1])
+    """
+    numbers = [1]
+    for number in range(2, blocks // ranks + 1):
+        even = _evenness(blocks, number * ranks) >= _AS_EVEN * _evenness(blocks, ranks)
+        if even and number >= 2 * numbers[-1]:
+            numbers.append(number)
+    return numbers
 
 
 def _widths(world_size: int, per_node: int) -> list[int]:
