@@ -159,8 +159,8 @@ def held(
     """Return what each rank holds of micro-batches that went forward and not yet all the way back.
 
     order: see `walk`. nbytes: the activations that each stage keeps of one micro-batch, with what
-    it received. Where a backward pass is in two halves, they are kept until the second one; that of a
-    whole pass does nothing.
+    it received. Where a backward pass is in two halves, they are kept until the second one; that of
+    a whole pass does nothing.
     messages: as of `messages_of`, and sizes: of each stage; without them messages are not counted.
 
     >>> from autoparallel.runtime.schedule_orders import schedule_order

@@ -215,7 +215,7 @@ def memory_of_ranks(
         # When all have gone back, every rank gets what is returned, of the whole batch; then it
         # reduces gradients.
         parameters = {row.name: row for stage in own for row in stage.parameters}
-        after = max(made, reducing_nbytes(plan, parameters.values()))
+        after = max(made, reducing_nbytes(plan, list(parameters.values())))
         end = count * max(stage.returned for stage in stages) + after - activations
         assumed = tuple(name for stage in own for name in stage.assumed)
         temporary, where = max(passes, end, 0), _told(moment, plan.pipeline)
