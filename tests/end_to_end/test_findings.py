@@ -150,6 +150,7 @@ def test_fused_query_key_and_value_cost_nothing_more() -> None:
     assert len(counts[1]) - len(counts[0]) == 4
 
 
+@pytest.mark.broad
 def test_limits_are_bytes_and_are_not_relaxed() -> None:
     """What cannot be is said, with what would do; what would do, does."""
     model = gpt(1024, layers=2, vocabulary=8192)

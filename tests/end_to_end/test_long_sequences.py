@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attends import case
+from broad_cases import broad
 from families import relative_error, worst_gradient
 from forced_kernels import only_by
 from processes import run_processes
@@ -84,7 +85,7 @@ def run_on_gloo(rank: int, is_compiled: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "is_compiled", [False, pytest.param(True, marks=attention_in_float64_without_data)]
+    "is_compiled", [*broad(False), pytest.param(True, marks=attention_in_float64_without_data)]
 )
 def test_keys_are_passed_between_processes(is_compiled: bool) -> None:
     """By gloo; and when compiled."""

@@ -70,7 +70,7 @@ def script(first: dict[str, bool], *then: dict[str, bool]) -> Any:
 
 
 @pytest.mark.parametrize("world_size", [*broad(1, 2), 3])
-@pytest.mark.parametrize("model", [Model, Broken])
+@pytest.mark.parametrize("model", [Model, *broad(Broken)])
 def test_frozen_when_planned_and_trained_later(model: Any, world_size: int) -> None:
     frozen = model()
     frozen.blocks[0].requires_grad_(False)

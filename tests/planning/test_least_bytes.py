@@ -114,6 +114,7 @@ def need(plan: Plan) -> int:
     return sum(size for _, size in plan.memory)
 
 
+@pytest.mark.broad
 def test_the_best_of_all_meshes_within_a_limit() -> None:
     """Meshes that are left because of their bounds have nothing better."""
     model, inputs = model_of("gpt")

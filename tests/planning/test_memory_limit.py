@@ -84,6 +84,7 @@ def test_near_the_bound_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -
     assert not solve.limits
 
 
+@pytest.mark.broad
 def test_recomputed_blocks_take_their_memory_later() -> None:
     """A block that is run again has all of its activations then, which the search learns from the
     plans that it makes. Plans without such blocks are looked at where that leaves it far away.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broad_cases import broad
 from pipeline_models import MODELS, batch_of
 from torch import nn
 
@@ -213,7 +214,7 @@ def test_nothing_more_is_kept_where_a_rank_has_no_room() -> None:
     assert marked(8.0) == [False, False]
 
 
-@pytest.mark.parametrize("each", [1, 2])
+@pytest.mark.parametrize("each", [*broad(1), 2])
 def test_some_blocks_are_recomputed(each: int) -> None:
     """Within a limit that some blocks exceed, only as many are recomputed as must be.
 
