@@ -123,7 +123,7 @@ def start_sum_together(tensors: Sequence[torch.Tensor], group: Group) -> Results
     started = []
     for places in _by_type(tensors):
         flat = laid_end_to_end([tensors[index] for index in places])
-        started.append((places, group.start_all_reduce(flat)))
+        started.append((places, group.start_all_reduce_(flat)))
     shapes = [tensor.shape for tensor in tensors]
 
     def finish() -> list[torch.Tensor]:

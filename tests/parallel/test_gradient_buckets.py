@@ -42,13 +42,13 @@ STARTS: dict[int, int] = {}
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets of two layers at most, and a count of each thread's all-reduces."""
     monkeypatch.setattr(uncaptured_python, "bucket_nbytes", lambda total: 6 * 6 * 8 + 1)
-    start = LocalGroup.start_all_reduce
+    start = LocalGroup.start_all_reduce_
 
     def counted(group: LocalGroup, tensor: torch.Tensor) -> Result:
         STARTS[threading.get_ident()] = STARTS.get(threading.get_ident(), 0) + 1
         return start(group, tensor)
 
-    monkeypatch.setattr(LocalGroup, "start_all_reduce", counted)
+    monkeypatch.setattr(LocalGroup, "start_all_reduce_", counted)
 
 
 def script(model: Any) -> Iterator[Any]:

@@ -79,6 +79,8 @@ def copy_all_(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) 
 
 def laid_end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a vector of the elements of some tensors of one type, in new memory."""
+    if len(tensors) == 1:  # torch returns a view of it
+        return torch.cat([tensors[0].reshape(-1)])
     vector: torch.Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))
     return vector
 

@@ -93,6 +93,8 @@ def test_all_tensors_of_a_list() -> None:
     torch_private.multiply_all_(tensors, torch.tensor(2.0))
     assert tensors[0].tolist() == [6.0, -8.0]
     assert torch_private.laid_end_to_end(tensors).tolist() == [6.0, -8.0, 2.0, 2.0, 2.0, 2.0]
+    alone = torch_private.laid_end_to_end(tensors[:1])
+    assert alone.data_ptr() != tensors[0].data_ptr()  # one tensor is copied, too
     torch_private.copy_all_(tensors, [torch.zeros(2), torch.ones(2, 2)])
     assert [tensor.sum().item() for tensor in tensors] == [0.0, 4.0]
 
