@@ -33,6 +33,9 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.placement import Collective, Movement
 from megatron_rules.papers import Transformer, planned, step
 
+# A script finds the files beside it, and not the package that they are.
+sys.path.append(str(Path(__file__).parents[1]))
+
 ROWS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
 
 # The share of the memory's rate that kernels of 2019 reached; fitted, see above.
@@ -224,6 +227,28 @@ def sharded() -> Iterator[Line]:
         yield Line("sharded", f"{row['model']} on {where}", ours, printed, "tok/s")
 
 
+def attention() -> Iterator[Line]:
+    """Yield the TFLOP/s of fused attention by itself, forward or backward; kept aside."""
+    from benchmarks.published_attention import attention_seconds
+
+    table = ROWS["attention"]
+    cudnn = find_hardware(table["hardware"])
+    # Torch of 2024 took the other kernel; all else is of the same device.
+    fused = find_hardware("h100-500w").matmul.fused
+    older = replace(cudnn, matmul=replace(cudnn.matmul, fused=fused))
+    for row in table["rows"]:
+        hardware = cudnn if row["kernel"] == "cuDNN" else older
+        for sequence, printed in zip(table["sequences"], row["tflops"], strict=True):
+            sizes = table["tokens"] // sequence, table["hidden"] // row["width"], sequence
+            forward, both = attention_seconds((*sizes, row["width"]), row["causal"], hardware)
+            # Two products forward, five backward.
+            flops = 4.0 * table["tokens"] * sequence * table["hidden"] / (1 + row["causal"])
+            rate = flops / forward if row["pass"] == "forward" else 2.5 * flops / (both - forward)
+            label = f"{row['kernel']}, {row['pass']}, heads of {row['width']}"
+            label += ", causal" * row["causal"] + f", {sequence}"
+            yield Line("attention", label, rate / 1e12, printed, "TFLOP/s")
+
+
 def kept_per_layer(
     model: Transformer, tensor: int, batch: int, recompute: str, split: bool
 ) -> float:
@@ -331,6 +356,7 @@ TABLES: Mapping[str, Callable[[], Iterator[Line]]] = {
         selective,
         layers,
         sharded,
+        attention,
     )
 }
 

@@ -5,7 +5,8 @@
 A line for each published row: its printed step; the step that is predicted for the published layout
 (mesh, micro-batches, what is recomputed), run and overlapped as the product does, with the memory
 that it needs; and what the planner chooses freely within 80 GB, mesh, schedule, splits and what is
-recomputed, with its predicted step. The planner is to be at least as quick.
+recomputed, with its predicted step. The planner is to be at least as quick. Axes have the names of
+their places, outer and inner; those that split the batch are told.
 Rows 0 and 1 are Llama 3 405B (arXiv:2407.21783), the next ten those of arXiv:2104.04473 and the
 last four those of arXiv:2205.05198.
 """
@@ -13,26 +14,38 @@ last four those of arXiv:2205.05198.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.graph.captured import Captured
-from autoparallel.mesh import Mesh, arrangements
+from autoparallel.mesh import MICROBATCH, Mesh, arrangements
 from autoparallel.options import Options
-from autoparallel.placement import Invariant
+from autoparallel.placement import Invariant, Shard
 from autoparallel.plan import Plan
 from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import fastest_plan
 from autoparallel.planning.stage_cuts import with_memory
-from benchmarks.published_llama import captured_llama, partition
-from benchmarks.published_pipelines import ROWS, captured_transformer, flops_of_llama, planned
 from megatron_rules.papers import Transformer
+
+# A script finds the files beside it, and not the package that they are.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.published_llama import captured_llama, partition
+from benchmarks.published_pipelines import (
+    ROWS,
+    captured_transformer,
+    flops_of_llama,
+    planned,
+)
 
 __all__ = ["Choice", "choices"]
 
@@ -68,8 +81,21 @@ class Choice:
         return (
             f"{self.what:24}{self.printed:8.2f}{self.layout.step:8.2f} s ({needs:3.0f} GB)"
             f"{self.own.step:8.2f} s {self.ratio - 1:+7.1%}  {self.own.whole_mesh}{order}; "
+            f"batch on {' and '.join(_axes_of_batch(self.own)) or 'none'}; "
             f"{', '.join(kept) or 'all kept'}; {self.cpu_seconds:.0f} s of CPU"
         )
+
+
+def _axes_of_batch(plan: Plan) -> list[str]:
+    """Return the mesh axes, but that of micro-batches, which split the batch of most products."""
+    every = sum(op.whole_flops for op in plan.ops)
+    return [
+        name
+        for axis, (name, _) in enumerate(plan.mesh.axes)
+        if name != MICROBATCH
+        and sum(op.whole_flops for op in plan.ops if op.results and op.results[0][axis] == Shard(0))
+        > every / 2
+    ]
 
 
 def choices(only: int | None = None) -> Iterator[Choice]:
@@ -131,6 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--row", type=int, help="one row, by its number")
     options = parser.parse_args()
+    # A plan that was kept says nothing of how long it takes to find.
+    os.environ["AUTOPARALLEL_KEEP_PLANS"] = "0"
     print(f"{'':24}{'printed':>8}{'its layout':>19}{'own choice':>10}")
     for choice in choices(options.row):
         print(choice, flush=True)

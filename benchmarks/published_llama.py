@@ -7,6 +7,9 @@ the rows differed from the emitted module in this:
 - Recomputation: "op" keeps attention, scatters and every second product, and makes the rest again,
   gathers of activations too;
   "layer" makes every second layer again, "full" every layer.
+- DTensor gathers along the first dim, and copies what lies elsewhere: a sequence behind its batch
+  (torch/distributed/_functional_collectives.py, of gather_dim and scatter_dim). Emitted modules lay
+  out such values so that no copy is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoparallel.analysis.communication import moves
+from autoparallel.analysis.communication import Transfer, moves
 from autoparallel.capture.graph_breaks import trace
 from autoparallel.cost.collective_times import movement_seconds
 from autoparallel.cost.hardware import find_hardware
@@ -153,7 +156,8 @@ def tokens_per_second(model: Mapping[str, int], row: Mapping[str, Any]) -> float
         if op.where.startswith("blocks."):
             again += op.forward_seconds * _share_again(row["recompute"], op.target, op.whole_flops)
     again += _moved_again(plan, network, row["recompute"])
-    seconds = work + again + moved + update + max(gathers - work, 0.0)
+    copied = _copied(plan, network, row["recompute"])
+    seconds = work + again + moved + copied + update + max(gathers - work, 0.0)
     return batch * model["sequence"] / mesh.world_size / seconds
 
 
@@ -162,18 +166,40 @@ def _moved_again(plan: Plan, network: CostNetwork, recompute: str) -> float:
     unless what was scattered is kept, scattered too.
     """
     sizes = network.edges.sizes
-    seconds = 0.0
-    for move in moves(plan):
-        value, kind = move.conversion.value, move.movement
-        if move.phase != "forward" or value in network.storages:
-            continue
-        if recompute != "op" or kind is Movement.ALL_GATHER:
-            axis = move.step.axis
-            link = network.edges.links[axis]
-            seconds += movement_seconds(
-                kind, move.nbytes, network.edges.hardware, link, sizes[axis]
-            )
+    seconds = sum(
+        movement_seconds(
+            move.movement,
+            move.nbytes,
+            network.edges.hardware,
+            network.edges.links[axis],
+            sizes[axis],
+        )
+        for move in _made_again(plan, network, recompute)
+        for axis in (move.step.axis,)
+    )
     return seconds * (0.5 if recompute == "layer" else 1.0)
+
+
+def _made_again(plan: Plan, network: CostNetwork, recompute: str) -> list[Transfer]:
+    """Return the moves of activations that a recomputation repeats."""
+    return [
+        move
+        for move in moves(plan)
+        if move.phase == "forward" and move.conversion.value not in network.storages
+        if recompute != "op" or move.movement is Movement.ALL_GATHER
+    ]
+
+
+def _copied(plan: Plan, network: CostNetwork, recompute: str) -> float:
+    """Return the seconds of copying gathered parts into place, and parts that are scattered."""
+    sent = [move for move in moves(plan) if move.conversion.value not in network.storages]
+    nbytes = sum(
+        move.nbytes
+        for move in (*sent, *_made_again(plan, network, recompute))
+        if move.movement in (Movement.ALL_GATHER, Movement.REDUCE_SCATTER)
+    )
+    # All of it is read and written.
+    return 2 * nbytes / network.edges.hardware.sustained_bytes_per_second
 
 
 def _share_again(recompute: str, target: str, flops: float) -> float:

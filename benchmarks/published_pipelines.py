@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,6 +34,9 @@ from autoparallel.rewrite.stages import cut_plan, stages_of_calls
 from megatron_rules.papers import GRADIENT_PASSES, Transformer, build, not_written
 
 __all__ = ["Row", "captured_transformer", "interleaved", "llama", "pipelined", "planned"]
+
+# A script finds the files beside it, and not the package that they are.
+sys.path.append(str(Path(__file__).parents[1]))
 
 ROWS: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text())
 

@@ -31,11 +31,13 @@ print. Written by `make plans`, from `docs/plans.json`; `make plans ARGS="name"`
 - plan: CPU seconds from the model, built on the meta device, to the plan; within the limit on a
   rank's memory, whose optimum is proven to the gap that is told.
 - step, MFU: predicted (see [Prediction](architecture.md#reading-a-plan)), for bfloat16, Adam with
-  master weights, and one batch in one pass.
+  master weights, or of the parameters' own type ("plain Adam") where practice has that, and one
+  batch in one pass.
 - layout: for each axis, the dims that products split on it, by share of FLOPs; and how it stores
   parameters. "whole": the axis does not split them.
-- Predicted is the model's own program, op by op: norms that a library spells out are several
-  kernels here, and one in practice; attention that it spells out (GPT-OSS) is not fused either.
+- Predicted is the model's own program, op by op: attention that a library spells out (GPT-OSS) is
+  not fused. Practice has single kernels for the gated product of experts, and for gathering their
+  rows and putting them back.
 - practice: the layout and the figure as printed. Software, precision and batches in several passes
   differ; a figure in tokens and one in seconds are for the same number of tokens a step as here,
   unless the layout says how many ranks it is for.
@@ -83,7 +85,7 @@ def plan_row(row: Mapping[str, Any]) -> dict[str, Any]:
             mesh="auto" if is_auto else parse_mesh(row["mesh"]),
             example_inputs=inputs,
             hardware=row["hardware"],
-            optimizer="mixed_adam",
+            optimizer=row.get("optimizer", "mixed_adam"),
             memory_limit=row["memory_limit"],
             recompute=row["recompute"],
         )
@@ -168,6 +170,7 @@ def line(row: Mapping[str, Any], sources: Sequence[str]) -> str:
     """Return a row's line of the table."""
     found, practice = row.get("found"), row["practice"]
     machine = f"{row['ranks']} × {row['hardware']}, {row['memory_limit']}"
+    machine += ", plain Adam" * (row.get("optimizer") == "adam")
     told = "", ""
     if practice is not None:
         number = list(sources).index(practice["source"]) + 1

@@ -14,6 +14,8 @@ _ENTRIES_PER_BLOCK = 25_000
 # An entry of a block's result is gathered and scattered by indices, which takes as long as to walk
 # so many entries.
 _ENTRIES_PER_RESULT = 4
+# A result larger than a piece is computed in pieces of so many entries, for each state in turn.
+_RESULT_ENTRIES = 2**15
 # Smaller joint tables are not searched for finite blocks: walking them whole is quicker.
 _SPARSE_ENTRIES = 2**17
 
@@ -92,6 +94,8 @@ def _dense(arrays: list[Table], shape: tuple[int, ...], kept_axes: tuple[int, ..
     # Small tables are summed first, while the total is still small. The sort is stable, so that the
     # order of the sum, and with it the rounding, depends on nothing but the operands.
     arrays = sorted(arrays, key=lambda array: array.size)
+    if kept_axes == tuple(range(1, len(shape))) and math.prod(shape[1:]) >= _CHUNK_ENTRIES:
+        return _over_first(arrays, shape)
     rows_per_chunk = max(1, _CHUNK_ENTRIES // math.prod(shape[1:]))
     dropped = tuple(axis for axis in range(1, len(shape)) if axis not in kept_axes)
     chunks: list[Table] = []
@@ -116,6 +120,29 @@ def _dense(arrays: list[Table], shape: tuple[int, ...], kept_axes: tuple[int, ..
             chunks.append(total.min(axis=0))
     result = np.concatenate(chunks) if 0 in kept_axes else chunks[0]
     return result.reshape([shape[axis] for axis in kept_axes])
+
+
+def _over_first(arrays: list[Table], shape: tuple[int, ...]) -> Table:
+    """Return the contraction over axis 0, for a piece of the result at a time: sums are written to
+    the same memory for every state of that axis.
+
+    arrays: in the order in which they are summed.
+    """
+    result = np.full(shape[1:], np.inf)
+    height = max(1, _RESULT_ENTRIES // math.prod(shape[2:]))
+    memory = np.empty((min(height, shape[1]), *shape[2:]))
+    for start in range(0, shape[1], height):
+        rows = slice(start, start + height)
+        least = result[rows]
+        sums = memory[: len(least)]
+        parts = [array[:, rows] if array.shape[1] > 1 else array for array in arrays]
+        for state in range(shape[0]):
+            total, *rest = (part[state if len(part) > 1 else 0] for part in parts)
+            for part in rest:
+                whole = np.broadcast_shapes(total.shape, part.shape) == sums.shape
+                total = np.add(total, part, out=sums if whole else None)
+            np.minimum(least, total, out=least)
+    return result
 
 
 def _chunk_shape(shape: tuple[int, ...], kept_axes: tuple[int, ...], height: int) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from autoparallel.analysis.abstract_execution import AbstractExecution
+from autoparallel.analysis.gradient_buckets import reducing_nbytes
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory_account import (
     Account,
@@ -84,7 +85,8 @@ def memory_of(
             known[id(part)] = (walk, Liveness(walk))
         walk, liveness = known[id(part)]
         # Parts run one after the other, so the worst one counts; saved activations add up.
-        temporary = max(temporary, liveness.temporary)
+        reducing = reducing_nbytes(part, part.parameters) - liveness.activations
+        temporary = max(temporary, liveness.temporary, reducing)
         assumed += [f"{prefix}{name}" for name in walk.assumed]
         saved = frozenset(liveness.saved)
         for number, storage in enumerate(walk.storages):

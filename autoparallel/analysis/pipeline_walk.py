@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from autoparallel.runtime.message_orders import Messages
-from autoparallel.runtime.schedule_orders import FORWARD, INPUTS, WEIGHTS, Pass
+from autoparallel.runtime.schedule_orders import BACKWARD, FORWARD, INPUTS, WEIGHTS, Pass
 
 __all__ = [
     "Held",
@@ -159,7 +159,8 @@ def held(
     """Return what each rank holds of micro-batches that went forward and not yet all the way back.
 
     order: see `walk`. nbytes: the activations that each stage keeps of one micro-batch, with what
-    it received. Where a backward pass is in two halves, they are kept until the second one.
+    it received. Where a backward pass is in two halves, they are kept until the second one; that of
+    a whole pass does nothing.
     messages: as of `messages_of`, and sizes: of each stage; without them messages are not counted.
 
     >>> from autoparallel.runtime.schedule_orders import schedule_order
@@ -219,12 +220,16 @@ def _moments(
     """Yield what a rank holds in each of its passes, beside messages of so many bytes."""
     now: dict[int, int] = {}
     total = 0.0
+    halves: set[tuple[int, int]] = set()
     for work, besides in zip(passes, messages, strict=True):
         if work.kind == FORWARD:
             now[work.stage] = now.get(work.stage, 0) + 1
             total += nbytes[work.stage]
         yield Held(tuple(now.items()), total, besides)
-        if work.kind not in (FORWARD, INPUTS):
+        key = work.stage, work.microbatch
+        if work.kind == INPUTS:
+            halves.add(key)
+        elif work.kind == BACKWARD or key in halves:
             now[work.stage] -= 1
             total -= nbytes[work.stage]
 
@@ -250,7 +255,9 @@ def _messages(
             change[message.asked] += size.returned
             # While they are computed, they are what the pass takes.
             change[place + 1] += between
-            change[later.get((work.stage, work.microbatch), place) + 1] -= size.returned + between
+            key = work.stage, work.microbatch
+            until = later.get(key, place) if work.kind == INPUTS else place
+            change[until + 1] -= size.returned + between
             if message.held >= 0:
                 change[place] += size.back
                 change[message.held] -= size.back

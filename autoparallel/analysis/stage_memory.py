@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from autoparallel.analysis.abstract_execution import AbstractExecution
+from autoparallel.analysis.gradient_buckets import reducing_nbytes
 from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory_account import Account, Item, account_of, grouped, resident
 from autoparallel.analysis.pipeline_walk import Held, StageMessages, held
@@ -20,12 +21,12 @@ from autoparallel.graph.part_sizes import local_shape
 from autoparallel.mesh import MICROBATCH
 from autoparallel.parallel.pipeline_schedules import joins_weights_once, weights_met
 from autoparallel.placement import Layout
-from autoparallel.plan import Pipeline, Plan
+from autoparallel.plan import ParameterChoice, Pipeline, Plan
 from autoparallel.rewrite.stages import Stage, cut_plan
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import OpCall
 from autoparallel.runtime.message_orders import Messages, messages_of
-from autoparallel.runtime.schedule_orders import Pass, schedule_order
+from autoparallel.runtime.schedule_orders import BACKWARD, INPUTS, Pass, schedule_order
 
 __all__ = ["StageMemory", "memory_of_pipeline", "memory_of_ranks", "memory_of_stages"]
 
@@ -38,7 +39,9 @@ class StageMemory:
     saved: what each micro-batch keeps until its backward pass: what autograd saves, what comes from
     the stage before, and what goes to the next one, of which `sent` bytes are kept for that alone.
     messages: what comes and goes of one micro-batch, and what a pass takes beyond all these.
-    returned: of the last stage, what the caller gets of one micro-batch. assumed: see Account.
+    returned: of the last stage, what the caller gets of one micro-batch. parameters: those of its
+    plan. in_halves: whether it may compute gradients of weights later than others. assumed: see
+    Account.
     """
 
     items: tuple[Item, ...]
@@ -46,6 +49,8 @@ class StageMemory:
     sent: int
     messages: StageMessages
     returned: int
+    parameters: tuple[ParameterChoice, ...]
+    in_halves: bool
     assumed: tuple[str, ...] = ()
 
     @property
@@ -122,8 +127,16 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
             passing=max(worst - held_nbytes, 0),
         ),
         returned,
+        plan.parameters,
+        _goes_back_in_halves(stage),
         tuple(walk.assumed),
     )
+
+
+def _goes_back_in_halves(stage: Stage) -> bool:
+    """Return whether a schedule can have a stage put off the gradients of weights."""
+    sizes = (size for name, size in stage.plan.mesh.axes if name != MICROBATCH)
+    return all(size == 1 for size in sizes) and joins_weights_once(stage)
 
 
 def _between_halves(stage: Stage, sizes: tuple[int, ...]) -> int:
@@ -133,9 +146,8 @@ def _between_halves(stage: Stage, sizes: tuple[int, ...]) -> int:
     what it adds up. Stages of several ranks, and those that know no halves, go back at once.
     """
     graph, plan = stage.graph, stage.plan
-    alone = all(size == 1 for name, size in plan.mesh.axes if name != MICROBATCH)
     back = any(graph.values[name].requires_grad for name in stage.takes)
-    if not (alone and back and joins_weights_once(stage)):
+    if not (back and _goes_back_in_halves(stage)):
         return 0
     ops, _ = weights_met(stage)
     handed: set[str] = set()
@@ -176,6 +188,14 @@ def memory_of_ranks(
     count = plan.pipeline.microbatches
     accounts = []
     sizes = [stage.messages for stage in stages]
+    order = [
+        [
+            work if work.kind != INPUTS or stages[work.stage].in_halves
+            else replace(work, kind=BACKWARD)
+            for work in passes
+        ]
+        for passes in order
+    ]  # fmt: skip
     for moment in held(order, [stage.activations for stage in stages], messages, sizes):
         own = [stages[number] for number, _ in moment.stages]
         items = [item for stage in own for item in stage.items]
@@ -192,8 +212,11 @@ def memory_of_ranks(
         activations = sum(row.nbytes for row in rows if row.category == "activations")
         made = count * sum(stage.returned for stage in own)
         passes = made + int(moment.messages)
-        # When all have gone back, every rank gets what is returned, of the whole batch.
-        end = count * max(stage.returned for stage in stages) + made - activations
+        # When all have gone back, every rank gets what is returned, of the whole batch; then it
+        # reduces gradients.
+        parameters = {row.name: row for stage in own for row in stage.parameters}
+        after = max(made, reducing_nbytes(plan, list(parameters.values())))
+        end = count * max(stage.returned for stage in stages) + after - activations
         assumed = tuple(name for stage in own for name in stage.assumed)
         temporary, where = max(passes, end, 0), _told(moment, plan.pipeline)
         accounts.append(account_of(rows, temporary, assumed, where))

@@ -7,9 +7,11 @@ import numpy.typing as npt
 
 from autoparallel.cost.hardware import Hardware
 
-__all__ = ["product_seconds"]
+__all__ = ["chained_seconds", "product_seconds"]
 
 Sizes = npt.NDArray[np.float64]
+# The most rows that fused kernels keep: the result has to stay in registers.
+_KEPT_ROWS = 128
 
 
 def product_seconds(
@@ -41,3 +43,28 @@ def product_seconds(
         best = seconds if best is None else np.minimum(best, seconds)
     assert best is not None
     return best
+
+
+def chained_seconds(
+    batch: Sizes,
+    rows: Sizes,
+    columns: Sizes,
+    depth: Sizes,
+    itemsize: int,
+    left: float,
+    hardware: Hardware,
+) -> Sizes:
+    """Return the predicted arithmetic seconds of products that are inside of one fused kernel.
+
+    Sizes are those of one product, as for `product_seconds`. A processor keeps a tile of rows and
+    goes through all columns with it, product after product: no tile is started anew, and what is
+    loaded serves all of its rows. left: the share of the products whose results do not stay there;
+    they are finished after a tile's sum. The kernel's instructions reach `fused` of the rate.
+    Source: arXiv:2307.08691, section 3.
+    """
+    matmul = hardware.matmul
+    height = max(tall for tall, _ in matmul.tiles if tall <= _KEPT_ROWS)
+    flops_per_processor = hardware.peak(itemsize) * matmul.efficiency / matmul.processors
+    waves = np.ceil(batch * np.ceil(rows / height) / matmul.processors)
+    slower = 1 + left * matmul.fill / height
+    return waves * 2.0 * height * columns * depth * slower / (flops_per_processor * matmul.fused)

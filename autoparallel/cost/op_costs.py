@@ -11,10 +11,11 @@ from math import prod
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from autoparallel.cost.collective_times import collective_seconds
 from autoparallel.cost.hardware import Hardware, Link
-from autoparallel.cost.matmul import product_seconds
+from autoparallel.cost.matmul import chained_seconds, product_seconds
 from autoparallel.cost.memory_moves import moved_seconds
 from autoparallel.graph.graph import Value, hint, numel_hint
 from autoparallel.placement import Collective, Shard
@@ -282,14 +283,25 @@ def _product(
         between = points * rule.exponentials / hardware.exponentials_per_second
     arithmetic, traffic = [], []
     for place, (repeats, (height, width, long)) in enumerate(products):
-        seconds = repeats * product_seconds(batch, height, width, long, itemsize, hardware)
         if rule.exponentials:
-            seconds = seconds / hardware.matmul.fused
+            # Half of the first products backward are gradients of rows, which leave each tile.
+            left = 0.5 * (place == 1)
+            sizes = (batch, rows, columns, depth)
+            seconds = repeats * chained_seconds(*sizes, itemsize, left, hardware)
+        else:
+            seconds = repeats * product_seconds(batch, height, width, long, itemsize, hardware)
         # The backward pass, which has several products, computes them once.
         seconds = seconds + (between if place < 2 else 0.0)
         arithmetic.append(seconds)
         # The roofline: only memory time beyond the arithmetic adds to it.
         traffic.append(np.maximum(moved - seconds, 0.0) + hardware.launch_seconds)
+    if rule.exponentials and len(products) > 1:
+        # Kernels of their own prepare gradients of rows, which are added up in single precision,
+        # cast them, and multiply the result with its gradient.
+        gradient, result = parts[:, 0], parts[:, len(call.operands)]
+        wide = gradient * (torch.float32.itemsize / itemsize)
+        around = moved_seconds(2 * wide + gradient + 2 * result, hardware)
+        traffic.append(around + 2 * hardware.launch_seconds)
     forward = arithmetic[0] + traffic[0]
     return np.sum(arithmetic, axis=0), forward, np.sum(traffic, axis=0)
 

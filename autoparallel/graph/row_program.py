@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ast
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
 
 import torch
 
-from autoparallel.graph.graph import Ref, leaves
+from autoparallel.graph.graph import Ref, Value, hint, leaves
 
-__all__ = ["LOOKUP", "NOT_ALL", "PRODUCT", "ROUTED", "RowProgram", "RowStep", "parts_met"]
+__all__ = ["LOOKUP", "NOT_ALL", "PRODUCT", "ROUTED", "RowProgram", "RowStep", "factors_first"]
+__all__ += ["parts_met"]
 
 # The op that runs a program of rows for each of the experts that tokens are routed to.
 ROUTED = "autoparallel.routed_experts.default"
@@ -93,6 +96,53 @@ class RowProgram:
             names = tuple(map(ast.unparse, makes))
             steps.append(RowStep(names, ast.unparse(call.func), args, kwargs))
         return RowProgram(tuple(steps), ast.unparse(last))
+
+
+def factors_first(
+    steps: Sequence[RowStep], result: str, inputs: Mapping[str, Value]
+) -> tuple[RowStep, ...]:
+    """Return the steps, in which a number for each row multiplies what a product reads, rather than
+    what it makes, where that has fewer elements: the result is the same.
+
+    result: the name of what the program returns. inputs: what the program reads, by its name there.
+    """
+    done = list(steps)
+    makers = {name: step for step in steps for name in step.makes}
+    reads = Counter([result, *(name for step in steps for name in step.reads())])
+    for step in steps:
+        if step.target != "aten.mul.Tensor" or not all(isinstance(arg, Ref) for arg in step.args):
+            continue
+        for rows, number in (step.args, step.args[::-1]):
+            product = makers.get(rows.name)
+            if product is None or product.target != PRODUCT or reads[rows.name] > 1:
+                continue
+            x, table, *transposed = product.args
+            _, depth, columns = inputs[table.name].shape
+            depth, columns = (columns, depth) if transposed == [True] else (depth, columns)
+            if (
+                hint(depth) < hint(columns)
+                and _number(number, makers, inputs) is inputs[table.name].dtype
+            ):
+                done.remove(product)
+                early = RowStep((f"{step.makes[0]}_early",), step.target, (x, number))
+                late = replace(
+                    product, makes=step.makes, args=(Ref(early.makes[0]), *product.args[1:])
+                )
+                done[done.index(step) : done.index(step) + 1] = [early, late]
+                break
+    return tuple(done)
+
+
+def _number(
+    item: Ref, makers: Mapping[str, RowStep], inputs: Mapping[str, Value]
+) -> torch.dtype | None:
+    """Return the dtype of an operand that is one number of each choice; None where it is not."""
+    step = makers.get(item.name)
+    unsqueezed = step is not None and step.target == "aten.unsqueeze.default"
+    source = step.args[0].name if step is not None and unsqueezed else item.name
+    shape = inputs[source].shape if source.startswith("value") else ()
+    ends = step.args[1] in (1, -1) if step is not None else shape[2:] == (1,)
+    return inputs[source].dtype if ends and len(shape) == (2 if unsqueezed else 3) else None
 
 
 def _written(item: Any) -> str:

@@ -11,7 +11,6 @@ put there at once, past DTensor's own operators, which cost far more for many pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from math import prod
 from typing import Any
@@ -45,7 +44,7 @@ from autoparallel.support.torch_private import (
     without_function_overrides,
 )
 
-__all__ = ["GradientReturn", "as_distributed", "local_together"]
+__all__ = ["Counted", "GradientReturn", "as_distributed"]
 
 
 def as_distributed(
@@ -230,111 +229,16 @@ class _Local(torch.autograd.Function):
             return ctx.way.bring(ctx, None, ctx.parameter, grad, ctx.way.alone), None, None
 
 
-class _LocalTogether(torch.autograd.Function):
-    """The local tensors of several parameters, as of `_Local`, by one node.
-
-    A node takes longer than all that is to be done for one gradient of a small parameter.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        ways: Sequence[Any],
-        alone: tuple[int, int],
-        held: Sequence[torch.Tensor],
-        *parameters: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        """Return tensors in the memory of `held`."""
-        ctx.set_materialize_grads(False)
-        ctx.parameters, ctx.ways, ctx.alone = parameters, ways, alone
-        ctx.is_leaf = True
-        return tuple([tensor.detach() for tensor in held])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        """Return the parameters' gradients, or see to it that they come."""
-        brought: list[Any] = [None, None, None]
-        # Torch makes a tuple of all nodes each time that it is asked for them.
-        ways, parameters, nodes, alone = ctx.ways, ctx.parameters, ctx.next_functions, ctx.alone
-        with without_function_overrides():
-            for place, grad in enumerate(grads):
-                way, parameter = ways[place], parameters[place]
-                if grad is None:
-                    # What is differentiated depends on others of them, and not on this one.
-                    way.pass_over(parameter)
-                    brought.append(None)
-                else:
-                    brought.append(way.bring(ctx, nodes[place][0], parameter, grad, alone))
-        return tuple(brought)
-
-
-# Parameters of at most so many bytes come together, in groups of at most so many: their gradients
-# wait for each other, and must not add to the memory of a step. Where the ranks exchange them, they
-# must not keep larger ones from being exchanged during the backward pass either.
-_SMALL_NBYTES, _TOGETHER_NBYTES = 2**16, 2**20
-_SMALL_WAITING_NBYTES, _WAITING_TOGETHER_NBYTES = 2**14, 2**17
-
-
-def local_together(
-    ways: Sequence[GradientReturn | None], parameters: Sequence[Any], held: Sequence[torch.Tensor]
-) -> dict[int, torch.Tensor]:
-    """Return the local tensors of small parameters that one node makes for several, by place.
-
-    ways: of all parameters, None for those that are to stay by themselves.
-    """
-    groups = _Groups(_TOGETHER_NBYTES), _Groups(_WAITING_TOGETHER_NBYTES)
-    for place, way in enumerate(ways):
-        if way is None or not (parameters[place].requires_grad and parameters[place].is_leaf):
-            continue
-        if way.is_trivial:
-            if held[place].nbytes <= _SMALL_NBYTES:
-                groups[0].add(place, held[place].nbytes)
-        elif way.waits and way.first == way.produced:
-            # The whole is counted: all ranks must have the same groups, also of uneven parts.
-            nbytes = way.elements * held[place].element_size()
-            if nbytes <= _SMALL_WAITING_NBYTES:
-                groups[1].add(place, nbytes)
-    made: dict[int, torch.Tensor] = {}
-    with torch.inference_mode(False), torch.enable_grad():
-        for places in (*groups[0].places, *groups[1].places):
-            together: Any = [ways[place] for place in places]
-            if len(places) < 2:
-                continue
-            locals_ = _LocalTogether.apply(
-                together,
-                _alone_together(),
-                [held[place] for place in places],
-                *(parameters[place] for place in places),
-            )
-            # In an order that all ranks have in common, as of one by itself.
-            run_when_ready(locals_[0], 1 + min(way.number for way in together))
-            made.update(zip(places, locals_, strict=True))
-    return made
-
-
-class _Groups:
-    """Groups of places, each of at most so many bytes, or of one place."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.nbytes = most, 0
-        self.places: list[list[int]] = [[]]
-
-    def add(self, place: int, nbytes: int) -> None:
-        """Add a place to the last group, or to a new one where that is full."""
-        self.nbytes += nbytes
-        if self.nbytes > self.most:
-            self.places.append([])
-            self.nbytes = nbytes
-        self.places[-1].append(place)
-
-
-class _Counted:
+class Counted:
     """In the place of a `GradientReturn`: it counts the references to a gradient that nobody else
-    holds.
+    holds. each: of gradients that come together, as `references_to_each` counts them.
     """
+
+    is_trivial = True
 
     def __init__(self) -> None:
         self.references = self.alone = (0, 0)
+        self.each: list[tuple[int, int]] = []
 
     def pass_over(self, parameter: Any) -> None:
         """Leave hooks as they are."""
@@ -353,21 +257,9 @@ def _alone() -> tuple[int, int]:
     Such a one becomes the parameter's as it is; others are copied, as autograd does. The engine
     holds it, too, in ways that differ between releases.
     """
-    counted: Any = _Counted()
+    counted: Any = Counted()
     with torch.inference_mode(False), torch.enable_grad():
         leaf = torch.zeros(2, device="cpu", requires_grad=True)
         torch.autograd.backward((_Local.apply(leaf, leaf.detach(), counted) * 2).sum())
     references: tuple[int, int] = counted.references
     return references
-
-
-@cache
-def _alone_together() -> tuple[int, int]:
-    """Return what `_alone` does, of a gradient that comes with others."""
-    counted = _Counted()
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = [torch.zeros(2, device="cpu", requires_grad=True) for _ in range(2)]
-        held = [leaf.detach() for leaf in leaves]
-        one, other = _LocalTogether.apply([counted] * 2, (0, 0), held, *leaves)
-        torch.autograd.backward((one * 2).sum() + (other * 2).sum())
-    return counted.references

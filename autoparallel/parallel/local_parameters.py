@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from autoparallel.parallel.gradient_return import local_together
+from autoparallel.parallel.gradients_together import local_together
 from autoparallel.parallel.parameters import LocalParameter
 from autoparallel.support.torch_private import local_parts
 

@@ -259,8 +259,9 @@ def _step_on_parts(optimizer: torch.optim.Optimizer) -> None:
             if optimizer not in _on_parts:
                 # It may be saved after a step that was broken off.
                 optimizer.register_state_dict_pre_hook(_restore)
-            steps = _on_parts[optimizer] = StepsOnParts(optimizer, lambda item: id(item) in ours)
-        if steps.parts:
+            steps = StepsOnParts(optimizer, lambda item: id(item) in ours, steps)
+            _on_parts[optimizer] = steps
+        if steps.units:
             _stepping.add(optimizer)
             steps.enter(optimizer)
 

@@ -102,7 +102,8 @@ class SplitTensor(DTensor):
         answered here sooner than by way of `__torch_function__`.
         """
         with without_function_overrides():
-            return mark(GRADIENT.__get__(self))
+            gradient = GRADIENT.__get__(self)
+        return gradient if gradient is None else mark(gradient)
 
     @grad.setter
     def grad(self, gradient: Any) -> None:

@@ -10,100 +10,27 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
 
-from autoparallel.parallel.split_tensor import GRADIENT, cut_like, mark
-from autoparallel.support.torch_private import (
-    distributed_tensor_like,
-    local_part,
-    local_parts,
-    placed_alike,
-    without_function_overrides,
+from autoparallel.parallel.stepping_parts import (
+    Part,
+    PartsTogether,
+    Unit,
+    are_alike,
+    may_be_together,
 )
+from autoparallel.support.torch_private import local_parts, without_function_overrides
 
 __all__ = ["StepsOnParts"]
 
-
-def _alike(some: Iterable[Any], others: Iterable[Any]) -> bool:
-    """Return whether two sequences of one length hold the same objects. It runs in C."""
-    return all(map(operator.is_, some, others))
-
-
 _TRAINED = operator.attrgetter("requires_grad")
 _ADDRESS = torch.Tensor.data_ptr
-
-
-class _Part:
-    """This rank's part of a parameter, and of what the optimizer remembers for each element.
-
-    parameter: the user's. local: its part. stand_in: a parameter in the same memory. own, shared:
-    what the optimizer remembers, in parts and as everybody else sees it; own_values, shared_values:
-    the values in these when the last step ended.
-    """
-
-    def __init__(self, parameter: DTensor) -> None:
-        self.parameter, self.local = parameter, local_part(parameter)
-        self.stand_in = nn.Parameter(self.local.detach(), parameter.requires_grad)
-        self.own: dict[str, Any] | None = None
-        self.shared: dict[str, Any] | None = None
-        self.own_values: tuple[Any, ...] = ()
-        self.shared_values: tuple[Any, ...] = ()
-
-    def take_gradient(self) -> None:
-        """Give the stand-in this rank's part of the gradient."""
-        parameter = self.parameter
-        gradient: Any = GRADIENT.__get__(parameter)
-        if isinstance(gradient, DTensor):
-            if not placed_alike(gradient, parameter):
-                gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
-            gradient = local_part(gradient)
-        self.stand_in.grad = gradient
-
-    def enter(self, shared: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return what the optimizer remembers in parts. shared: the same as everybody sees it."""
-        parameter = self.parameter
-        if shared is None:
-            self.own = self.shared = None
-            return None
-        same = shared is self.shared and len(shared) == len(self.shared_values)
-        if not same or not _alike(shared.values(), self.shared_values):
-            for key, value in shared.items():
-                # It may have been loaded from an optimizer of the unsplit model.
-                if isinstance(value, torch.Tensor) and value.ndim:
-                    shared[key] = cut_like(value, parameter)
-            self.shared, self.shared_values = shared, tuple(shared.values())
-            self.own = {
-                key: local_part(value) if isinstance(value, DTensor) else value
-                for key, value in shared.items()
-            }
-            self.own_values = tuple(self.own.values())
-        return self.own
-
-    def leave(self, own: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Return what the optimizer remembers now, as everybody sees it. own: the same in parts."""
-        if own is None:
-            return None
-        same = own is self.own and len(own) == len(self.own_values)
-        if not same or not _alike(own.values(), self.own_values):
-            known = {id(a): b for a, b in zip(self.own_values, self.shared_values, strict=True)}
-            shared = {} if self.shared is None else self.shared
-            shared.clear()
-            for key, value in own.items():
-                shared[key] = known.get(id(value), self.as_shared(value))
-            self.own, self.shared = own, shared
-            self.own_values, self.shared_values = tuple(own.values()), tuple(shared.values())
-        return self.shared
-
-    def as_shared(self, value: Any) -> Any:
-        """Return what is remembered for each element as a DTensor like the parameter."""
-        each = isinstance(value, torch.Tensor) and value.ndim and value.shape == self.local.shape
-        return mark(distributed_tensor_like(value, self.parameter)) if each else value
+# So often others are laid end to end where other parameters have gradients than before.
+_MOST_OTHERS = 8
 
 
 class _Remembered:
@@ -117,10 +44,10 @@ class _Remembered:
         """Return whether the state has these objects. It runs in C."""
         return (
             len(state) == len(self.keys)
-            and _alike(state, self.keys)
-            and _alike(state.values(), self.entries)
+            and are_alike(state, self.keys)
+            and are_alike(state.values(), self.entries)
             and sum(map(len, self.entries)) == len(self.values)
-            and _alike(chain.from_iterable(map(dict.values, self.entries)), self.values)
+            and are_alike(chain.from_iterable(map(dict.values, self.entries)), self.values)
         )
 
 
@@ -128,62 +55,92 @@ class StepsOnParts:
     """The parameters of an optimizer and the parts that step in their place.
 
     optimizer: one that computes each element by itself. ours: which of its parameters are split.
+    before: the same of an earlier step, which fits no more. units: the parts, of which small ones
+    step together.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, ours: Callable[[Any], bool]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        ours: Callable[[Any], bool],
+        before: StepsOnParts | None = None,
+    ) -> None:
         self.params = [group["params"] for group in optimizer.param_groups]
         self.seen = [tuple(params) for params in self.params]
-        self.parts: list[_Part] = []
+        self.others: int = 0 if before is None else before.others + 1
+        self.units: list[Unit] = []
+        self.joint: list[PartsTogether] = []
         # The optimizer's state in parts and as everybody sees it, as the last step left them; and
         # the latter while the former is in its place.
         self.own_state: Any = None
         self.own: _Remembered | None = None
         self.shared: _Remembered | None = None
         self.aside: Any = None
+        self.is_known = False
         self.stand_ins: list[list[Any]] = []
+        parts: list[Part] = []
         with torch.no_grad(), without_function_overrides():
-            for params in self.params:
-                parts = [_Part(item) if ours(item) else None for item in params]
-                self.parts += filter(None, parts)
-                self.stand_ins.append(
-                    [
-                        item if part is None else part.stand_in
-                        for item, part in zip(params, parts, strict=True)
-                    ]
-                )
+            for group, params in zip(optimizer.param_groups, self.params, strict=True):
+                own = [Part(item) for item in params if ours(item)]
+                groups: list[list[Part]] = []
+                # A fused step is one call for many parts as it is.
+                if not group.get("fused") and self.others <= _MOST_OTHERS:
+                    groups = may_be_together(own, optimizer.state)
+                together = [PartsTogether(members) for members in groups]
+                joined = {id(part) for members in groups for part in members}
+                units: list[Unit] = [part for part in own if id(part) not in joined]
+                units += together
+                others = [item for item in params if not ours(item)]
+                self.stand_ins.append([*others, *(unit.stand_in for unit in units)])
+                self.units += units
+                self.joint += together
+                parts += own
 
-        self.ours = [part.parameter for part in self.parts]
-        self.held = [part.local for part in self.parts]
-        self.whose = [part.stand_in for part in self.parts]
+        self.ours = [part.parameter for part in parts]
+        self.held = [part.local for part in parts]
+        # The stand-ins are nobody else's, and stay as they are.
+        stand_ins = [part.stand_in for part in parts]
+        self.trained = list(map(_TRAINED, stand_ins))
+        self.addresses = list(map(_ADDRESS, stand_ins))
 
     def fits(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Return whether the optimizer has these parameters, in the memory that they had."""
+        """Return whether the optimizer has these parameters, in the memory that they had, and
+        those that step together are alike.
+        """
         params = [group["params"] for group in optimizer.param_groups]
-        return (
+        as_they_were = (
             len(params) == len(self.params)
-            and _alike(params, self.params)
+            and are_alike(params, self.params)
             and all(
-                len(now) == len(seen) and _alike(now, seen)
+                len(now) == len(seen) and are_alike(now, seen)
                 for now, seen in zip(params, self.seen, strict=True)
             )
-            and _alike(local_parts(self.ours), self.held)
-            and _alike(map(_TRAINED, self.ours), map(_TRAINED, self.whose))
-            and all(map(operator.eq, map(_ADDRESS, self.held), map(_ADDRESS, self.whose)))
+            and are_alike(local_parts(self.ours), self.held)
+            and list(map(_TRAINED, self.ours)) == self.trained
+            and list(map(_ADDRESS, self.held)) == self.addresses
+        )
+        # Where nothing but steps has touched the state, its parts are those of the last step.
+        self.is_known = (
+            self.shared is not None
+            and self.shared.holds(optimizer.state)
+            and all(unit.is_as_left for unit in self.joint)
+        )
+        return as_they_were and all(
+            unit.fits(optimizer.state, self.is_known) for unit in self.joint
         )
 
     def enter(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the parts in the parameters' place."""
-        for part in self.parts:
-            part.take_gradient()
+        for unit in self.units:
+            unit.begin()
         state = optimizer.state
-        if self.shared is not None and self.shared.holds(state):
-            # Nothing but steps has touched it: its parts are those of the last step.
+        if self.is_known:
             self.aside, optimizer.state = state, self.own_state
         else:
-            for part in self.parts:
-                own = part.enter(state.pop(part.parameter, None))
+            for unit in self.units:
+                own = unit.enter([state.pop(part.parameter, None) for part in unit.members])
                 if own is not None:
-                    state[part.stand_in] = own
+                    state[unit.stand_in] = own
         for group, stand_ins in zip(optimizer.param_groups, self.stand_ins, strict=True):
             group["params"] = stand_ins
 
@@ -191,8 +148,8 @@ class StepsOnParts:
         """Give the optimizer its parameters back, with what it remembers of them."""
         for group, params in zip(optimizer.param_groups, self.params, strict=False):
             group["params"] = params
-        for part in self.parts:
-            part.stand_in.grad = None
+        for unit in self.units:
+            unit.end()
         aside, self.aside = self.aside, None
         if aside is not None and self.own is not None and self.own.holds(optimizer.state):
             optimizer.state = aside
@@ -205,14 +162,15 @@ class StepsOnParts:
             optimizer.state = aside
         state = optimizer.state
         own_state: Any = defaultdict(dict, state)
-        for part in self.parts:
-            shared = part.leave(state.pop(part.stand_in, None))
-            if shared is not None:
-                state[part.parameter] = shared
+        for unit in self.units:
+            entries = unit.leave(state.pop(unit.stand_in, None))
+            for part, shared in zip(unit.members, entries, strict=True):
+                if shared is not None:
+                    state[part.parameter] = shared
         self.own_state = own_state
-        for part in self.parts:
-            if part.own is not None:
-                own_state[part.stand_in] = part.own
+        for unit in self.units:
+            if unit.own is not None:
+                own_state[unit.stand_in] = unit.own
         plain = all(type(entry) is dict for entry in state.values())
         self.shared, self.own = (
             (_Remembered(state), _Remembered(own_state)) if plain else (None,) * 2

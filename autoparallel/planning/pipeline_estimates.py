@@ -140,8 +140,14 @@ class Estimator:
                     break
                 self._first -= 1
         else:
-            able = (place for place in range(first + 1, len(self._ways)) if fits(place))
-            self._first = next(able, first)
+            for place in range(first + 1, len(self._ways)):
+                before = tried[place - 1]
+                # What recomputes more takes longer.
+                if before is not None and self._shortest <= before.seconds < math.inf:
+                    break
+                if fits(place):
+                    self._first = place
+                    break
         found = [(place, each) for place, each in sorted(tried.items()) if each is not None]
         for (place, one), (other, less) in pairwise(found):
             if other == place + 1 and less.activations:
@@ -167,11 +173,11 @@ class Estimator:
             self._first, self._more = 0, {}
             return
 
-    def _pairs(self, alike: str) -> list[tuple[str, str]]:
-        """Return pairs of ways that blocks may have beside each other, (keeps more, keeps less).
+    def _mixtures(self, alike: str) -> list[tuple[str, ...]]:
+        """Return ways that blocks may have beside each other, those that keep most first.
 
-        alike: that with which all blocks fit, which is one of each pair. The other saves most time
-        for a byte.
+        alike: that with which all blocks fit, which is one of each. The others save most time for a
+        byte.
         """
         place, taken = self._ways.index(alike), self._taken
         before, behind = self._ways[:place][::-1], self._ways[place + 1 :]
@@ -183,10 +189,10 @@ class Estimator:
             (seconds, nbytes), (less, more) = taken[alike], taken[other]
             return (seconds - less) / (more - nbytes)
 
-        return [
-            *([(max(before, key=rate), alike)] if before else []),
-            *([(alike, min(behind, key=rate))] if behind else []),
-        ]
+        more = (max(before, key=rate),) if before else ()
+        less = (min(behind, key=rate),) if behind else ()
+        mixtures = [(*more, alike), (alike, *less), (*more, alike, *less)]
+        return [each for each in dict.fromkeys(mixtures) if len(each) > 1]
 
     def _partly(self, of: Asked, alike: Estimate) -> Estimate:
         """Return the best estimate with as many blocks recomputed less as fit.
@@ -203,43 +209,51 @@ class Estimator:
         each = of.count / of.shares.ranks
         # Where all blocks fit alike only in stages that take unequal times, a few of them that are
         # recomputed more leave room for equal ones.
-        for fewer, more in self._pairs(alike.recompute):
+        for ways in self._mixtures(alike.recompute):
             try:
                 # No cut is shorter than one into equal stages.
-                least = self.chains.chain(of, fewer, price).seconds.sum() * each
+                least = self.chains.chain(of, ways[0], price).seconds.sum() * each
                 if least >= min(self._shortest, best.seconds):
                     continue
-                # Blocks lie beside each other as those do that keep less.
-                one = self.chains.chain(of, fewer, price, mode_of(more))
-                found = self._mixed(of, one, self.chains.chain(of, more, price), fewer, more)
+                # Blocks lie beside each other as those do that keep least.
+                layouts = mode_of(ways[-1])
+                found = self._mixed(
+                    of, {way: self.chains.chain(of, way, price, layouts) for way in ways}
+                )
             except (PlanError, InfeasibleError, TooLargeError):
                 continue
             if found is not None and is_better(found, best, limit):
                 best = replace(found, price=price)
         return best
 
-    def _mixed(
-        self, of: Asked, one: StageChain, other: StageChain, fewer: str, more: str
-    ) -> Estimate | None:
-        """Return the estimate with some blocks as in a chain that recomputes fewer ops; None where
-        none fits.
+    def _mixed(self, of: Asked, chains: Mapping[str, StageChain]) -> Estimate | None:
+        """Return the estimate with blocks as in several chains, each with as much kept as its rank
+        has room for; None where none has for more than the last chain keeps.
+
+        chains: by the way to keep, that which keeps most first.
         """
         limit = self.options.memory_limit
         assert limit is not None
-        starts = self._cut(of, other)
+        *ways, least = chains
+        starts = self._cut(of, chains[least])
         ranks, most = of.schedule.ranks, of.schedule.together
         best: Estimate | None = None
         for in_turn in (False, True):
             found: Estimate | None = None
             mixes: list[tuple[str, ...]] = []
             for filled in _FILLED:
-                room = limit * filled
-                marked = most_saved(one, other, starts, most, ranks, room, in_turn)
-                if not any(marked):
+                chain, blocks = chains[least], [least] * chains[least].count
+                for way in reversed(ways):
+                    room = limit * filled
+                    marked = most_saved(chains[way], chain, starts, most, ranks, room, in_turn)
+                    chain = mixed(chains[way], chain, marked)
+                    pairs = zip(blocks, marked, strict=True)
+                    blocks = [way if is_marked else other for other, is_marked in pairs]
+                if set(blocks) == {least}:
                     break
-                mixes.append(tuple(fewer if each else more for each in marked))
+                mixes.append(tuple(blocks))
                 if found is None:
-                    found = self._told(of, mixed(one, other, marked), starts, more)
+                    found = self._told(of, chain, starts, least)
             if found is not None and (best is None or is_better(found, best, limit)):
                 best = replace(
                     found,

@@ -209,7 +209,25 @@ def _best_of_width(
                 break
             if not look(place + way):
                 break
-    return best
+    return best if best is None else _in_smaller_parts(estimator, best, options, each)
+
+
+def _in_smaller_parts(
+    estimator: Estimator, best: tuple[Estimate, Mesh], options: Options, each: int
+) -> tuple[Estimate, Mesh]:
+    """Return the better one of an estimate and those of the same mesh with more micro-batches.
+
+    They are looked at where not everything can be kept: a rank keeps less of smaller ones. each: as
+    of `best_order`.
+    """
+    found, mesh = best
+    if options.memory_limit is None or options.microbatches or found.keeps_all:
+        return best
+    axes = dict(mesh.axes)
+    ranks = axes.pop(PIPELINE)
+    smaller = best_order(estimator, ranks, Mesh(**axes), options, each, more=1)
+    better = smaller is not None and is_better(smaller, found, options.memory_limit)
+    return (smaller, mesh) if smaller is not None and better else best
 
 
 def _evenness(blocks: int, ranks: int) -> float:
@@ -218,12 +236,19 @@ def _evenness(blocks: int, ranks: int) -> float:
 
 
 def best_order(
-    estimator: Estimator, ranks: int, inside: Mesh, options: Options, each: int = 1
+    estimator: Estimator,
+    ranks: int,
+    inside: Mesh,
+    options: Options,
+    each: int = 1,
+    more: int = 0,
 ) -> Estimate | None:
     """Return the best estimate of so many ranks that share out stages, of all ways to order them.
 
-    What was asked for is not chosen. each: the fewest stages on a rank that are looked at; twice as
-    many are as long as they are better. They send more often, and hold more micro-batches.
+    What was asked for is not chosen. each: the fewest stages on a rank that are looked at; more
+    are as long as they are better (see `_rounds`). They send more often, and hold more
+    micro-batches. more: how many numbers of micro-batches beyond the one at which stages wait a
+    fifth of the time; None where there are not so many.
 
     Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
     """
@@ -231,7 +256,11 @@ def best_order(
     for asked in _orders(options, ranks, inside, estimator.blocks, each):
         counts = [asked.microbatches or 0]
         if not asked.microbatches:
-            counts = [middle_of(microbatch_counts(estimator.whole, ranks, inside, asked), ranks)]
+            counts = microbatch_counts(estimator.whole, ranks, inside, asked)
+            place = counts.index(middle_of(counts, ranks)) + more
+            if place >= len(counts):
+                continue
+            counts = [counts[place]]
         elif not is_even(counts[0], ranks, asked):
             continue
         chosen = chosen_of(estimator, counts, ranks, inside, asked)
@@ -258,10 +287,26 @@ def _orders(
     if options.stages_per_rank is not None:
         yield options
         return
-    each = each if each * ranks <= blocks else 1
-    while each == 1 or each * ranks <= blocks:
-        yield replace(options, schedule=options.order, stages_per_rank=each)
-        each *= 2
+    numbers = _rounds(blocks, ranks)
+    for number in [most for most in numbers if most >= each] or numbers[-1:]:
+        yield replace(options, schedule=options.order, stages_per_rank=number)
+
+
+def _rounds(blocks: int, ranks: int) -> list[int]:
+    """Return the numbers of stages on each rank that are looked at, in order.
+
+    Each is at least twice the one before it, and the blocks divide into so many stages about as
+    evenly as into one on each rank: the longest stage is what all others wait for.
+
+    >>> _rounds(blocks=96, ranks=8), _rounds(blocks=105, ranks=35), _rounds(blocks=4, ranks=8)
+    ([1, 2, 4, 12], [1, 3], [1])
+    """
+    numbers = [1]
+    for number in range(2, blocks // ranks + 1):
+        even = _evenness(blocks, number * ranks) >= _AS_EVEN * _evenness(blocks, ranks)
+        if even and number >= 2 * numbers[-1]:
+            numbers.append(number)
+    return numbers
 
 
 def _widths(world_size: int, per_node: int) -> list[int]:

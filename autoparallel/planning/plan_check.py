@@ -145,7 +145,7 @@ class _Check:
         if len(self.plan.outputs) != len(self.graph.outputs):
             raise wrong_plan(self.plan.model, "", f"it returns {len(self.graph.outputs)} tensors")
         self.returned()
-        self.conversions(stages=True)
+        self.conversions()
 
     def begin(self, stages: bool = False) -> None:
         """Check that the plan has the parameters and the ops of the graph."""
@@ -273,11 +273,8 @@ class _Check:
         for path, name in self.graph.mutations:
             self.read(name, self.whole, f"write {path}")
 
-    def conversions(self, stages: bool = False) -> None:
-        """Check that every value gets to its readers, by steps that there are.
-
-        stages: whether the steps are looked at elsewhere.
-        """
+    def conversions(self) -> None:
+        """Check that every value gets to its readers, by steps that there are."""
         rows = {(item.value, item.target): item for item in self.plan.conversions}
         if len(rows) < len(self.plan.conversions):
             raise wrong_plan(self.plan.model, "", "it converts a value to one layout twice")
@@ -293,8 +290,7 @@ class _Check:
                 raise wrong_plan(
                     what, where, f"there is none, and {', '.join(readers)} reads it so"
                 )
-            value = self.graph.values[name]
-            why = "" if stages else self.why_no_conversion(row, value, tuple(readers))
+            why = self.why_no_conversion(row, self.graph.values[name], tuple(readers))
             why = why or self.why_no_beginning(row)
             if why:
                 raise wrong_plan(what, where, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,8 +39,9 @@ __all__ = ["fastest_plan", "trace_model"]
 
 # Seconds of planning from which on a plan is kept: to read one takes some tenths of that.
 _WORTH_KEEPING = 1.0
-# Of more meshes than these, those are planned in full that estimates say are quickest.
-_MOST_IN_FULL = 6
+# Of more meshes than these, those are planned in full that estimates say are quickest; within a
+# memory limit, where a plan takes as long as several without, of meshes with more ops together.
+_MOST_IN_FULL, _MOST_OPS = 6, 10_000
 
 
 def trace_model(
@@ -107,7 +108,7 @@ def fastest_plan(
             free = stages and len(meshes) > 1 and not (pins or product_weight or start)
             estimator: Estimator | None = None
             likely: dict[Mesh, float] | None = None
-            if free and isinstance(traced, Captured) and len(meshes) > _MOST_IN_FULL:
+            if free and isinstance(traced, Captured) and _are_many(meshes, traced, options):
                 estimator = estimator_of(traced, options)
                 likely = None if estimator is None else likely_meshes(estimator, meshes, options)
             chosen = meshes if likely is None else tuple(likely)
@@ -131,6 +132,13 @@ def fastest_plan(
     if key is not None and not spent.is_stopped and time.process_time() - began > _WORTH_KEEPING:
         store(key, plan)
     return plan
+
+
+def _are_many(meshes: Sequence[Mesh], captured: Captured, options: Options) -> bool:
+    """Return whether to plan on all of these meshes in full takes too long."""
+    ops = len(meshes) * len(captured.graph.calls)
+    limited = options.memory_limit is not None
+    return len(meshes) > _MOST_IN_FULL or (limited and ops > _MOST_OPS)
 
 
 def _fastest(

@@ -44,6 +44,11 @@ class StageChain:
     bytes: StageBytes
     link: Link
 
+    @property
+    def count(self) -> int:
+        """The number of repeated blocks."""
+        return int(self.block.max(initial=-1)) + 1
+
     def cut(self, most: Sequence[int], ranks: Sequence[int], limit: float) -> tuple[int, ...]:
         """Return where stages start. most: micro-batches of which each keeps activations. ranks: of
         each stage. limit: bytes of a rank, within which they stay if they can.
@@ -174,15 +179,18 @@ def most_saved(
 
     one: the chain that keeps more, other: that which fits. starts: of stages in the latter. most:
     see `StageChain.cut`. ranks: of each stage. in_turn: every stage gets a block in turn; otherwise
-    blocks come first of which fewest micro-batches are in flight.
+    blocks come first of which fewest micro-batches are in flight. None where some rank has no room
+    for the other chain.
     """
-    count = int(one.block.max(initial=-1)) + 1
+    count = one.count
     ends = np.array([*starts[1:], len(other.seconds)])
     sizes = other.bytes.sizes(most)
     besides = max(one.bytes.besides, other.bytes.besides)
     used = [besides] * (max(ranks) + 1)
     for stage, rank in enumerate(ranks):
         used[rank] += float(sizes(stage, starts[stage], ends[stage])) - other.bytes.besides
+    if max(used) > limit:
+        return [False] * count
     stage_of = np.searchsorted(starts, np.arange(len(other.seconds)), side="right") - 1
     within = one.block >= 0
     numbers = one.block[within]

@@ -32,6 +32,11 @@ class Estimate:
     stages_per_rank: int = 1
 
     @property
+    def keeps_all(self) -> bool:
+        """True where nothing is made again in the backward pass."""
+        return self.recompute == "none" and not self.mixes
+
+    @property
     def eased(self) -> tuple[Eased, ...]:
         """The ways in which a plan of the whole model keeps as little as this one."""
         alike = Eased(self.recompute, self.price, seconds=self.seconds)

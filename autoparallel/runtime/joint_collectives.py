@@ -24,6 +24,7 @@ from autoparallel.runtime.axis_parts import (
     unpad_part,
 )
 from autoparallel.runtime.groups import Group
+from autoparallel.support.torch_private import laid_end_to_end
 
 __all__ = [
     "exchange_together",
@@ -121,8 +122,8 @@ def start_sum_together(tensors: Sequence[torch.Tensor], group: Group) -> Results
     """
     started = []
     for places in _by_type(tensors):
-        flat = torch.cat([tensors[index].reshape(-1) for index in places])
-        started.append((places, group.start_all_reduce(flat)))
+        flat = laid_end_to_end([tensors[index] for index in places])
+        started.append((places, group.start_all_reduce_(flat)))
     shapes = [tensor.shape for tensor in tensors]
 
     def finish() -> list[torch.Tensor]:

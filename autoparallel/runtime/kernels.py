@@ -57,6 +57,7 @@ from autoparallel.runtime.value_branches import branch_taken
 from autoparallel.runtime.variance import (
     group_norm_split,
     instance_norm_split,
+    rms_norm_split,
     variance_split,
 )
 from autoparallel.runtime.window_kernels import convolution_edges, pool_edges, resample_edges
@@ -97,6 +98,7 @@ __all__ = [
     "pool_edges",
     "resample_edges",
     "rms_norm",
+    "rms_norm_split",
     "softmax_split",
     "stand_ins_for",
     "variance_split",

@@ -1,5 +1,5 @@
 """Kernels of variances over a split dim, and of norms by them: two sums over the ranks, those of
-the numbers and of their squares about the mean.
+the numbers and of their squares about the mean. A root mean square norm has one, of the squares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from autoparallel.placement import Invariant, Partial
 from autoparallel.runtime.collectives import convert, for_parts, pending_sum
 from autoparallel.runtime.groups import Group
 
-__all__ = ["group_norm_split", "instance_norm_split", "variance_split"]
+__all__ = ["group_norm_split", "instance_norm_split", "rms_norm_split", "variance_split"]
 
 
 def variance_split(
@@ -114,6 +114,30 @@ def instance_norm_split(
     rest = [x.size(dim) for dim in range(2, x.dim()) if dim != split]
     count = size * torch.Size(rest).numel()
     return _normalized(x, x.size(1), count, (weight, bias), epsilon, group)
+
+
+def rms_norm_split(
+    x: torch.Tensor,
+    shape: Any,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    group: Group,
+    size: int,
+) -> torch.Tensor:
+    """Divide rows, of which each rank has a part, by the root of the mean of their squares.
+
+    x: (..., n / ranks), with n = size in the whole. shape: not read. weight: (n / ranks,), or None.
+
+    >>> from autoparallel.runtime.groups import SingleGroup
+    >>> rms_norm_split(torch.tensor([[1.0, 7.0]]), (2,), group=SingleGroup(), size=2, eps=0.0)
+    tensor([[0.2000, 1.4000]])
+    """
+    exact = _exact(x)
+    eps = torch.finfo(exact.dtype).eps if eps is None else eps
+    mean = _sum(exact.square(), (-1,), group) / size
+    result = exact * for_parts((mean + eps).rsqrt(), group)
+    return (result if weight is None else result * weight).to(x.dtype)
 
 
 def _normalized(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from pipeline_models import Language, batch_of
 from processes import run_processes
 from torch import nn
@@ -23,6 +27,12 @@ from autoparallel.runtime.schedule_orders import schedule_order
 from autoparallel.support.torch_private import StorageWeakRef, TorchDispatchMode
 
 MICROBATCHES = 4
+# Stages of one rank; of two that split the batch, and add up gradients; and that split tensors.
+MESHES: dict[str, dict[str, Any]] = {
+    "alone": {"mesh": Mesh(pp=2)},
+    "batch": {"mesh": Mesh(pp=2, dp=2)},
+    "tensors": {"mesh": Mesh(pp=2, tp=2), "data_parallel": False},
+}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "gpipe": {"schedule": "gpipe"},
     "1f1b": {"schedule": "1f1b"},
@@ -57,34 +67,34 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 @cache
-def planned(name: str) -> Plan:
+def planned(name: str, mesh: str = "alone") -> Plan:
     return autoparallel.make_plan(
         plain(),
-        mesh=Mesh(pp=2),
         example_inputs=batch(),
         microbatches=MICROBATCHES,
         **SCHEDULES[name],
+        **MESHES[mesh],
     )
 
 
-def plan_all() -> None:
+def plan_all(meshes: Sequence[str]) -> None:
     with traced_once():
-        for name in SCHEDULES:
-            planned(name)
+        for name, mesh in product(SCHEDULES, meshes):
+            planned(name, mesh)
 
 
 class Alive(TorchDispatchMode):
     """Knows the storages that were made under it, and the most bytes of them that were alive.
 
-    modules: of the stages. Gradients of weights are counted apart, and so is what follows from the
-    inputs alone.
+    modules: of the stages. gradients: the bytes of gradients of weights, which are counted apart,
+    and so is what follows from the inputs alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.storages: dict[int, tuple[Any, int]] = {}
         self.modules: list[StageModule] = []
-        self.most = 0
+        self.most = self.gradients = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -100,9 +110,20 @@ class Alive(TorchDispatchMode):
         """Return the bytes that are alive."""
         apart = {_key(w.grad) for each in self.modules for w in each.weights if w.grad is not None}
         apart |= {_key(grad) for each in self.modules for grad in each.settled.values()}
-        apart |= {_key(known) for each in self.modules for known in each.known}
-        alive = [(key, size) for key, (ref, size) in self.storages.items() if not ref.expired()]
-        return sum(size for key, size in alive if key not in apart)
+        known = {_key(known) for each in self.modules for known in each.known}
+        alive = {key: size for key, (ref, size) in self.storages.items() if not ref.expired()}
+        held = sum(alive[key] for key in apart & alive.keys())
+        if held:
+            weights = [
+                weight.nbytes
+                for each in self.modules
+                for place, weight in enumerate(each.weights)
+                if weight.grad is not None or place in each.settled
+            ]
+            self.gradients = max(self.gradients, sum(weights))
+        # When all have gone back, they are on their way to the parameters.
+        gradients = held or self.gradients
+        return sum(size for key, size in alive.items() if key not in known) - gradients
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -115,15 +136,15 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     ]
 
 
-def measure(rank: int) -> dict[str, tuple[int, int]]:
-    """Train a step with each schedule; return the most bytes that are alive in it, and those that
-    are left of it.
+def measure(rank: int, meshes: Sequence[str]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Train a step with each schedule on each mesh; return the most bytes that are alive in it, and
+    those that are left of it.
     """
-    return {name: most_alive(name) for name in SCHEDULES}
+    return {case: most_alive(*case) for case in product(SCHEDULES, meshes)}
 
 
-def most_alive(name: str) -> tuple[int, int]:
-    model = autoparallel.apply_plan(plain(), planned(name))
+def most_alive(name: str, mesh: str) -> tuple[int, int]:
+    model = autoparallel.apply_plan(plain(), planned(name, mesh))
     begin, inputs, alive = StageModule.begin, batch(), Alive()
 
     def noting(self: StageModule, *args: Any) -> None:
@@ -139,30 +160,36 @@ def most_alive(name: str) -> tuple[int, int]:
         for parameter in model.parameters()
         if parameter.grad is not None
     )
-    return alive.most, alive.nbytes() - grads
+    return alive.most, alive.nbytes() + alive.gradients - grads
 
 
-def test_activations_are_those_alive() -> None:
-    """With what is received and sent, and what comes and goes in a pass: of every schedule, on each
-    rank, within 5 %; and 1F1B holds less than GPipe. Nothing of a step is left after it.
+@pytest.mark.parametrize("meshes", [("alone",), *broad((("batch", "tensors"),))], ids=",".join)
+def test_activations_are_those_alive(meshes: tuple[str, ...]) -> None:
+    """With what is received and sent, what comes and goes in a pass, and what gradients are reduced
+    in: of every schedule, on each rank, within 5 %; and 1F1B holds less than GPipe. Nothing of a
+    step is left after it.
     """
-    measured = run_processes(measure, 2, before=plan_all)
-    for name in SCHEDULES:
-        plan = planned(name)
-        assert plan.captured is not None
+    world_size = MESHES[meshes[0]]["mesh"].world_size
+    measured = run_processes(
+        measure, world_size, meshes, before=functools.partial(plan_all, meshes)
+    )
+    for rank, case in product(range(world_size), product(SCHEDULES, meshes)):
+        plan, (most, left) = planned(*case), measured[rank][case]
         assert plan.pipeline is not None
-        for rank, account in enumerate(memory_of_pipeline(plan)):
-            most, left = measured[rank][name]
-            told = account.activations + account.temporary
-            assert most == pytest.approx(told, rel=0.05), (name, rank)
-            assert left < 100, (name, rank)
-        each = plan.pipeline.stages // plan.pipeline.ranks
-        order = schedule_order(plan.pipeline.schedule, 2, each, MICROBATCHES)
-        assert plan.pipeline.in_flight == most_held(order)
-        assert sum(size for _, size in plan.memory) == max(plan.pipeline.memory)
+        account = memory_of_pipeline(plan)[rank * plan.pipeline.ranks // world_size]
+        told = account.activations + account.temporary
+        assert most == pytest.approx(told, rel=0.05), (case, rank)
+        assert left < 100, (case, rank)
+    for name in SCHEDULES:
+        pipeline = planned(name, meshes[0]).pipeline
+        assert pipeline is not None
+        order = schedule_order(pipeline.schedule, 2, pipeline.stages // 2, MICROBATCHES)
+        assert pipeline.in_flight == most_held(order)
+        memory = planned(name, meshes[0]).memory
+        assert sum(size for _, size in memory) == max(pipeline.memory)
     for rank in range(2):
-        assert measured[rank]["1f1b"] < measured[rank]["gpipe"]
-    first = [planned(name) for name in ("1f1b", "gpipe")]
+        assert measured[rank]["1f1b", meshes[0]] < measured[rank]["gpipe", meshes[0]]
+    first = [planned(name, meshes[0]) for name in ("1f1b", "gpipe")]
     assert max(first[0].pipeline.memory) < max(first[1].pipeline.memory)  # type: ignore[union-attr]
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from autoparallel.mesh import Mesh
 from autoparallel.parallel import uncaptured_python
 from autoparallel.parallel.gradient_bucket import GradientBucket
-from autoparallel.parallel.gradient_return import GradientReturn, local_together
+from autoparallel.parallel.gradient_return import GradientReturn
+from autoparallel.parallel.gradients_together import local_together
 from autoparallel.placement import Invariant, Partial
 from autoparallel.runtime.groups import LocalGroup, Result
 from autoparallel.runtime.joint_moves import bucket_nbytes
@@ -41,13 +42,13 @@ STARTS: dict[int, int] = {}
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buckets of two layers at most, and a count of each thread's all-reduces."""
     monkeypatch.setattr(uncaptured_python, "bucket_nbytes", lambda total: 6 * 6 * 8 + 1)
-    start = LocalGroup.start_all_reduce
+    start = LocalGroup.start_all_reduce_
 
     def counted(group: LocalGroup, tensor: torch.Tensor) -> Result:
         STARTS[threading.get_ident()] = STARTS.get(threading.get_ident(), 0) + 1
         return start(group, tensor)
 
-    monkeypatch.setattr(LocalGroup, "start_all_reduce", counted)
+    monkeypatch.setattr(LocalGroup, "start_all_reduce_", counted)
 
 
 def script(model: Any) -> Iterator[Any]:
@@ -153,6 +154,50 @@ def test_small_gradients_that_wait_come_by_one_node(world_size: int) -> None:
         # The last one was added to twice.
         sums = [(2.0, 2), (1.0, 3), (2.0, 2), (6.0, 4)]
         assert grads == [[factor * world_size] * size for factor, size in sums]
+
+
+def test_finished_small_gradients_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is asked for by itself, but where one of them has more to be done for it: a hook, a
+    gradient from before, another holder of the same tensor, or a pass that wants some of them.
+    """
+    asked: list[int] = []
+    bring = GradientReturn.bring
+
+    def counted(way: GradientReturn, *arguments: Any) -> Any:
+        asked.append(way.number)
+        return bring(way, *arguments)
+
+    monkeypatch.setattr(GradientReturn, "bring", counted)
+    whole = (Invariant(),)
+
+    def grads(number: int) -> tuple[int, list[Any]]:
+        """Return for how many gradients one was asked, and the gradients."""
+        bucket = GradientBucket(thread_ranks(Mesh(tp=1))[0])
+        parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+        ways = [GradientReturn((3,), whole, whole, whole, bucket) for _ in parameters]
+        local = local_together(ways, parameters, [each.data for each in parameters])
+        first, second = local[0], local[1]
+        if number == 1:
+            parameters[0].register_hook(lambda grad: grad * 2)
+        if number == 2:
+            parameters[1].grad = torch.ones(3)
+        if number == 3:
+            torch.autograd.backward(first + second, torch.full((3,), 2.0))
+        else:
+            inputs = [parameters[0]] if number == 4 else None
+            ((first + second * 3) * 2).sum().backward(inputs=inputs)
+        held = [each.grad for each in parameters]
+        if all(grad is not None for grad in held):
+            assert held[0].data_ptr() != held[1].data_ptr()
+        count = len(asked)
+        asked.clear()
+        return count, [None if grad is None else grad.tolist() for grad in held]
+
+    assert grads(0) == (0, [[2.0] * 3, [6.0] * 3])
+    assert grads(1) == (2, [[4.0] * 3, [6.0] * 3])
+    assert grads(2) == (2, [[2.0] * 3, [7.0] * 3])
+    assert grads(3) == (2, [[2.0] * 3, [2.0] * 3])
+    assert grads(4)[1] == [[2.0] * 3, None]
 
 
 def test_a_gradient_is_not_kept_while_its_sum_is_on_its_way() -> None:

@@ -11,6 +11,7 @@ import torch
 from processes import run_processes
 from torch import nn, optim
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
@@ -148,8 +149,30 @@ def all_optimizers(rank: int, pins: dict[str, Any], world_size: int, folder: Pat
     return found
 
 
+class Updates(TorchDispatchMode):
+    """Counts the parameters that an AdamW updates, one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.aten.addcdiv_.default
+        return function(*args, **(kwargs or {}))
+
+
 def unusual_steps(split: Callable[[], Any]) -> list[Any]:
     """Return the errors of steps between which the optimizer or the parameters are changed."""
+    parallel = split()
+    optimizer = optim.AdamW(parallel.parameters())
+    # Small parts step together where they are remembered alike.
+    for number, expected in enumerate((1, 1, 2)):
+        if number == 2:
+            optimizer.state[parallel.out.weight]["step"].fill_(7)
+        parallel(torch.ones(4, 7).double()).backward()
+        with Updates() as updates:
+            optimizer.step()
+        assert updates.count == expected
     model, parallel = plain(), split()
     both = [(m, optim.AdamW(m.parameters(), lr=0.01, eps=1e-2)) for m in (model, parallel)]
     found = []
@@ -205,8 +228,23 @@ def _in_groups(_: Any, optimizer: optim.Optimizer) -> None:
     optimizer.add_param_group({"params": [last], "lr": 0.02})
 
 
+def _one_without_gradient(model: Any, optimizer: optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(4, 7).double()).backward()
+    model.down.bias.grad = None
+    optimizer.step()
+
+
+def _other_numbers(model: Any, optimizer: optim.Optimizer) -> None:
+    entry = optimizer.state[model.down.bias]
+    entry["step"].fill_(7)
+    entry["exp_avg"].mul_(0.5)
+
+
 CHANGES: list[Callable[[Any, Any], None]] = [
     lambda *_: None,
+    _other_numbers,
+    _one_without_gradient,
     _frozen,
     _thawed,
     _other_state,

@@ -1,4 +1,4 @@
-"""Known models on three and four stages, with every schedule, on processes."""
+"""Known models on two, three and four stages, with every schedule, on processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ from autoparallel.plan import Plan
 TOLERANCE = 1e-11
 STEPS = 20
 # Micro-batches of which DualPipeV takes no fewer than there are stages: of nine rows, uneven ones.
-COUNTS = {3: 6, 4: 8}
+MESHES: dict[str, dict[str, Any]] = {
+    "pp2": {"mesh": Mesh(pp=2), "microbatches": 4},
+    "pp3": {"mesh": Mesh(pp=3), "microbatches": 6},
+    "pp4": {"mesh": Mesh(pp=4), "microbatches": 8},
+    "pp2 x dp2": {"mesh": Mesh(pp=2, dp=2), "microbatches": 4},
+    "pp2 x tp2": {"mesh": Mesh(pp=2, tp=2), "microbatches": 4, "data_parallel": False},
+}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "gpipe": {"schedule": "gpipe"},
     "1f1b": {"schedule": "1f1b"},
@@ -36,7 +42,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "dualpipev": {"schedule": "dualpipev", "stages_per_rank": 2},
 }
 FAMILIES = ("gpt", "bert", "llama", "t5", "bart", "mixtral", "vit", "Skips")
-Case = tuple[str, str, int]
+Case = tuple[str, str, str]
 
 
 def model_of(family: str) -> nn.Module:
@@ -61,15 +67,10 @@ def batch_of(family: str) -> dict[str, Any]:
 
 
 @cache
-def planned(family: str, schedule: str, stages: int) -> Plan:
+def planned(family: str, schedule: str, mesh: str) -> Plan:
+    options = SCHEDULES[schedule] | MESHES[mesh]
     with Float64():
-        return autoparallel.make_plan(
-            model_of(family),
-            mesh=Mesh(pp=stages),
-            microbatches=COUNTS[stages],
-            example_inputs=batch_of(family),
-            **SCHEDULES[schedule],
-        )
+        return autoparallel.make_plan(model_of(family), example_inputs=batch_of(family), **options)
 
 
 def plan_all(cases: tuple[Case, ...]) -> None:
@@ -116,12 +117,11 @@ def reference(family: str, steps: int) -> dict[str, Any]:
 
 
 def compare(cases: tuple[Case, ...], steps: int) -> None:
-    """Run cases of one family and number of stages, and compare with one process."""
-    family, _, stages = cases[0]
-    expected = reference(family, steps)
-    ranks = run_processes(
-        on_ranks, stages, cases, steps, before=partial(plan_all, cases), timeout_seconds=1200.0
-    )
+    """Run cases of one family and mesh, and compare with one process."""
+    family, _, mesh = cases[0]
+    expected, before = reference(family, steps), partial(plan_all, cases)
+    world_size = MESHES[mesh]["mesh"].world_size
+    ranks = run_processes(on_ranks, world_size, cases, steps, before=before, timeout_seconds=1200.0)
     for place, (_, schedule, _) in enumerate(cases):
         held: list[dict[str, torch.Tensor]] = [{} for _ in expected["gradients"]]
         for rank in ranks:
@@ -139,27 +139,27 @@ def compare(cases: tuple[Case, ...], steps: int) -> None:
             assert error < 1e-9, (schedule, where)
 
 
-def in_turn(stages: int, family: str) -> tuple[Case, ...]:
+def in_turn(mesh: str, family: str) -> tuple[Case, ...]:
     """Cases of a family: two schedules, so that all families together have each of them twice."""
     names = list(SCHEDULES)
-    first = FAMILIES.index(family) + (stages == 4)
-    return tuple((family, names[(first + step) % len(names)], stages) for step in (0, 4))
+    first = FAMILIES.index(family) + list(MESHES).index(mesh)
+    return tuple((family, names[(first + step) % len(names)], mesh) for step in (0, 4))
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("stages", "family"), list(product((3, 4), FAMILIES)), ids=str)
-def test_families_on_many_stages(stages: int, family: str) -> None:
+@pytest.mark.parametrize(("mesh", "family"), list(product(MESHES, FAMILIES)), ids=str)
+def test_families_on_many_stages(mesh: str, family: str) -> None:
     """Loss, outputs and every gradient, with tied weights, skips, encoders and experts."""
-    compare(in_turn(stages, family), 1)
+    compare(in_turn(mesh, family), 1)
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("stages", [3, 4])
-def test_every_schedule_trains_on_many_stages(stages: int) -> None:
+@pytest.mark.parametrize("mesh", ["pp3", "pp4"])
+def test_every_schedule_trains_on_many_stages(mesh: str) -> None:
     """Twenty steps of AdamW with each schedule."""
-    compare(tuple(("gpt", schedule, stages) for schedule in SCHEDULES), STEPS)
+    compare(tuple(("gpt", schedule, mesh) for schedule in SCHEDULES), STEPS)
 
 
 def test_three_stages() -> None:
     """An encoder and a decoder, whose states go through all stages of the latter."""
-    compare((("t5", "zero bubble", 3),), 1)
+    compare((("t5", "zero bubble", "pp3"),), 1)

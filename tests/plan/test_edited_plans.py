@@ -143,6 +143,26 @@ def test_a_plan_with_stages_is_checked_by_name(
     assert why in caught.value.why
 
 
+@pytest.mark.parametrize("edited", MESHES, indirect=True)
+def test_the_planners_own_text_is_followed(edited: Edited) -> None:
+    require_sound(with_graphs(Plan.from_json(edited.text), edited.traced), edited.model)
+
+
+@pytest.mark.parametrize("edited", ["stages"], indirect=True)
+def test_a_conversion_of_stages_begins_where_its_value_is_made(edited: Edited) -> None:
+    """One that begins elsewhere, by steps that are possible from there, is refused by its value."""
+    rows = json.loads(edited.text)
+    row = next(row for row in rows["conversions"] if row["source"].endswith("| P"))
+    made, target = row["source"], row["target"]
+    row["source"] = f"{made[:-1]}R" if not target.endswith("R") else f"{made[:-1]}I"
+    row["steps"] = [[1, row["source"][-1], target.split(" | ")[1]]]
+    plan = with_graphs(Plan.from_json(json.dumps(rows)), edited.traced)
+    with pytest.raises(PlanError, match="cannot be followed") as caught:
+        require_sound(plan, edited.model)
+    assert row["value"] in str(caught.value)
+    assert "it is made as" in caught.value.why
+
+
 def test_a_plan_changed_in_memory_is_checked(edited: Edited) -> None:
     """The planner's own plan is taken as it is; a copy with a change is another plan."""
     assert edited.plan.is_checked

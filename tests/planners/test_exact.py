@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 from types import ModuleType
 
 import numpy as np
@@ -326,6 +327,19 @@ def test_conditioning_of_a_grid() -> None:
     assert solution.lower_bound <= optimum <= solution.cost
     assert solution.gap <= 0.02 * solution.cost
     assert solution.cost <= 1.02 * optimum
+
+
+def test_contraction_of_a_large_result_takes_little_more_memory() -> None:
+    """Sums are written to the same memory, in the order in which they are made at once."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.random(shape) for shape in ((3, 600, 1), (3, 1, 700), (1, 600, 700))]
+    arrays[0][rng.random((3, 600, 1)) < 0.2] = np.inf
+    tracemalloc.start()
+    found = contract(arrays, (3, 600, 700), (1, 2))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, ((arrays[0] + arrays[1]) + arrays[2]).min(axis=0))
+    assert most < 1.5 * found.nbytes
 
 
 @pytest.mark.parametrize("allowed", [0.02, 0.3, 0.9, 1.0])

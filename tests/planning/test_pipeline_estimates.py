@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from broad_cases import broad
@@ -13,6 +14,7 @@ from torch import nn
 
 import autoparallel
 from autoparallel.analysis.stage_memory import memory_of_pipeline
+from autoparallel.cost.links import Link
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.shortened import shortened
 from autoparallel.mesh import Mesh
@@ -22,7 +24,10 @@ from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.pipeline_meshes import best_mesh, best_order
 from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import trace_model
+from autoparallel.planning.stage_chain import StageChain, most_saved
 from autoparallel.planning.stage_estimates import Estimate
+from autoparallel.planning.stage_work import StageBytes
+from autoparallel.strategy.stage_shares import StageShares
 from autoparallel.train.models import GPT, GPTConfig
 
 
@@ -125,9 +130,12 @@ def test_stages_among_all_meshes() -> None:
     assert best_mesh(captured, 16, fast, float("inf")) is None  # it is refused
 
 
-def test_stages_on_each_rank_are_chosen() -> None:
-    """Several stages on each rank leave a smaller bubble; what was asked for is not chosen."""
-    model = gpt(16)
+@pytest.mark.parametrize(("layers", "chosen"), [(16, 4), (12, 3)])
+def test_stages_on_each_rank_are_chosen(layers: int, chosen: int) -> None:
+    """Several stages on each rank leave a smaller bubble, if blocks divide into them evenly; what
+    was asked for is not chosen.
+    """
+    model = gpt(layers)
     inputs = model.example_inputs(batch=64, sequence=128)
     options = Options(data_parallel=True, hardware="dgx-a100", microbatches=8)
     captured = traced(model, inputs, options)
@@ -140,9 +148,70 @@ def test_stages_on_each_rank_are_chosen() -> None:
         mesh = Mesh(pp=4, tp=2)
         estimator.settle(mesh, best)
         found[each] = estimator.settled(mesh, asked).each_rank, best.seconds
-    assert found[None][0] > 1
+    assert found[None][0] == chosen
     assert found[1][0] == 1
     assert found[None][1] < found[1][1]
+
+
+@pytest.mark.parametrize("limit", [False, True])
+def test_smaller_micro_batches_are_looked_at_where_not_all_is_kept(
+    limit: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gpt(8)
+    captured = traced(model, model.example_inputs(batch=64, sequence=128), Options())
+    options = Options(data_parallel=True, hardware="dgx-a100", recompute="auto")
+    options = replace(options, memory_limit=2**26 if limit else 2**40)
+    counts: list[int] = []
+    estimate = Estimator.estimate
+
+    def noted(self: Estimator, inside: Mesh, shares: StageShares, count: int, *rest: Any) -> Any:
+        if (inside, shares.ranks) == (Mesh(tp=2), 4):
+            counts.append(count)
+        return estimate(self, inside, shares, count, *rest)
+
+    monkeypatch.setattr(Estimator, "estimate", noted)
+    assert best_mesh(captured, 8, options, float("inf")) is not None
+    assert set(counts) == ({16, 32} if limit else {16})
+
+
+def test_blocks_have_as_much_kept_as_their_rank_has_room_for() -> None:
+    """The first rank, with most micro-batches in flight, recomputes most of its blocks."""
+    model = gpt(8)
+    captured = in_parts(traced(model, model.example_inputs(batch=64, sequence=128), Options()))
+    options = Options(data_parallel=True, hardware="dgx-a100", memory_limit=2**40)
+
+    def found(recompute: str, limit: int) -> Estimate:
+        asked = replace(options, recompute=recompute, memory_limit=limit)
+        best = Estimator(captured, asked).estimate(Mesh(dp=2, tp=2), shares_of(2, 4, asked), 4)
+        assert best is not None
+        return best
+
+    alike = found("full", 2**40)
+    some = found("auto", int(1.2 * alike.nbytes))
+    ways = some.mixes[0]
+    assert sorted(set(ways)) == ["full", "none", "selective"]
+    assert ways[:4].count("full") > ways[4:].count("full")
+    assert some.seconds < alike.seconds
+
+
+def test_nothing_more_is_kept_where_a_rank_has_no_room() -> None:
+    """Two blocks on two ranks, of which the first holds three micro-batches."""
+
+    def chain(seconds: float, kept: tuple[float, float]) -> StageChain:
+        each, none = np.full(2, seconds), np.zeros(2)
+        sizes = StageBytes(none, np.array(kept), np.zeros(3), (), 0.0)
+        joined, block, link = none.astype(bool), np.arange(2), Link.ring(1e9, 0.0, 0.0)
+        return StageChain(
+            each, each, none, each, none, none, np.zeros(3), joined, block, sizes, link
+        )
+
+    def marked(limit: float) -> list[bool]:
+        one, other = chain(1.0, (4.0, 4.0)), chain(2.0, (3.0, 1.0))
+        return most_saved(one, other, np.arange(2), (3, 1), (0, 1), limit, False)
+
+    assert marked(12.0) == [True, True]
+    assert marked(9.0) == [False, True]
+    assert marked(8.0) == [False, False]
 
 
 @pytest.mark.parametrize("each", [*broad(1), 2])

@@ -15,6 +15,7 @@ from autoparallel.graph.passes.experts_in_turn import join_experts_in_turn
 from autoparallel.graph.passes.flattened_batches import explicit_bias_of_batches, unmerge_batches
 from autoparallel.graph.passes.flattened_products import unflatten_products, unmerge_losses
 from autoparallel.graph.passes.functionalize import functional
+from autoparallel.graph.passes.join_norms import join_norms
 from autoparallel.graph.passes.join_slices import join_slices, join_writes
 from autoparallel.graph.passes.merged_dims import see_through_merges
 from autoparallel.graph.passes.no_grad import explicit_stops
@@ -45,6 +46,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     drop_identities,
     explicit_sizes,
     explicit_causal_masks,
+    join_norms,
     # Structure that a split must see: blocks of a dim, and dims that were flattened.
     join_slices,
     join_writes,

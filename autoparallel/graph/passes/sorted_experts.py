@@ -12,7 +12,14 @@ from autoparallel.graph.operators import draws
 from autoparallel.graph.passes.editing import rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise
 from autoparallel.graph.passes.row_orders import FLOOR, INDEX, NATURAL, ZEROS, RowOrders
-from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
+from autoparallel.graph.row_program import (
+    LOOKUP,
+    PRODUCT,
+    ROUTED,
+    RowProgram,
+    RowStep,
+    factors_first,
+)
 
 __all__ = ["NoRowsError", "RowSearch", "join_routed_experts"]
 
@@ -159,8 +166,13 @@ class RowSearch(RowOrders):
             return None
         if len({table.shape[0] for table in tables}) != 1:
             return None
+        inputs = {
+            f"{kind}{at}": self.graph.values[name]
+            for kind, names in self.inputs.items()
+            for at, name in enumerate(names)
+        }
         try:
-            text = RowProgram(tuple(self.steps), result).text()
+            text = RowProgram(factors_first(self.steps, result, inputs), result).text()
         except ValueError:
             return None
         kinds = ("row", "value", "table", "plain")

@@ -11,7 +11,7 @@ from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Kernel, Loops, OpCall, Shapes, ShardingRule
 
 
-@rule("aten.layer_norm.default", "aten.rms_norm.default", "aten.native_layer_norm.default")
+@rule("aten.layer_norm.default", "aten.native_layer_norm.default")
 def last_dims(call: OpCall) -> ShardingRule:
     """y[..., n] = (x - mean_n) / deviation_n * w[n] + b[n]: all but the normalized dims are free.
 
@@ -28,6 +28,20 @@ def last_dims(call: OpCall) -> ShardingRule:
         call,
         whole=[f"n{i}" for i in range(count)],
     )
+
+
+@rule("aten.rms_norm.default")
+def rms_norm(call: OpCall) -> ShardingRule:
+    """y[..., n] = x / root of mean_n(x^2) * w[n]: a single n is split by a kernel, in which the
+    ranks add up one number per row, and one backward.
+    """
+    free = last_dims(call)
+    if len(call.node.args[1]) != 1 or "n0" not in free.sizes:
+        return free
+    x = call.operands[0]
+    once = (Collective.ALL_REDUCE, numel_hint(x.shape[:-1]) * max(x.dtype.itemsize, 4))
+    kernel = Kernel("rms_norm_split", Invariant(), (once,) * 2)
+    return replace(free, whole=frozenset(), kernels={"n0": kernel})
 
 
 def _channels(call: OpCall, whole: str) -> ShardingRule:

@@ -25,6 +25,7 @@ from autoparallel.support.torch_private.backward_passes import (
     forward_gradients_are_on,
     global_call_hooks,
     gradient_hooks_of,
+    have_gradient_hooks,
     hook_handles_so_far,
     in_backward,
     is_returned,
@@ -33,6 +34,7 @@ from autoparallel.support.torch_private.backward_passes import (
     run_when_ready,
     saved_tensors_hooks_are_set,
     will_accumulate,
+    will_accumulate_all,
 )
 from autoparallel.support.torch_private.bare_programs import bare_programs
 from autoparallel.support.torch_private.compiled_frames import (
@@ -85,10 +87,13 @@ from autoparallel.support.torch_private.symbolic_numbers import (
 )
 from autoparallel.support.torch_private.tensor_records import (
     assert_on_device,
+    copy_all_,
+    laid_end_to_end,
     multiply_all_,
     norms_of,
     parts_of_norms,
     references_to,
+    references_to_each,
     storage_key,
     wrapper_tensor,
 )
@@ -189,6 +194,7 @@ __all__ = [
     "calling_module",
     "carries_backward_hooks",
     "checkpoint_classes",
+    "copy_all_",
     "current_dispatch_mode",
     "current_function_mode",
     "custom_op_functions",
@@ -214,6 +220,7 @@ __all__ = [
     "has_backward",
     "has_meta_kernel",
     "has_torch_binding",
+    "have_gradient_hooks",
     "hint_of",
     "hook_handles_so_far",
     "in_backward",
@@ -224,6 +231,7 @@ __all__ = [
     "is_functorch_wrapped_tensor",
     "is_returned",
     "keeping_frames",
+    "laid_end_to_end",
     "let_gloo_end",
     "local_part",
     "local_parts",
@@ -236,6 +244,7 @@ __all__ = [
     "place_in_backward",
     "placed_alike",
     "references_to",
+    "references_to_each",
     "remembering_arithmetic",
     "remembering_fake_results",
     "remembering_meta_results",
@@ -257,6 +266,7 @@ __all__ = [
     "truncated_normal_replaced",
     "wants_full_graph",
     "will_accumulate",
+    "will_accumulate_all",
     "with_function_overrides",
     "without_function_modes",
     "without_function_overrides",

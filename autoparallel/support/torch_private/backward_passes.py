@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "forward_gradients_are_on",
     "global_call_hooks",
     "gradient_hooks_of",
+    "have_gradient_hooks",
     "hook_handles_so_far",
     "in_backward",
     "is_returned",
@@ -27,6 +29,7 @@ __all__ = [
     "run_when_ready",
     "saved_tensors_hooks_are_set",
     "will_accumulate",
+    "will_accumulate_all",
 ]
 
 
@@ -80,6 +83,14 @@ def will_accumulate(node: Any) -> bool:
         return False
 
 
+def will_accumulate_all(nodes: Sequence[Any]) -> bool:
+    """Return whether `will_accumulate` holds for all nodes, by a loop that runs in C."""
+    try:
+        return all(map(torch._C._will_engine_execute_node, nodes))
+    except RuntimeError:  # as there
+        return False
+
+
 def is_returned(node: Any) -> bool:
     """Return whether the torch.autograd.grad that runs now returns the gradient of a leaf.
 
@@ -126,6 +137,15 @@ def gradient_hooks_of(parameter: torch.Tensor) -> tuple[Any, Any]:
     The first holds those that may change the gradient, the second those that run when it was added.
     """
     return parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+
+
+def have_gradient_hooks(parameters: Sequence[torch.Tensor]) -> bool:
+    """Return whether any of some leaves has hooks on its gradient, by loops that run in C."""
+    return any(map(_ON_TENSOR, parameters)) or any(map(_AFTER, parameters))
+
+
+_ON_TENSOR = operator.attrgetter("_backward_hooks")
+_AFTER = operator.attrgetter("_post_accumulate_grad_hooks")
 
 
 def saved_tensors_hooks_are_set() -> bool:

@@ -18,13 +18,14 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def has_attention_sums(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Say whether torch has a fused kernel for such tensors that returns its sums.
+    """Say whether torch has a fused kernel for such tensors that returns its sums; without data it
+    is that of CPUs.
 
     >>> has_attention_sums(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 3, 4))
     True
     """
     width = query.size(-1)
-    if value.size(-1) != width or query.device.type not in ("cpu", "cuda"):
+    if value.size(-1) != width or query.device.type not in ("cpu", "cuda", "meta"):
         return False
     half = query.dtype in (torch.float16, torch.bfloat16)
     return not query.is_cuda or (half and width <= _WIDEST and width % _MULTIPLE == 0)

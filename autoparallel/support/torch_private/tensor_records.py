@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "assert_on_device",
+    "copy_all_",
+    "laid_end_to_end",
     "multiply_all_",
     "norms_of",
     "parts_of_norms",
     "references_to",
+    "references_to_each",
     "storage_key",
     "wrapper_tensor",
 ]
@@ -69,6 +72,19 @@ def norms_of(
     return list(torch._foreach_norm(list(tensors), order, dtype=dtype))
 
 
+def copy_all_(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+    """Copy each of some tensors into another one of its shape."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def laid_end_to_end(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a vector of the elements of some tensors of one type, in new memory."""
+    if len(tensors) == 1:  # torch returns a view of it
+        return torch.cat([tensors[0].reshape(-1)])
+    vector: torch.Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))
+    return vector
+
+
 def multiply_all_(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply tensors in place by one number, on a GPU by one kernel."""
     torch._foreach_mul_(list(tensors), factor)
@@ -81,3 +97,12 @@ def references_to(tensor: torch.Tensor) -> tuple[int, int]:
     """
     counted: Any = tensor
     return counted._use_count(), sys.getrefcount(tensor)
+
+
+def references_to_each(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Return `references_to` each of some tensors, by a loop that runs in C.
+
+    The numbers tell only in comparison with those of other tensors in the same place.
+    """
+    count: Any = torch.Tensor
+    return list(zip(map(count._use_count, tensors), map(sys.getrefcount, tensors), strict=True))

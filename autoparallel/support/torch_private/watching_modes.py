@@ -50,9 +50,11 @@ def without_function_modes() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
-def without_function_overrides() -> AbstractContextManager[Any]:
-    """Return a context in which `__torch_function__` of tensor subclasses is not called."""
-    return torch._C.DisableTorchFunctionSubclass()
+# A context in which `__torch_function__` of tensor subclasses is not called. It is entered many
+# times in a step, and a function around it would take as long as it does.
+without_function_overrides: Callable[[], AbstractContextManager[Any]] = (
+    torch._C.DisableTorchFunctionSubclass
+)
 
 
 def with_function_overrides() -> AbstractContextManager[Any]:

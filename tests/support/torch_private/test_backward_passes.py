@@ -84,7 +84,9 @@ class Kept(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        adds = torch_private.will_accumulate(ctx.next_functions[0][0])
+        node = ctx.next_functions[0][0]
+        adds = torch_private.will_accumulate(node)
+        assert torch_private.will_accumulate_all([node, node]) == adds
         ctx.notes.append((ctx.name, adds))
         return grad, None, None
 
@@ -155,8 +157,10 @@ def test_hooks_on_a_gradient_lie_in_dictionaries() -> None:
     """By the numbers of their handles. What is written there runs in place of the hook."""
     x = torch.ones(2, requires_grad=True)
     assert torch_private.gradient_hooks_of(x) == (None, None)
+    assert not torch_private.have_gradient_hooks([x, torch.ones(1)])
     ran = []
     handle = x.register_hook(lambda grad: ran.append("first"))
+    assert torch_private.have_gradient_hooks([torch.ones(1), x])
     x.register_post_accumulate_grad_hook(lambda x: ran.append("second"))
     on_tensor, after = torch_private.gradient_hooks_of(x)
     assert list(on_tensor) == [handle.id]

@@ -71,3 +71,25 @@ def _forward_and_back(given: list[torch.Tensor]) -> list[torch.Tensor]:
     forward = torch_private.attention_and_sums((query, key, value), *ends)
     back = torch_private.attention_gradients((query, key, value), *ends, grad, result, sums)
     return [*forward, *back]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_are_run_without_data(masked: bool, dtype: torch.dtype) -> None:
+    """In place of row after row, and with results of the same shapes, types and strides."""
+    given = [torch.randn(2, 3, n, 4, dtype=dtype) for n in (5, 7, 7, 5)]
+    mask = torch.randn(1, 1, 5, 7, dtype=dtype) if masked else None
+    assert torch_private.has_attention_sums(given[0].to("meta"), given[2].to("meta"))
+
+    def run(device: str) -> list[torch.Tensor]:
+        query, key, value, grad = (each.to(device) for each in given)
+        cut = None if mask is None else mask.to(device)
+        result, sums = torch_private.attention_and_sums((query, key, value), cut, False, 0.3)
+        gradients = torch_private.attention_gradients(
+            (query, key, value), cut, False, 0.3, grad, result, sums
+        )
+        return [result, sums, *gradients]
+
+    for here, nowhere in zip(run("cpu"), run("meta"), strict=True):
+        assert (here.shape, here.dtype) == (nowhere.shape, nowhere.dtype)
+        assert here.stride() == nowhere.stride()

@@ -67,18 +67,21 @@ def test_who_holds_a_gradient_as_well_is_counted() -> None:
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> Any:
             counts[ctx.name] = torch_private.references_to(grad)
+            each[ctx.name] = torch_private.references_to_each([grad])[0]
             return grad, None
 
     counts: dict[str, tuple[int, int]] = {}
+    each: dict[str, tuple[int, int]] = {}
     leaf, other = (torch.ones(2, requires_grad=True) for _ in range(2))
     given = torch.ones(2)
     (Counted.apply(leaf, "alone") * 2).sum().backward()
     (Counted.apply(leaf, "first") + Counted.apply(other, "second")).pow(2).sum().backward()
     Counted.apply(leaf, "given").backward(given)
-    alone = counts.pop("alone")
-    # The second runs first. When the first one does, nobody else has the gradient any more.
-    assert counts.pop("first") == alone
-    assert all(count != alone for count in counts.values())
+    for counted in (counts, each):
+        alone = counted.pop("alone")
+        # The second runs first. When the first one does, nobody else has the gradient any more.
+        assert counted.pop("first") == alone
+        assert all(count != alone for count in counted.values())
 
 
 def test_all_tensors_of_a_list() -> None:
@@ -89,6 +92,11 @@ def test_all_tensors_of_a_list() -> None:
         assert all(norm.dtype == torch.float64 for norm in norms)
     torch_private.multiply_all_(tensors, torch.tensor(2.0))
     assert tensors[0].tolist() == [6.0, -8.0]
+    assert torch_private.laid_end_to_end(tensors).tolist() == [6.0, -8.0, 2.0, 2.0, 2.0, 2.0]
+    alone = torch_private.laid_end_to_end(tensors[:1])
+    assert alone.data_ptr() != tensors[0].data_ptr()  # one tensor is copied, too
+    torch_private.copy_all_(tensors, [torch.zeros(2), torch.ones(2, 2)])
+    assert [tensor.sum().item() for tensor in tensors] == [0.0, 4.0]
 
 
 def test_parts_of_norms() -> None:
