@@ -7,6 +7,7 @@ from calls import Call, call, ints, x
 from sample_calls import CALLS
 
 from autoparallel.discovery.discover import ProbeError, discover
+from autoparallel.discovery.probe_processes import rule_of
 from autoparallel.discovery.strategy_validation import derived, why_wrong
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import ShardingRule
@@ -91,7 +92,8 @@ def test_nearly_all_that_is_known_is_found() -> None:
         written = known_rule(example.call)
         assert written is not None
         try:
-            rule = discover(example.call).rule(example.call)
+            # In a process of its own where native code trusts what its operands say.
+            rule = rule_of(example.call, None)[0].rule(example.call)
         except ProbeError as error:
             missed.append(f"{sample}: {error}")
             continue
