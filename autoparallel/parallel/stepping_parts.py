@@ -154,9 +154,12 @@ class PartsTogether:
         """
         self.gradients = [part.gradient() for part in self.members]
         dtype = self.stand_in.dtype
-        return all(_is_dense(gradient, dtype) for gradient in self.gradients) and (
-            is_known or len({_kind(part, state.get(part.parameter)) for part in self.members}) == 1
-        )
+        if not all(_is_dense(gradient, dtype) for gradient in self.gradients):
+            return False
+        if is_known:
+            return True
+        kinds = {_kind(part, state.get(part.parameter)) for part in self.members}
+        return len(kinds) == 1 and None not in kinds
 
     def begin(self) -> None:
         """Give the stand-in the elements of the parameters as they are now, and the gradients."""
