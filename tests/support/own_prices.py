@@ -102,12 +102,14 @@ class _Pricer:
     def conversion(self, row: Conversion, value: Value, parameter: ParameterChoice | None) -> float:
         """Count all steps of a conversion forward, again if they are repeated, and backward."""
         size = numel(value) * value.dtype.itemsize
-        layout, ahead, back = row.source, 0.0, 0.0
+        layout, ahead, back, leads = row.source, 0.0, 0.0, True
         for step in row.steps:
             assert layout[step.axis] == step.source
             sent = size * self.share(value.shape, layout, step.axis)
             one, two = kind(step.source), kind(step.target)
-            waits = parameter is not None and (one, two) == ("I", "R")
+            # After a step of another kind, a gradient does not wait for those of others.
+            leads = leads and (one, two) == ("I", "R")
+            waits = parameter is not None and leads
             ahead += self.move(one + two, sent, step.axis)
             if row.requires_grad and not (waits and self.is_late(parameter, step)):
                 back += self.move(OPPOSITE[two] + OPPOSITE[one], sent, step.axis, waits)
