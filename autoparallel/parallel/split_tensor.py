@@ -315,17 +315,16 @@ def _follow(tensor: DTensor) -> None:
         keep_view(tensor, view)
 
 
-def _share(tensor: DTensor, value: torch.Tensor) -> None:
+def _share(tensor: DTensor, value: Any) -> None:
     """Have a split tensor hold the parts of another one, of which torch gives it the type alone."""
-    if not isinstance(value, DTensor):
-        return
-    _follow(value)
-    with torch.inference_mode(False), torch.no_grad():
-        value = value.detach()
-        if not placed_alike(value, tensor):
-            value = value.redistribute(tensor.device_mesh, tensor.placements)
-        share_local_part(tensor, value)
-        note_writes([tensor])
+    if isinstance(value, DTensor):
+        _follow(value)
+        with torch.inference_mode(False), torch.no_grad():
+            given: Any = value.detach()
+            if not placed_alike(given, tensor):
+                given = given.redistribute(tensor.device_mesh, tensor.placements)
+            share_local_part(tensor, given)
+            note_writes([tensor])
 
 
 def _show(tensor: DTensor, value: torch.Tensor) -> None:

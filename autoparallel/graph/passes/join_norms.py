@@ -59,7 +59,8 @@ class _Joiner:
             # Rows that the user has rounded, or made integers of, are others than x.
             same = rows.name in (x.name, self.uncast(x.name))
             kinds = {x.dtype, mean.result.dtype, node.result.dtype}
-            if last and same and len(kinds) == 1 and isinstance(next(iter(x.shape[-1:]), None), int):
+            alike = len(kinds) == 1 and last and same
+            if alike and x.shape and isinstance(x.shape[-1], int):
                 return _as_norm(node, x, None, float(total.args[1]))
         return None
 
