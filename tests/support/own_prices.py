@@ -28,6 +28,7 @@ from autoparallel.placement import (
     Step,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.plan.kept_layouts import kept_layout
 from autoparallel.rules.loop_splits import place, tile_of
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.strategies import Strategy
@@ -187,6 +188,12 @@ class _Pricer:
         for axis, (stored, updated) in enumerate(zip(row.storage, row.state, strict=True)):
             if stored != updated:
                 seconds += self.move("SI", self.across(row, value, axis), axis)
+        # Parts that torch cannot store as they are used are exchanged, and so are their gradients.
+        kept = kept_layout(row.state, tuple(map(hint, value.shape)), self.sizes)
+        for axis, (late, early) in enumerate(zip(kept, row.state, strict=True)):
+            if late != early:
+                sent = row.nbytes * self.share(value.shape, row.state, axis)
+                seconds += 2 * self.move("SS", sent, axis, together=True)
         return seconds
 
     def across(self, row: ParameterChoice, value: Value, axis: int) -> float:
