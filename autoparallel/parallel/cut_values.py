@@ -36,10 +36,11 @@ def without_sums(placements: Any) -> Any:
 def cut_value(value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
     """Return the rank's part of a whole tensor that is the same on all ranks, as a DTensor."""
     everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    # Torch takes the shape of a single number, which is empty, for none that is told.
+    whole = torch.empty(value.shape, device="meta", dtype=value.dtype)
     like = DTensor.from_local(
-        torch.empty(0, device="meta", dtype=value.dtype), mesh, placements, run_check=False,
-        shape=value.shape, stride=torch.empty(value.shape, device="meta").stride(),
-    )  # fmt: skip
+        whole, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
     layout, here = layout_of(like), mesh.get_coordinate()
     if layout is None or here is None:
         return everywhere.redistribute(mesh, placements)

@@ -38,6 +38,8 @@ class FunctionKind(Enum):
     WHOLE = "whole"
     # It assigns a gradient.
     GRADIENT = "gradient"
+    # It assigns other memory.
+    ASSIGNED = "assigned"
     # It asks for memory, which a split tensor has none of, or how often that was written to.
     MEMORY = "memory"
 
@@ -78,8 +80,9 @@ def kind_of(function: Any) -> FunctionKind:
             held = {"data": FunctionKind.DATA, "grad": FunctionKind.MARKED}
             held["_version"] = FunctionKind.MEMORY
             return held.get(attribute, FunctionKind.PASSED)
-        gradient = (name, attribute) == ("__set__", "grad")
-        return FunctionKind.GRADIENT if gradient else FunctionKind.PASSED
+        assigned = {"grad": FunctionKind.GRADIENT, "data": FunctionKind.ASSIGNED}
+        known = assigned if name == "__set__" else {}
+        return known.get(attribute, FunctionKind.PASSED)
     if name.startswith("new_") and name != "new_tensor":
         return FunctionKind.NEW
     if name in _HOOKS:

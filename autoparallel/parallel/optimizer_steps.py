@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from autoparallel.parallel.split_views import forget_values
 from autoparallel.parallel.steps_on_parts import StepsOnParts
 from autoparallel.runtime.tensor_parts import take_layout_part
 from autoparallel.support.torch_private import (
+    global_step_hooks,
     local_part,
     without_function_overrides,
 )
@@ -66,6 +68,9 @@ _ELEMENTWISE = frozenset(
 )
 # Those whose fused kernel does not take DTensors.
 _FUSED = {"SGD": _Way.PARTS, "Adagrad": _Way.PARTS}
+
+# The package, of which some hooks are.
+_OURS = __name__.partition(".")[0] + "."
 
 # The parameters of models that were split, with their paths.
 _originals: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -183,16 +188,21 @@ def _way_of(optimizer: torch.optim.Optimizer) -> _Way:
                 return _WAYS[kind.__name__]
             if kind.__name__ in _FUSED and any(g.get("fused") for g in optimizer.param_groups):
                 return _FUSED[kind.__name__]
-    seen = _hooks_of(optimizer) or optimizer.defaults.get("differentiable")
+    seen = _is_watched(optimizer) or optimizer.defaults.get("differentiable")
     torchs = own.__module__.startswith("torch.optim") and own.__name__ in _ELEMENTWISE
     if torchs and not seen and not torch.compiler.is_compiling():
         return _Way.PARTS
     return _Way.DISTRIBUTED
 
 
-def _hooks_of(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether hooks on an optimizer's steps are registered."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+def _is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the user's hooks run around an optimizer's steps, or those of all."""
+    everywhere = chain.from_iterable(hooks.values() for hooks in global_step_hooks())
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or any(not getattr(hook, "__module__", "").startswith(_OURS) for hook in everywhere)
+    )
 
 
 def _before(
@@ -211,8 +221,7 @@ def _before(
     ours = list(_split_parameters(optimizer)) if way is not _Way.PARTS else []
     if way is _Way.DISTRIBUTED:
         with without_function_overrides():
-            for parameter in ours:
-                _cut_state(optimizer.state.get(parameter), parameter)
+            _cut_states(optimizer, ours)
         return None
     name = type(optimizer).__name__
     # A rank of a pipeline may have none of the parameters, and refuses what the others refuse.
@@ -225,7 +234,7 @@ def _before(
         )
     if way is not _Way.PARTS and not ours:
         return None
-    if way is _Way.PARTS and _hooks_of(optimizer):
+    if way is _Way.PARTS and _is_watched(optimizer):
         raise AutoParallelError(
             f"{name} cannot step on a split module where hooks on its steps are registered",
             why="it steps on the rank's parts of the parameters, and the hooks would see these",
@@ -266,11 +275,23 @@ def _step_on_parts(optimizer: torch.optim.Optimizer) -> None:
             steps.enter(optimizer)
 
 
-def _cut_state(entries: Any, parameter: DTensor) -> None:
-    """Keep the rank's part of a state that was loaded of an optimizer of the unsplit model."""
-    for key, value in (entries or {}).items():
-        if isinstance(value, torch.Tensor) and value.ndim and not isinstance(value, DTensor):
-            entries[key] = cut_like(value, parameter)
+def _cut_states(optimizer: torch.optim.Optimizer, ours: list[DTensor]) -> None:
+    """Make DTensors of what is remembered for each element.
+
+    It may have been loaded from an optimizer of the unsplit model, or be of steps on parts. Of a
+    parameter that is a single number, that is all but what others remember a number of.
+    """
+    entries = [(parameter, optimizer.state.get(parameter) or {}) for parameter in ours]
+    counts = {
+        key
+        for parameter, entry in entries
+        for key, value in entry.items()
+        if parameter.ndim and isinstance(value, torch.Tensor) and not value.ndim
+    }
+    for parameter, entry in entries:
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and (value.ndim or key not in counts):
+                entry[key] = cut_like(value, parameter)
 
 
 def _called_first(

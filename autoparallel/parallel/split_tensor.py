@@ -50,6 +50,7 @@ from autoparallel.parallel.split_views import (
 from autoparallel.runtime.faults import explained, is_lost
 from autoparallel.support.torch_private import (
     local_part,
+    placed_alike,
     share_local_part,
     storage_key,
     with_function_overrides,
@@ -206,6 +207,10 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
         return refuse_memory(function, args, kwargs)
     if kind is FunctionKind.GRADIENT:
         return function(args[0], *(cut_like(item, args[0]) for item in args[1:]))
+    if kind is FunctionKind.ASSIGNED:
+        function(*args)
+        _share(*args)
+        return None
     tensors = list(tensors_among((args, kwargs)))
     recorded = torch.is_grad_enabled()
     split = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
@@ -308,6 +313,18 @@ def _follow(tensor: DTensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
             _show(tensor, view.of_whole(whole_of(view.base)))
         keep_view(tensor, view)
+
+
+def _share(tensor: DTensor, value: Any) -> None:
+    """Have a split tensor hold the parts of another one, of which torch gives it the type alone."""
+    if isinstance(value, DTensor):
+        _follow(value)
+        with torch.inference_mode(False), torch.no_grad():
+            given: Any = value.detach()
+            if not placed_alike(given, tensor):
+                given = given.redistribute(tensor.device_mesh, tensor.placements)
+            share_local_part(tensor, given)
+            note_writes([tensor])
 
 
 def _show(tensor: DTensor, value: torch.Tensor) -> None:

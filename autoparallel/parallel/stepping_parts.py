@@ -126,7 +126,7 @@ class PartsTogether:
     members: of one type, with gradients, and remembered alike (`may_be_together`). stand_in: their
     elements, in memory of its own. own: what the optimizer remembers of the vector. What everybody
     else sees are pieces of it, and, of the numbers that are remembered once for each parameter,
-    copies: counts, each with the vector of these, and its version after the last step.
+    copies: counts, by their key, each with the vector of these.
     """
 
     def __init__(self, members: Sequence[Part]) -> None:
@@ -136,9 +136,10 @@ class PartsTogether:
         self.stand_in = nn.Parameter(laid_end_to_end(self.locals))
         self.pieces = self.cut(self.stand_in.detach())
         self.own: _State | None = None
-        self.own_values: tuple[Any, ...] = ()
+        # As it was when the last step ended.
+        self.known: _State = {}
         self.shared: list[_State] = [{} for _ in members]
-        self.counts: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self.counts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.gradients: list[Any] = []
 
     def cut(self, vector: torch.Tensor) -> list[torch.Tensor]:
@@ -153,9 +154,12 @@ class PartsTogether:
         """
         self.gradients = [part.gradient() for part in self.members]
         dtype = self.stand_in.dtype
-        return all(_is_dense(gradient, dtype) for gradient in self.gradients) and (
-            is_known or len({_kind(part, state.get(part.parameter)) for part in self.members}) == 1
-        )
+        if not all(_is_dense(gradient, dtype) for gradient in self.gradients):
+            return False
+        if is_known:
+            return True
+        kinds = {_kind(part, state.get(part.parameter)) for part in self.members}
+        return len(kinds) == 1 and None not in kinds
 
     def begin(self) -> None:
         """Give the stand-in the elements of the parameters as they are now, and the gradients."""
@@ -167,18 +171,23 @@ class PartsTogether:
         """Write what was computed to the parameters."""
         copy_all_(self.locals, self.pieces)
         self.stand_in.grad = None
-        for at, (count, several, _) in enumerate(self.counts):
+        for count, several in self.counts.values():
             several.copy_(count)
-            self.counts[at] = (count, several, several._version)
 
     @property
     def is_as_left(self) -> bool:
-        """Whether nobody has written to the numbers that are remembered once for each parameter."""
-        return all(several._version == version for _, several, version in self.counts)
+        """Whether the numbers that are remembered once for each parameter are still the same."""
+        return all(
+            torch.equal(several, count.expand_as(several))
+            for count, several in self.counts.values()
+        )
 
     def enter(self, entries: Sequence[_State | None]) -> _State | None:
-        """Return what the optimizer remembers of the vector. entries: as everybody sees it."""
-        self.own, self.own_values, self.counts = None, (), []
+        """Return what the optimizer remembers of the vector. entries: as everybody sees it.
+
+        The tensors in it stay the same objects, which others may hold, in the vector's memory.
+        """
+        self.own, self.known, self.counts = None, {}, {}
         parts = [p.enter([entry]) for p, entry in zip(self.members, entries, strict=True)]
         if parts[0] is None:
             self.shared = [{} for _ in self.members]
@@ -186,38 +195,43 @@ class PartsTogether:
         self.shared = [entry for entry in entries if entry is not None]
         own: _State = {}
         for key, value in parts[0].items():
-            values: list[Any] = [part[key] for part in parts if part is not None]
-            if isinstance(value, torch.Tensor):
-                value = laid_end_to_end(values) if value.ndim else value.clone()
             own[key] = value
-        self.share(own)
+            if isinstance(value, torch.Tensor):
+                values: list[Any] = [part[key] for part in parts if part is not None]
+                own[key] = laid_end_to_end(values) if value.ndim else value.clone()
+                for each, piece in zip(values, self.pieces_of(key, own[key]), strict=True):
+                    each.data = piece
+        self.own, self.known = own, dict(own)
         return own
 
     def leave(self, own: _State | None) -> Sequence[_State | None]:
         """Return what the optimizer remembers now, as everybody sees it. own: of the vector."""
         if own is None:
             return [None] * len(self.members)
-        same = own is self.own and len(own) == len(self.own_values)
-        if not same or not are_alike(own.values(), self.own_values):
-            self.share(own)
+        for key in [key for key in self.known if key not in own]:
+            self.counts.pop(key, None)
+            for entry in self.shared:
+                del entry[key]
+        for key, value in own.items():
+            if key in self.known and self.known[key] is value:
+                continue
+            self.counts.pop(key, None)
+            pieces = [value] * len(self.members)
+            if isinstance(value, torch.Tensor):
+                pairs = zip(self.members, self.pieces_of(key, value), strict=True)
+                pieces = [part.as_shared(piece) for part, piece in pairs]
+            for entry, piece in zip(self.shared, pieces, strict=True):
+                entry[key] = piece
+        self.own, self.known = own, dict(own)
         return self.shared
 
-    def share(self, own: _State) -> None:
-        """Let everybody see what is remembered of the vector."""
-        self.own, self.own_values, self.counts = own, tuple(own.values()), []
-        for entry in self.shared:
-            entry.clear()
-        for key, value in own.items():
-            several = [value] * len(self.members)
-            if isinstance(value, torch.Tensor) and value.ndim:
-                pairs = zip(self.members, self.cut(value), strict=True)
-                several = [part.as_shared(piece) for part, piece in pairs]
-            elif isinstance(value, torch.Tensor):
-                counts = value.repeat(len(self.members))
-                self.counts.append((value, counts, counts._version))
-                several = list(counts.unbind())
-            for entry, each in zip(self.shared, several, strict=True):
-                entry[key] = each
+    def pieces_of(self, key: str, value: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return each parameter's piece of a vector that is remembered, or copy of a number."""
+        if value.ndim:
+            return self.cut(value)
+        several = value.repeat(len(self.members))
+        self.counts[key] = (value, several)
+        return several.unbind()
 
 
 class Unit(Protocol):
@@ -269,6 +283,12 @@ def _is_dense(gradient: torch.Tensor | None, dtype: torch.dtype) -> bool:
     return gradient is not None and gradient.dtype == dtype and gradient.layout is torch.strided
 
 
+def _is_memory_of(value: torch.Tensor, local: torch.Tensor) -> bool:
+    """Return whether what is remembered is a parameter itself, or lies where it does."""
+    value = local_part(value) if isinstance(value, DTensor) else value
+    return value.data_ptr() == local.data_ptr()
+
+
 def _kind(part: Part, entry: Mapping[str, Any] | None) -> Any:
     """Return what must be equal of parts that step together; None of one that steps by itself.
 
@@ -287,9 +307,14 @@ def _kind(part: Part, entry: Mapping[str, Any] | None) -> Any:
     facts: list[Any] = []
     for key, value in (entry or {}).items():
         if not isinstance(value, torch.Tensor):
+            # Of lists and other objects that are changed, each parameter has its own.
+            if not isinstance(value, (int, float, complex, str, type(None))):
+                return None
             facts.append((key, type(value), repr(value)))
         elif not value.ndim:
             facts.append((key, value.dtype, value.device, value.item()))
+        elif _is_memory_of(value, local):
+            return None
         elif value.shape in (part.parameter.shape, local.shape):
             facts.append((key, value.dtype, "each"))
         else:

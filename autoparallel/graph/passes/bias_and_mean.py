@@ -51,8 +51,8 @@ def split_mean(graph: Graph) -> Graph:
         if node.target in ("aten.mean.dim", "aten.mean.default"):
             shape = graph.values[first_operand(node)].shape
             dims = node.argument(1, "dim")
-            # Torch takes both for all dims.
-            if dims is None or dims == ():
+            # Torch takes both for all dims, and any dim of a single number for none.
+            if dims is None or dims == () or not shape:
                 dims = tuple(range(len(shape)))
             dims = dims if isinstance(dims, tuple) else (dims,)
             count = count_of(tuple(shape[dim] for dim in dims))

@@ -56,9 +56,11 @@ class _Joiner:
             x = self.graph.values[first_operand(squares)]
             dims = mean.argument(1, "dim")
             last = dims in ((-1,), (len(x.shape) - 1,)) and mean.argument(2, "keepdim", False)
-            same = x.name in (rows.name, self.uncast(rows.name)) or rows.name == self.uncast(x.name)
+            # Rows that the user has rounded, or made integers of, are others than x.
+            same = rows.name in (x.name, self.uncast(x.name))
             kinds = {x.dtype, mean.result.dtype, node.result.dtype}
-            if last and same and len(kinds) == 1 and isinstance(x.shape[-1], int):
+            alike = len(kinds) == 1 and last and same
+            if alike and x.shape and isinstance(x.shape[-1], int):
                 return _as_norm(node, x, None, float(total.args[1]))
         return None
 
@@ -70,7 +72,9 @@ class _Joiner:
         if norm is None or norm.args[2] is not None or norm.result.dtype is not torch.float32:
             return None
         narrow = self.graph.values.get(self.uncast(first_operand(norm)))
-        if narrow is None or narrow.dtype is not node.result.dtype or narrow.dtype.itemsize != 2:
+        if narrow is None or narrow.dtype is not node.result.dtype:
+            return None
+        if narrow.dtype not in (torch.float16, torch.bfloat16):
             return None
         return _as_norm(node, narrow, None, norm.args[3])
 

@@ -19,6 +19,7 @@ __all__ = [
     "carries_backward_hooks",
     "forward_gradients_are_on",
     "global_call_hooks",
+    "global_step_hooks",
     "gradient_hooks_of",
     "have_gradient_hooks",
     "hook_handles_so_far",
@@ -163,6 +164,14 @@ def global_call_hooks() -> tuple[dict[int, Any], ...]:
     module: Any = torch.nn.modules.module
     kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
     return tuple([getattr(module, f"_global_{kind}") for kind in kinds])
+
+
+def global_step_hooks() -> tuple[dict[int, Any], ...]:
+    """Return the dictionaries of the hooks that run around the steps of all optimizers."""
+    from torch.optim import optimizer
+
+    module: Any = optimizer
+    return module._global_optimizer_pre_hooks, module._global_optimizer_post_hooks
 
 
 def call_hooks_of(modules: Iterable[torch.nn.Module]) -> tuple[dict[int, Any], ...]:

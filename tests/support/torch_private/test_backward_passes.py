@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from autoparallel.support import torch_private
 
@@ -218,5 +222,14 @@ def test_global_hooks() -> None:
         handle = getattr(modules, f"register_module_{kind}_hook")(lambda *_: seen.append(1))
         assert [len(hooks) for hooks in torch_private.global_call_hooks()] == [
             int(index == place) for index in range(4)
+        ]
+        handle.remove()
+    optimizers: Any = register_optimizer_step_pre_hook, register_optimizer_step_post_hook
+    for place, register in enumerate(optimizers):
+        before = [len(hooks) for hooks in torch_private.global_step_hooks()]
+        handle = register(lambda *_: None)
+        after = [len(hooks) for hooks in torch_private.global_step_hooks()]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [
+            int(index == place) for index in range(2)
         ]
         handle.remove()
