@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autoparallel.analysis.observed_runs import Seen
 from autoparallel.analysis.pipeline_step import link_of_stages
 from autoparallel.analysis.timeline import passes_of_stage
@@ -35,7 +38,7 @@ from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import StageShares
-from planners import Problem, Solution
+from planners import Alternative, Problem, Solution
 
 __all__ = ["Asked", "ShortChains", "TooLargeError"]
 
@@ -101,6 +104,17 @@ class ShortChains:
         every = len(find_repeats(captured.graph).blocks)
         left = sum(times - 1 for _, _, times in short.times)
         self.numbered = len(repeats) + left == every
+        # Where the blocks of each chain lie, and how many of the whole model each stands for.
+        self._spans: list[tuple[float, float, float]] = []
+        for first, _, times in short.times:
+            place = next(
+                place
+                for place, block in enumerate(repeats)
+                if self.graph.nodes[block.start].name == first
+            )
+            start, stop = repeats[place - 1].start, repeats[place + 1].stop
+            # What is read first in a block, and ways to recompute it, lie a little before it.
+            self._spans.append((start - 0.75, stop - 0.5, (times + 2) / 3))
         self._blocks = {
             node.name: number
             for number, block in enumerate(repeats)
@@ -172,7 +186,8 @@ class ShortChains:
                 }
                 pinned = {nodes[path]: pin for path, pin in of.pins.items() if path in nodes}
                 # It remembers tables, which problems of other prices have as well.
-                self._solvers[mode] = NetworkSolver(network), network.problem(1.0, pinned)
+                problem = self._as_whole(network, network.problem(1.0, pinned))
+                self._solvers[mode] = NetworkSolver(network), problem
             solve, problem = self._solvers[mode]
             if price:
                 quickest, _ = self._solved(of, mode, 0.0)
@@ -184,6 +199,43 @@ class ShortChains:
                 solution, factor_alternatives=(), variable_alternatives=()
             )
         return self._solutions[key], network
+
+    def _as_whole(self, network: CostNetwork, problem: Problem) -> Problem:
+        """Return a problem of the short model in which its blocks count as all of the whole model.
+
+        Without that, what is around the blocks, which stands once, would choose how tensors lie in
+        each of them.
+        """
+        shares = {
+            name: max(
+                [each for start, stop, each in self._spans if start <= place < stop], default=1.0
+            )
+            for name, place in ((name, network.position(name)) for name in problem.names)
+        }
+        known: dict[Any, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
+
+        def scaled(table: NDArray[np.float64] | None, share: float) -> NDArray[np.float64] | None:
+            """Return a table so many times; tables that are shared stay shared."""
+            if table is None or share == 1.0:
+                return table
+            return known.setdefault((id(table), share), (table, table * share))[1]
+
+        def counted(item: Any, share: float, name: str) -> Any:
+            """Return a variable or factor whose tables count so many times."""
+            others = tuple(
+                Alternative(scaled(way.cost, share), scaled(way.usage, share))
+                for way in item.alternatives
+            )
+            tables = {name: scaled(getattr(item, name), share), "usage": scaled(item.usage, share)}
+            return replace(item, **tables, alternatives=others)
+
+        return Problem(
+            tuple(counted(each, shares[each.name], "unary") for each in problem.variables),
+            tuple(
+                counted(each, min(shares[name] for name in each.scope), "table")
+                for each in problem.factors
+            ),
+        )
 
     def _network(self, of: Asked, mode: str) -> CostNetwork:
         """Return the cost network of the short model for a mode of recomputation."""
