@@ -38,7 +38,7 @@ from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import StageShares
-from planners import Alternative, Problem, Solution
+from planners import Alternative, Factor, Problem, Solution, Variable
 
 __all__ = ["Asked", "ShortChains", "TooLargeError"]
 
@@ -104,17 +104,12 @@ class ShortChains:
         every = len(find_repeats(captured.graph).blocks)
         left = sum(times - 1 for _, _, times in short.times)
         self.numbered = len(repeats) + left == every
-        # Where the blocks of each chain lie, and how many of the whole model each stands for.
-        self._spans: list[tuple[float, float, float]] = []
-        for first, _, times in short.times:
-            place = next(
-                place
-                for place, block in enumerate(repeats)
-                if self.graph.nodes[block.start].name == first
-            )
-            start, stop = repeats[place - 1].start, repeats[place + 1].stop
-            # What is read first in a block, and ways to recompute it, lie a little before it.
-            self._spans.append((start - 0.75, stop - 0.5, (times + 2) / 3))
+        places = {node.name: place for place, node in enumerate(self.graph.nodes)}
+        # What is read first in a block, and the way to recompute it, lie a little before it.
+        self._spans = [
+            (places[first] - 0.75, places[last] + 0.25, number)
+            for first, last, number in short.chains
+        ]
         self._blocks = {
             node.name: number
             for number, block in enumerate(repeats)
@@ -206,36 +201,11 @@ class ShortChains:
         Without that, what is around the blocks, which stands once, would choose how tensors lie in
         each of them.
         """
-        shares = {
-            name: max(
-                [each for start, stop, each in self._spans if start <= place < stop], default=1.0
-            )
-            for name, place in ((name, network.position(name)) for name in problem.names)
-        }
-        known: dict[Any, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
-
-        def scaled(table: NDArray[np.float64] | None, share: float) -> NDArray[np.float64] | None:
-            """Return a table so many times; tables that are shared stay shared."""
-            if table is None or share == 1.0:
-                return table
-            return known.setdefault((id(table), share), (table, table * share))[1]
-
-        def counted(item: Any, share: float, name: str) -> Any:
-            """Return a variable or factor whose tables count so many times."""
-            others = tuple(
-                Alternative(scaled(way.cost, share), scaled(way.usage, share))
-                for way in item.alternatives
-            )
-            tables = {name: scaled(getattr(item, name), share), "usage": scaled(item.usage, share)}
-            return replace(item, **tables, alternatives=others)
-
-        return Problem(
-            tuple(counted(each, shares[each.name], "unary") for each in problem.variables),
-            tuple(
-                counted(each, min(shares[name] for name in each.scope), "table")
-                for each in problem.factors
-            ),
-        )
+        shares = dict.fromkeys(problem.names, 1.0)
+        for start, stop, number in self._spans:
+            inside = (name for name in shares if start <= network.position(name) < stop)
+            shares.update(dict.fromkeys(inside, number))
+        return _counted(problem, shares)
 
     def _network(self, of: Asked, mode: str) -> CostNetwork:
         """Return the cost network of the short model for a mode of recomputation."""
@@ -258,3 +228,36 @@ class ShortChains:
 def _key(of: Asked) -> tuple[Any, ...]:
     """Return what solutions depend on, of the figures of an estimate."""
     return of.inside, of.shares.ranks, of.count, tuple(of.pins.items())
+
+
+def _counted(problem: Problem, shares: Mapping[str, float]) -> Problem:
+    """Return a problem in which tables count several times: those of a variable as its share says,
+    those over several variables as the least of theirs.
+    """
+    known: dict[tuple[int, float], NDArray[np.float64]] = {}
+
+    def times(table: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+        """Return so many times a table; those that are shared stay shared."""
+        if share == 1.0:
+            return table
+        if (id(table), share) not in known:
+            known[id(table), share] = table * share
+        return known[id(table), share]
+
+    def ways(item: Variable | Factor, share: float) -> list[Alternative]:
+        """Return the ways to pay for a table, so many times."""
+        return [
+            Alternative(
+                times(way.cost, share), None if way.usage is None else times(way.usage, share)
+            )
+            for way in item.prices.ways
+        ]
+
+    variables, factors = [], []
+    for variable in problem.variables:
+        own, *others = ways(variable, shares[variable.name])
+        variables.append(Variable(variable.name, own.cost, own.usage, tuple(others)))
+    for factor in problem.factors:
+        own, *others = ways(factor, min(shares[name] for name in factor.scope))
+        factors.append(Factor(factor.scope, own.cost, own.usage, tuple(others)))
+    return Problem(tuple(variables), tuple(factors))
