@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -38,9 +39,9 @@ HEAD = """# More families
 Tiny models with random weights of the families in `tests/support/more_families.py`, none of which
 is in the zoo that the rules were written with ([coverage.md](coverage.md)): one step of training in
 float64, without dropout, on 2 and on 3 simulated ranks, against the unsplit module, and against
-ours on one rank where a model draws random numbers all the same (ViLT). Written by `make families`;
-`make broad` also has each on a mesh of two axes. Where two things stand in a cell, the first is for
-2 ranks and the second for 3.
+ours on one rank where a model draws random numbers all the same (ViLT, PhiMoE). Written by
+`make families`; `make broad` also has each on a mesh of two axes. Where two things stand in a cell,
+the first is for 2 ranks and the second for 3.
 
 - weights: bytes of parameters of two dims and more that are split. FLOPs: of matrix products and
   convolutions.
@@ -53,9 +54,9 @@ ours on one rank where a model draws random numbers all the same (ViLT). Written
 What breaks are left, by what makes them:
 
 - How many rows there are, or how far they are moved, follows from values: experts whose tokens are
-  counted by `.tolist()` (jetmoe) or that have a capacity (switch-transformers), edges that a mask
-  drops (graph-convolution, graph-attention), patches that a mask drops (vilt), delays that are read
-  as whole numbers (autoformer). What can be prepared outside of the model is better there.
+  counted by `.tolist()` (jetmoe), edges that a mask drops (graph-convolution, graph-attention),
+  patches that a mask drops (vilt), delays that are read as whole numbers (autoformer). What can be
+  prepared outside of the model is better there.
 - The forward reads the sizes of images out of a tensor, others in each batch (qwen2-vl).
 - Python draws which layers are left out, anew in each call (musicgen).
 - The forward writes to a parameter (gemma3n clamps one) or counts in an object (funnel). Where it
@@ -154,7 +155,8 @@ def page(rows: Sequence[Row]) -> str:
         if more_families.is_installed(library)
     )
     table = "\n".join(row.text for row in rows)
-    return f"{HEAD}{len(rows)} families: {total}.\nVersions: {versions}.\n\n{TABLE}{table}\n"
+    versions = textwrap.fill(f"Versions: {versions}.", 100)
+    return f"{HEAD}{len(rows)} families: {total}.\n{versions}\n\n{TABLE}{table}\n"
 
 
 def written() -> dict[str, Row]:

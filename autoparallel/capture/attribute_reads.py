@@ -60,6 +60,8 @@ class AttributeReads:
         self.objects: dict[int, tuple[Any, str, tuple[tuple[str, Any], ...]]] = {}
         self.known: dict[tuple[int, str], AttributeRead] = {}
         self.moving: list[str] = []
+        # What the forward that runs now has set itself: by object, and name.
+        self.set: set[tuple[int, str]] = set()
 
     @property
     def collected(self) -> tuple[AttributeRead, ...]:
@@ -76,6 +78,7 @@ class AttributeReads:
                 if name not in MODULE_ATTRIBUTES:
                     self.look(value, path, (("attribute", name),))
         kinds = dict.fromkeys(type(item) for item, _, _ in self.objects.values())
+        self.set.clear()
         with _watched(kinds):
             before, _current.reads = getattr(_current, "reads", None), self
             try:
@@ -125,6 +128,8 @@ class AttributeReads:
         value: Any = ABSENT
         if name in own:
             where, value = Where.INSTANCE, own[name]
+            if key in self.set and isinstance(value, SIMPLE):
+                return  # whatever it was before
         elif any(name in vars(kind) for kind in type(instance).__mro__):
             where = Where.CLASS
             owner = next(kind for kind in type(instance).__mro__ if name in vars(kind))
@@ -254,14 +259,14 @@ def _watched(kinds: Iterable[type]) -> Iterator[None]:
                 _counts[kind] -= 1
                 if not _counts[kind]:
                     del _counts[kind]
-                    before = _befores.pop(kind)
-                    if before is _NONE:
-                        del kind.__getattribute__
-                    else:
-                        kind.__getattribute__ = before  # type: ignore[method-assign]
+                    for name, before in _befores.pop(kind).items():
+                        if before is _NONE:
+                            delattr(kind, name)
+                        else:
+                            setattr(kind, name, before)
 
 
-_befores: dict[type, Any] = {}
+_befores: dict[type, dict[str, Any]] = {}
 
 
 def _watch(kind: type) -> bool:
@@ -269,9 +274,9 @@ def _watch(kind: type) -> bool:
     if kind in _counts:
         _counts[kind] += 1
         return True
-    before = vars(kind).get("__getattribute__", _NONE)
+    befores = {name: vars(kind).get(name, _NONE) for name in ("__getattribute__", "__setattr__")}
     # By the class each time: the one that it inherits from may be watched or let go meanwhile.
-    original: Any = before if before is not _NONE else None
+    original, writes = (None if before is _NONE else before for before in befores.values())
     parent: Any = super
 
     def read(instance: Any, name: str) -> Any:
@@ -286,11 +291,21 @@ def _watch(kind: type) -> bool:
             return _shown(instance, value, reads)
         return value
 
+    def write(instance: Any, name: str, value: Any) -> None:
+        reads = _current.reads
+        if writes is not None:
+            writes(instance, name, value)
+        else:
+            parent(kind, instance).__setattr__(name, value)
+        if reads is not None:
+            reads.set.add((id(instance), name))
+
     try:
         kind.__getattribute__ = read  # type: ignore[method-assign, assignment]
+        kind.__setattr__ = write  # type: ignore[method-assign, assignment]
     except (TypeError, AttributeError):
         return False
-    _befores[kind], _counts[kind] = before, 1
+    _befores[kind], _counts[kind] = befores, 1
     return True
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from autoparallel.capture.source_files import HANDS_ON
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph
 from autoparallel.graph.operators import BRANCH_TAKEN, draws
@@ -98,12 +99,16 @@ def _is_number(function: Any, args: tuple[Any, ...]) -> bool:
 def _place() -> tuple[Way, bool]:
     """Return the line of the user's that asks, and whether one of torch's checks asks for it.
 
-    Torch's checks (torch._check_tensor_all and the like) raise where the answer is no.
+    Torch's checks (torch._check_tensor_all and the like) raise where the answer is no. A mode that
+    hands on what others ask does not ask.
     """
     frame: FrameType | None = sys._getframe(2)
     checks, asker = False, ""
     while frame is not None:
         code = frame.f_code
+        if code.co_name == HANDS_ON:
+            frame = frame.f_back
+            continue
         if not code.co_filename.startswith((_TORCH, _OURS)):
             return (code.co_filename, frame.f_lineno, asker), checks
         if code.co_filename.startswith(_TORCH):

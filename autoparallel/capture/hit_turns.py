@@ -167,6 +167,9 @@ def _counts(graph: Graph, name: str) -> bool:
         node = graph.producers[name]
         if node.target == "aten.one_hot.default":
             return True
+        if node.target == "aten.mul.Tensor" and not node.kwargs:
+            factors = [leaf.name for leaf in node.args if isinstance(leaf, Ref)]
+            return len(factors) == 2 and all(_counts(graph, factor) for factor in factors)
         if node.target not in _MOVES:
             return False
         name = node.operands()[0]

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -37,6 +38,7 @@ class WatchedSizes(TorchFunctionMode):
 
     A model that pads images to whole windows, say, has sizes like 4 * ((h // 2 + (-(h // 2)) % 4)
     // 4), which grow from layer to layer until no tracer compares two of them in reasonable time.
+    So does a size that is divided by a quotient of sizes, which no rule makes simpler.
 
     inputs: the tensors that the forward is given. places: the (input, dim) pairs whose size has a
     symbol, by symbol. seen: expressions that have been looked at.
@@ -73,12 +75,18 @@ class WatchedSizes(TorchFunctionMode):
         if size in self.seen:
             return
         self.seen.add(size)
-        if size.count_ops() > _LIMIT:
+        if size.count_ops() > _LIMIT or _divides_by_a_quotient(size):
             often = {s: size.count(s) for s in self.places if s in size.free_symbols}
             most = max(often.values(), default=0)
             dims = [self.places[symbol] for symbol in often if often[symbol] == most]
             if dims:
                 raise IntricateSizes(frozenset().union(*dims))
+
+
+def _divides_by_a_quotient(size: Any) -> bool:
+    """Return whether a size is like n // (n // 2)."""
+    quotients = [part for part in size.atoms(sympy.Function) if type(part).__name__ == "FloorDiv"]
+    return any(part.args[1].atoms(type(part)) for part in quotients)
 
 
 def fails_at_sizes(error: BaseException) -> bool:

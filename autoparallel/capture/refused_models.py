@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from autoparallel.capture.branch_ways import ValueBranchError
+from autoparallel.capture.source_files import HANDS_ON
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError, WrappedModelError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
@@ -146,7 +147,11 @@ def export_failure(error: BaseException, model: nn.Module) -> CaptureError:
     frames = traceback.extract_tb(error.__traceback__)
     root = torch.__path__[0]
     here = __file__.rsplit("/", 2)[0]
-    theirs = [f for f in frames if not f.filename.startswith((root, here, "<"))]
+    theirs = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith((root, here, "<")) and frame.name != HANDS_ON
+    ]
     where = ""
     if theirs:
         last = theirs[-1]

@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["ModelFiles"]
+__all__ = ["HANDS_ON", "ModelFiles"]
+
+# The name of the frames of modes, which hand on what the model asks for.
+HANDS_ON = "__torch_function__"
 
 _FOLDERS = ("/site-packages/", "/dist-packages/")
 _TORCH = f"{Path(torch.__file__).parent}/"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from autoparallel.capture.source_files import ModelFiles
+from autoparallel.capture.source_files import HANDS_ON, ModelFiles
 
 __all__ = ["Origins"]
 
@@ -82,7 +82,9 @@ class Origins:
         """
         trace = node.meta.get("stack_trace") or ""
         if trace not in self.lines:
-            frames = [(match[1], match[2]) for match in _FRAME.finditer(trace)]
+            frames = [
+                (match[1], match[2]) for match in _FRAME.finditer(trace) if match[3] != HANDS_ON
+            ]
             written = [frame for frame in frames if frame[0] in self.files]
             innermost = (written or frames)[-1:]
             self.lines[trace] = "".join(

@@ -19,10 +19,13 @@ import torch
 
 from autoparallel.graph.graph import Ref, Value, hint, leaves
 
-__all__ = ["LOOKUP", "PRODUCT", "ROUTED", "RowProgram", "RowStep", "factors_first", "parts_met"]
+__all__ = ["LOOKUP", "NOT_ALL", "PRODUCT", "ROUTED", "RowProgram", "RowStep", "factors_first"]
+__all__ += ["parts_met"]
 
 # The op that runs a program of rows for each of the experts that tokens are routed to.
 ROUTED = "autoparallel.routed_experts.default"
+# The share of choices that are somebody's, where some may be nobody's.
+NOT_ALL = 1.0 - 1e-9
 # Steps that depend on the row's expert: the product with its matrix, and the row of a table.
 PRODUCT, LOOKUP = "product", "lookup"
 

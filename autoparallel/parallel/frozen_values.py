@@ -51,8 +51,10 @@ def equal(one: Any, other: Any, depth: int = 0) -> bool:
         # nan is nan, and 0.0 is not -0.0.
         return (one == other and repr(one) == repr(other)) or repr(one) == repr(other) == "nan"
     if isinstance(one, (list, tuple)):
+        # No tuple is in itself, and what `frozen` returns is tuples in tuples.
+        depth += isinstance(one, list)
         pairs = zip(one, other, strict=False)
-        return len(one) == len(other) and all(equal(a, b, depth + 1) for a, b in pairs)
+        return len(one) == len(other) and all(equal(a, b, depth) for a, b in pairs)
     if isinstance(one, dict):
         if list(one) != list(other):
             return False

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autoparallel.graph.row_program import parts_met
+from autoparallel.graph.row_program import NOT_ALL, parts_met
 from autoparallel.placement import Invariant, Partial, Replicate, Shard
 from autoparallel.runtime.collectives import convert, pending_sum
 from autoparallel.runtime.groups import Group
@@ -23,8 +23,6 @@ __all__ = ["experts_exchanged", "experts_inner", "experts_summed"]
 
 Tensors = Sequence[torch.Tensor]
 Run = Callable[..., torch.Tensor]
-# The share of choices that are somebody's, where some may be nobody's.
-_NOT_ALL = 1.0 - 1e-9
 
 
 def _renumbered(
@@ -209,7 +207,7 @@ def experts_exchanged(
     # Choices of other ranks' experts are nobody's here.
     share = present / parts_met(choices * present, left or count, group.world_size)
     arguments = (rows_here, here, values_here, tables, plain, program, dtype)
-    made = _on_part(run, *arguments, min(share, _NOT_ALL), part)
+    made = _on_part(run, *arguments, min(share, NOT_ALL), part)
     back = _Exchange.apply(made, received, sent, group)
     total = back.new_zeros((tokens_here, *back.shape[1:])).index_add(0, tokens, back)
     return total.reshape(*batch, *back.shape[1:])

@@ -89,17 +89,21 @@ class ArrangedPaths:
             # Orders of multiplying differ by rounding.
             return round(share, 12)
 
-        prices: dict[tuple[int, Placement, Placement, float], _Prices | None] = {}
+        prices: dict[tuple[int, Placement, Placement, float, bool], _Prices | None] = {}
 
-        def priced(axis: int, one: Placement, two: Placement, share: float) -> _Prices | None:
-            """Return the columns of a step; None where it is not allowed."""
+        def priced(
+            axis: int, one: Placement, two: Placement, share: float, once: bool = False
+        ) -> _Prices | None:
+            """Return the columns of a step; None where it is not allowed.
+
+            once: what it does to the gradient is done in a bucket with others.
+            """
             step = Step(axis, one, two)
-            key = axis, one, two, share
+            key = axis, one, two, share, once
             if key not in prices:
                 prices[key] = None
                 if is_allowed(step):
                     moves = (step.forward, step.backward if requires_grad else Movement.NONE)
-                    once = together and step.forward is Movement.NONE
                     ahead, back = (
                         movement_seconds(
                             move, nbytes * share, hardware, links[axis], sizes[axis], once
@@ -145,7 +149,7 @@ class ArrangedPaths:
                     continue
                 axis = next(axis for axis in group if layout[axis] == _I)
                 led = arranged_layout((*layout[:axis], _R, *layout[axis + 1 :]), groups)
-                known = priced(axis, _I, _R, beside(layout, axis))
+                known = priced(axis, _I, _R, beside(layout, axis), once=True)
                 price[cell] = np.inf if led not in self.cells or known is None else known
                 after[cell] = self.cells.get(led, cell)
             self._leads.append((group, count, after, price))

@@ -36,10 +36,12 @@ class RedistributionPaths:
     axis, the placements that may occur, on the way too. sizes, links: of the axes. is_allowed: says
     whether a step may be taken. together: the gradient of a value that is whole on an axis is
     reduced in one bucket with others after the backward pass, so that the latency of this
-    all-reduce is not counted and such steps come first on the path.
+    all-reduce is not counted; such steps come first on the path, and others like them, which come
+    after a step of another kind, are in no bucket.
     cells: the number of each layout. moves: per axis, the seconds (forward and backward) of
     changing the placement there, array[*layout, placement]; forwards: the forward seconds alone.
     copies: of the forward and of the backward seconds, those in which memory alone is written.
+    joined: per axis, the seconds of such a first step, as `moves`.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class RedistributionPaths:
         ).reshape(grid)
         self.moves: list[NDArray[np.float64]] = []
         self.forwards: list[NDArray[np.float64]] = []
+        self.joined: list[NDArray[np.float64]] = []
         self.copies: tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]] = ([], [])
         for axis, placements in enumerate(universe):
             seconds = np.full((*grid, len(placements)), np.inf)
             forward = np.zeros_like(seconds)
             copied = np.zeros_like(seconds), np.zeros_like(seconds)
+            joined = np.zeros_like(seconds)
             # A step on one axis moves the part of the value that the other axes leave to a rank.
             # Few different parts occur: each is priced once.
             others = self.shares / shares[axis].reshape(_spread_along(axis, len(grid)))
@@ -92,20 +96,22 @@ class RedistributionPaths:
                     if not is_allowed(step):
                         continue
                     moves = (step.forward, step.backward if requires_grad else Movement.NONE)
+                    link, count = links[axis], sizes[axis]
                     ahead, back = (
                         [
-                            movement_seconds(
-                                move,
-                                nbytes * float(factor),
-                                hardware,
-                                links[axis],
-                                sizes[axis],
-                                together and step.forward is Movement.NONE,
-                            )
+                            movement_seconds(move, nbytes * float(factor), hardware, link, count)
                             for factor in factors
                         ]
                         for move in moves
                     )
+                    if together and step.forward is Movement.NONE:
+                        bucket = [
+                            movement_seconds(
+                                moves[1], nbytes * float(factor), hardware, link, count, True
+                            )
+                            for factor in factors
+                        ]
+                        joined[(*rows, ..., target)] = np.array(bucket)[place]
                     priced = np.add(ahead, back)
                     seconds[(*rows, ..., target)] = priced[place]
                     forward[(*rows, ..., target)] = np.array(ahead)[place]
@@ -127,6 +133,7 @@ class RedistributionPaths:
                     )
             self.moves.append(seconds)
             self.forwards.append(forward)
+            self.joined.append(joined)
             for tables, table in zip(self.copies, copied, strict=True):
                 tables.append(table)
         self.together = together
@@ -168,7 +175,7 @@ class RedistributionPaths:
         if targets not in self._seconds:
             table = self.levels(targets)[-1].reshape(-1, len(targets))
             self._seconds[targets] = (
-                self._led(table, targets, self.moves) if self.together else table
+                self._led(table, targets, self.joined) if self.together else table
             )
         return self._seconds[targets]
 
@@ -248,7 +255,7 @@ class RedistributionPaths:
         bucket with others.
         """
         none = np.zeros((len(self.layouts), len(targets)))
-        return self._led(none, targets, self.moves) if self.together else none
+        return self._led(none, targets, self.joined) if self.together else none
 
     def _led(
         self,

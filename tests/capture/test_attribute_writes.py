@@ -15,6 +15,7 @@ from split_ranks import as_unsplit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import autoparallel
 from autoparallel.capture.attribute_writes import Attributes
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.export import capture
@@ -230,3 +231,36 @@ def test_a_function_of_torch_is_the_same_when_it_was_called() -> None:
     run(torch.sin, X)
     after = [token_of(value, {}, depth=3) for value in values]
     assert after == before
+
+
+class KeepsTheType(nn.Module):
+    """It sets an attribute before it reads it. lazy: another one in its first call alone."""
+
+    scale = 1.0
+
+    def __init__(self, lazy: bool = False) -> None:
+        super().__init__()
+        self.layer, self.lazy = nn.Linear(4, 4), lazy
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.given = x.dtype
+        if self.lazy:
+            self.scale, self.lazy = 2.0, False
+        return (self.layer(x) * self.scale).to(self.given)
+
+
+def test_what_a_forward_sets_before_it_reads_it_need_not_be_there() -> None:
+    model, x = KeepsTheType(), torch.ones(2, 4)
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    assert not plan.breaks
+    output = autoparallel.simulate(model, plan=plan, example_inputs=(x,)).output
+    torch.testing.assert_close(output, model(x))
+
+
+def test_what_the_first_call_alone_sets_is_guarded_in_the_second() -> None:
+    model, x = KeepsTheType(lazy=True), torch.ones(2, 4)
+    expected = model.layer(x)
+    split = autoparallel.autoparallelize(model, 1, example_inputs=(x,))
+    for scale in (2.0, 3.0):
+        torch.testing.assert_close(split(x), expected * scale)
+        split.scale = 3.0

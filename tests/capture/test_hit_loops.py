@@ -312,3 +312,55 @@ def test_a_condition_on_a_place_is_no_place() -> None:
         gradients = {path: p.grad for path, p in named if p.grad is not None}
         error, where = worst_gradient({path: run.gradients[path] for path in gradients}, gradients)
         assert error < 1e-10, where
+
+
+class Capped(Routed):
+    """Each token has one expert, which takes the first tokens of a sequence and no more."""
+
+    most = 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        masks = functional.one_hot(chosen, EXPERTS)
+        masks = masks * (masks.cumsum(-2) <= self.most)
+        if self.form == "several":
+            masks = self.gate(x) > 0
+        tokens, masks = x.view(-1, WIDTH), masks.view(-1, 1, EXPERTS).permute(2, 1, 0)
+        y = torch.zeros_like(tokens)
+        weights = weights.view(-1, 1)
+        for number in torch.greater(masks.sum(dim=(-1, -2)), 0).nonzero():
+            choice, token = torch.where(masks[number].squeeze(0))
+            rows = tokens[None, token].reshape(-1, WIDTH)
+            made = self.named[f"expert_{number[0]}"](rows) * weights[token, choice, None]
+            y.index_add_(0, token, made)
+        return y.pow(2).sum() + self.gate(y.reshape(x.shape)).sum()
+
+
+@pytest.mark.parametrize(("kernel", "world_size"), [("experts_summed", 3), ("experts_inner", 2)])
+def test_what_an_expert_does_not_take_is_nobodys(kernel: str, world_size: int) -> None:
+    model = Capped("listed").double()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(4, 6, WIDTH, dtype=torch.float64, generator=generator)
+    with torch.no_grad():
+        chosen = functional.one_hot(model.gate(x).argmax(-1), EXPERTS)
+        assert (chosen.sum(1) > Capped.most).any()
+    traced = autoparallel.make_plan(model, 1, example_inputs=(x,))
+    assert not traced.breaks
+    assert sum(op.target == ROUTED for op in traced.ops) == 1
+    assert traced.captured is not None
+    model(x).backward()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    gradients = {path: p.grad for path, p in named.items() if p.grad is not None}
+    with expert_families.only(*[kernel] * (world_size - 1)):
+        plan = search(traced.captured, traced.model, Mesh(tp=world_size), Options())
+    run = autoparallel.simulate(model, plan=plan, example_inputs=(x,))
+    assert relative_error(run.output.detach(), model(x).detach()) < 1e-10
+    error, where = worst_gradient({path: run.gradients[path] for path in gradients}, gradients)
+    assert error < 1e-10, where
+
+
+def test_a_mask_of_several_experts_is_no_choice() -> None:
+    """A row may be of more experts than there are choices, and stays the user's Python."""
+    x = torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    with pytest.raises(CaptureError, match="depends on the values"):
+        trace(Capped("several").double(), (x,), {}, known=find_rule)

@@ -47,6 +47,21 @@ class Strides(nn.Module):
         return self.layers(x).sum()
 
 
+class Halves(nn.Module):
+    """Blocks of two rows, by their number and what it leaves for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (b, n, 8)."""
+        count = x.shape[1] // 2
+        rows = x.shape[1] // count
+        x = self.layer(x[:, : count * rows].reshape(-1, count, rows, 8))
+        return torch.softmax(x, 2).sum()
+
+
 def free_dims(captured: Captured) -> list[bool]:
     node = next(node for node in captured.graph.nodes if node.kind == "input")
     return [isinstance(size, Sym) for size in node.result.shape]
@@ -56,6 +71,12 @@ def test_convolutions_fix_nothing() -> None:
     """Their sizes simplify."""
     captured = capture(Strides(), (torch.randn(2, 3, 900, 800),), {})
     assert free_dims(captured) == [True, False, True, True]
+
+
+def test_a_quotient_by_a_quotient_is_fixed() -> None:
+    """It has few operations, and what follows from it cannot be compared with anything."""
+    captured = capture(Halves(), (torch.randn(3, 12, 8),), {})
+    assert free_dims(captured) == [True, False, False]
 
 
 def test_only_what_is_intricate_is_fixed() -> None:

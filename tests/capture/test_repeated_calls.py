@@ -133,3 +133,28 @@ def test_what_methods_remember_of_a_trace_is_forgotten() -> None:
 def test_the_reason_names_both_calls() -> None:
     with pytest.raises(CaptureError, match=r"mul\(Tensor, \d+\), and mul\(Tensor, \d+\) when"):
         autoparallel.make_plan(Scaled(HIDDEN["partial"]), 2, example_inputs=X, strict_capture=True)
+
+
+class Padded(nn.Module):
+    """Its padding is computed of sizes that are kept as tensors, as libraries for sound do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv1d(4, 4, 3)
+        self.register_buffer("total", torch.tensor(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left = torch.ceil(self.total / 2).to(torch.int64)
+        right = self.total - left
+        if x.shape[-1] <= max(left, right):
+            raise ValueError("too short")
+        return self.layer(nn.functional.pad(x, (left, right), "reflect"))
+
+
+def test_the_larger_of_two_tensors_is_the_same_in_the_second_run() -> None:
+    """While torch exports a model, max() of two tensors is one op."""
+    model, x = Padded(), torch.randn(2, 4, 9)
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    assert not plan.breaks
+    output = autoparallel.simulate(model, plan=plan, example_inputs=(x,)).output
+    torch.testing.assert_close(output, model(x))

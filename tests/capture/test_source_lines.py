@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import autoparallel
+from autoparallel.capture.graph_breaks import trace
+from autoparallel.errors import CaptureError
 from autoparallel.plan import Plan
+from autoparallel.rules.lookup import find_rule
 
 # A library as pip installs one: a layer and a function, and a model that uses both.
 LIBRARY = {
@@ -21,6 +25,7 @@ LIBRARY = {
     "layers": """
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 class Scaled(nn.Linear):
     def forward(self, x):
@@ -202,3 +207,33 @@ def test_a_comment_makes_no_other_program(
     assert before != after
     simulated = autoparallel.simulate(model, plan=after, example_inputs=INPUTS)
     torch.testing.assert_close(simulated.output, model(INPUTS))
+
+
+class Handing(TorchFunctionMode):
+    """A mode of the user's own."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function(*args, **(kwargs or {}))  # the mode
+
+
+class Asking(nn.Module):
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.layer, self.reads = nn.Linear(8, 8), reads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.layer(x))
+        if self.reads:
+            y = y[: int(y.sum())]  # it asks
+        return torch.tanh(y)  # it computes
+
+
+def test_a_mode_hands_on_what_the_model_asks_for() -> None:
+    with Handing():
+        plan = autoparallel.make_plan(Asking(False), 2, example_inputs=INPUTS)
+        with pytest.raises(CaptureError) as error:
+            trace(Asking(True), (INPUTS,), {}, known=find_rule)
+    assert line_of(__file__, "it computes") in {op.line for op in plan.ops}
+    assert line_of(__file__, "it asks") in error.value.where

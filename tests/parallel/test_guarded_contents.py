@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from autoparallel.graph.attribute_read import ABSENT, UNKNOWN, AttributeRead, Where
+from autoparallel.parallel.frozen_values import equal, frozen
 from autoparallel.parallel.guards import Guards
 
 
@@ -100,3 +101,30 @@ def test_an_absence_that_others_may_end() -> None:
     assert guards.hold()
     module.count = 2
     assert not guards.hold()
+
+
+def test_a_function_under_many_decorators_stays_itself() -> None:
+    """Decorators hold each other in cells, deeper than containers are looked into."""
+
+    def decorated(function: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: function()
+
+    settings = {"scale": 1.0}
+
+    def scale() -> float:
+        return settings["scale"]
+
+    for _ in range(4):
+        scale = decorated(scale)
+    before = frozen(scale)
+    assert equal(before, frozen(scale))
+    settings["scale"] = 2.0
+    assert not equal(before, frozen(scale))
+
+
+def test_a_list_in_itself_is_compared_to_an_end() -> None:
+    one: list[Any] = []
+    other: list[Any] = []
+    one.append((one,))
+    other.append((other,))
+    assert not equal(one, other)

@@ -119,8 +119,16 @@ def unsplit(name: str) -> Step:
 
 
 def errors_of(actual: Step, expected: Step) -> Errors:
-    """How far the one is from the other; infinity where something is missing on one side."""
-    gradients, where = worst_gradient(actual.gradients, expected.gradients)
+    """How far the one is from the other; infinity where something is missing on one side.
+
+    An expert that no token has chosen has a gradient of zeros, and none in plain torch.
+    """
+    present = {
+        path: gradient
+        for path, gradient in actual.gradients.items()
+        if path in expected.gradients or gradient.any()
+    }
+    gradients, where = worst_gradient(present, expected.gradients)
     outputs = float("inf")
     if len(actual.outputs) == len(expected.outputs):
         pairs = zip(actual.outputs, expected.outputs, strict=True)

@@ -28,6 +28,8 @@ PYRAMID = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1, 1
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
 ROUTED |= {"first_k_dense_replace": 1, "n_shared_experts": 1}
+# They draw which experts a token has.
+DRAWING = {"phimoe"}
 
 Options = dict[str, Any]
 
@@ -49,7 +51,7 @@ def listed(
         own = {**options, **more.get(name.replace("-", "_").replace(".", "_"), {})}
         own = {key: value for key, value in own.items() if value is not None}
         made = hugging_face(prefix + suffix, f"{prefix}Config", **own)
-        yield Family(name, "transformers", kind, made, inputs)
+        yield Family(name, "transformers", kind, made, inputs, random=name in DRAWING)
 
 
 def patches() -> Inputs:

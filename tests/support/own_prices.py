@@ -28,6 +28,7 @@ from autoparallel.placement import (
     Step,
 )
 from autoparallel.plan import Conversion, OpChoice, ParameterChoice, Plan
+from autoparallel.plan.kept_layouts import kept_layout
 from autoparallel.rules.loop_splits import place, tile_of
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.rules.strategies import Strategy
@@ -102,12 +103,14 @@ class _Pricer:
     def conversion(self, row: Conversion, value: Value, parameter: ParameterChoice | None) -> float:
         """Count all steps of a conversion forward, again if they are repeated, and backward."""
         size = numel(value) * value.dtype.itemsize
-        layout, ahead, back = row.source, 0.0, 0.0
+        layout, ahead, back, leads = row.source, 0.0, 0.0, True
         for step in row.steps:
             assert layout[step.axis] == step.source
             sent = size * self.share(value.shape, layout, step.axis)
             one, two = kind(step.source), kind(step.target)
-            waits = parameter is not None and (one, two) == ("I", "R")
+            # After a step of another kind, a gradient does not wait for those of others.
+            leads = leads and (one, two) == ("I", "R")
+            waits = parameter is not None and leads
             ahead += self.move(one + two, sent, step.axis)
             if row.requires_grad and not (waits and self.is_late(parameter, step)):
                 back += self.move(OPPOSITE[two] + OPPOSITE[one], sent, step.axis, waits)
@@ -185,6 +188,12 @@ class _Pricer:
         for axis, (stored, updated) in enumerate(zip(row.storage, row.state, strict=True)):
             if stored != updated:
                 seconds += self.move("SI", self.across(row, value, axis), axis)
+        # Parts that torch cannot store as they are used are exchanged, and so are their gradients.
+        kept = kept_layout(row.state, tuple(map(hint, value.shape)), self.sizes)
+        for axis, (late, early) in enumerate(zip(kept, row.state, strict=True)):
+            if late != early:
+                sent = row.nbytes * self.share(value.shape, row.state, axis)
+                seconds += 2 * self.move("SS", sent, axis, together=True)
         return seconds
 
     def across(self, row: ParameterChoice, value: Value, axis: int) -> float:

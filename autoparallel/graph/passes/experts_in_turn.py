@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
 from autoparallel.graph.passes.editing import first_operand, rebuilt
 from autoparallel.graph.passes.flattened_batches import is_pointwise
 from autoparallel.graph.passes.row_orders import NATURAL
 from autoparallel.graph.passes.sorted_experts import NoRowsError, RowSearch
-from autoparallel.graph.row_program import LOOKUP, PRODUCT, ROUTED, RowProgram, RowStep
+from autoparallel.graph.row_program import (
+    LOOKUP,
+    NOT_ALL,
+    PRODUCT,
+    ROUTED,
+    RowProgram,
+    RowStep,
+)
 
 __all__ = ["join_experts_in_turn"]
 
@@ -22,7 +32,8 @@ def join_experts_in_turn(graph: Graph) -> Graph:
     routed_experts(%x, %experts, ..), where rows_e are the tokens that chose expert e.
 
     A Python loop over a list of experts is written so: for each, where(%chosen == e), the rows of
-    its tokens, and what it makes of them, added up. Their parameters are stacked.
+    its tokens, and what it makes of them, added up. Their parameters are stacked. Where an expert
+    takes so many tokens and no more, the choices that are masked out are nobody's.
 
     Why: how many tokens chose an expert depends on values, so that no rank could know a size.
     After: no such chain is left, if all experts do the same with parameters of their own; its last
@@ -102,6 +113,8 @@ def _joined(graph: Graph, node: Node, turns: list[_Turn]) -> list[Node] | None:
 
 def _are_all(graph: Graph, first: _Expert, experts: list[_Expert]) -> bool:
     """Return whether a token's choices are different ones among exactly these experts."""
+    if first.masks:
+        return graph.values[first.chosen].shape[1:] == (1, len(experts))
     producer = graph.producers[first.chosen]
     source = graph.values[producer.operands()[0]] if producer.operands() else None
     return (
@@ -115,6 +128,7 @@ def _are_all(graph: Graph, first: _Expert, experts: list[_Expert]) -> bool:
 def _chosen(graph: Graph, tokens: str) -> tuple[str, int]:
     """Return the chosen experts, and the number of the one that the tokens have in common.
 
+    Where some choices are masked out, it is the mask that is returned, with a last dim of experts.
     Raises NoRowsError where the value is not the tokens that chose an expert.
     """
     where = graph.producers[tokens]
@@ -135,13 +149,36 @@ def _chosen(graph: Graph, tokens: str) -> tuple[str, int]:
         axis = mask.args[1] % 3
         left = [dim for at, dim in enumerate(order) if at != axis]
         if order[axis] == 2 and left[place] == 0:
-            return _one_hot(graph, turned), mask.args[2]
+            if turned.target not in _MASKED:
+                return _one_hot(graph, turned)[0], mask.args[2]
+            _numbers(graph, turned.result.name)  # raises where a choice may be of several experts
+            return turned.result.name, mask.args[2]
     raise NoRowsError
 
 
-def _one_hot(graph: Graph, node: Node) -> str:
-    """Return the values of which a node tells which of 0, 1, .. each is, along a last dim. Raises
-    NoRowsError where it does not.
+# What may lie between the numbers of experts as zeros and ones and a mask of some of them.
+_MASKED = {"aten.mul.Tensor", "aten.reshape.default", "aten.view.default"}
+
+
+def _numbers(graph: Graph, name: str) -> str:
+    """Return the numbers 0, 1, .. along the last dim of a mask, of which a row has one at most.
+
+    Raises NoRowsError where it may have more, or has no such dim.
+    """
+    node, count = graph.producers[name], graph.values[name].shape[-1]
+    if node.target not in _MASKED:
+        return _one_hot(graph, node)[1]
+    for operand in node.operands():
+        # A row of a product has zeros where one of the factors has.
+        if graph.values[operand].shape[-1:] == (count,):
+            with contextlib.suppress(NoRowsError):
+                return _numbers(graph, operand)
+    raise NoRowsError
+
+
+def _one_hot(graph: Graph, node: Node) -> tuple[str, str]:
+    """Return the values of which a node tells which of 0, 1, .. each is, along a last dim, and
+    these numbers. Raises NoRowsError where it does not.
     """
     while node.target == "aten.to.dtype":
         node = graph.producers[first_operand(node)]
@@ -150,16 +187,17 @@ def _one_hot(graph: Graph, node: Node) -> str:
     column, numbers = (graph.producers[name] for name in node.operands())
     count = node.result.shape[-1]
     counted = numbers.target == "aten.arange.default" and numbers.args == (count,)
-    if not counted or column.target != "aten.unsqueeze.default" or column.args[1] not in (-1, 2):
+    last = (-1, len(node.result.shape) - 1)
+    if not counted or column.target != "aten.unsqueeze.default" or column.args[1] not in last:
         raise NoRowsError
-    return first_operand(column)
+    return first_operand(column), numbers.result.name
 
 
 @dataclass(kw_only=True)
 class _Expert(RowSearch):
     """The search for what one expert makes of its rows.
 
-    chosen: the value with the chosen experts. places: the two indices of the expert's rows, of
+    chosen: the value with the chosen experts, or a mask. places: the indices of its rows, of
     their tokens and of their choices. result: the name of the rows that it makes. given: the rows
     of tokens and of choices that it reads. others: what else it reads: its parameters, and what is
     the same for all. ranks: of what a step makes element by element, by the step's place.
@@ -175,7 +213,8 @@ class _Expert(RowSearch):
     def of(graph: Graph, turn: _Turn, chosen: str, last: Node) -> _Expert:
         """Return the search of one turn, after it succeeded. Raises NoRowsError where it fails."""
         shape = graph.values[chosen].shape
-        if len(shape) != 2 or not isinstance(shape[1], int) or last.result.shape[0] != shape[0]:
+        rank = len(shape)
+        if rank not in (2, 3) or type(shape[1]) is not int or last.result.shape[0] != shape[0]:
             raise NoRowsError
         where = graph.producers[turn.tokens]
         (choices,) = (value.name for value in where.results if value.name != turn.tokens)
@@ -185,6 +224,11 @@ class _Expert(RowSearch):
         search.chosen, search.places = chosen, (turn.tokens, choices)
         search.result = search.rows(turn.made, NATURAL)
         return search
+
+    @property
+    def masks(self) -> bool:
+        """Return whether choices may be nobody's, and `chosen` is a mask of the others."""
+        return len(self.graph.values[self.chosen].shape) == 3
 
     @property
     def content(self) -> tuple[Any, ...]:
@@ -334,8 +378,33 @@ def _stacked(graph: Graph, node: Node, experts: list[_Expert]) -> list[Node] | N
         text = RowProgram(tuple(steps), first.result).text()
     except ValueError:
         return None
-    arguments = (rows, Ref(first.chosen), values_, tuple(tables), tuple(plain), text, None)
+    given = (values_, tuple(tables), tuple(plain), text, None)
+    if not first.masks:
+        arguments: tuple[Any, ...] = (rows, Ref(first.chosen), *given)
+    else:
+        nodes += _unmasked(graph, node, first.chosen)
+        arguments = (rows, Ref(nodes[-1].name), *given, NOT_ALL)
     return [*nodes, replace(node, target=ROUTED, args=arguments, kwargs=())]
+
+
+def _unmasked(graph: Graph, node: Node, mask: str) -> list[Node]:
+    """Return the nodes that compute from a mask of experts which one each choice is of, or -1."""
+    shape = graph.values[mask].shape
+    numbers = Ref(_numbers(graph, mask))
+
+    def call(name: str, target: str, like: Value, *args: Any) -> Node:
+        """Return a node with one result."""
+        value = replace(like, name=f"{node.name}_{name}", requires_grad=False)
+        made = replace(node, name=value.name, target=target, results=(value,))
+        return replace(made, args=args, kwargs=())
+
+    places = graph.values[numbers.name]
+    flags = Value("", shape, torch.bool)
+    kept = call("kept", "aten.ne.Scalar", flags, Ref(mask), 0)
+    either = replace(places, shape=shape)
+    number = call("number", "aten.where.ScalarOther", either, Ref(kept.name), numbers, -1)
+    choices = replace(places, shape=shape[:2])
+    return [kept, number, call("chosen", "aten.amax.default", choices, Ref(number.name), (-1,))]
 
 
 def _part_of_rows(

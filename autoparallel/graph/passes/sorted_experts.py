@@ -76,7 +76,8 @@ def _with_types(graph: Graph) -> Graph:
         source = graph.producers[node.operands()[0]]
         alone = len(graph.readers[node.operands()[0]]) == 1
         if source.target == ROUTED and alone and source.name not in graph.outputs:
-            nodes[node.name] = replace(node, target=ROUTED, args=(*source.args[:6], node.args[1]))
+            args = (*source.args[:6], node.args[1], *source.args[7:])
+            nodes[node.name] = replace(node, target=ROUTED, args=args)
             del nodes[source.name]
     return rebuilt(graph, list(nodes.values()), {})
 

@@ -61,7 +61,8 @@ def guards_of(size: torch.SymInt) -> tuple[Any, ...]:
 def as_if_exported() -> Iterator[None]:
     """Have torch.compiler.is_compiling() and is_exporting() answer as while a model is exported.
 
-    Code asks them to leave out checks that no graph has, and then goes the way of the trace.
+    Code asks them to leave out checks that no graph has, and then goes the way of the trace. And
+    have max() and min() of two tensors be ops, which compare and branch outside of an export.
     """
     compiler: Any = torch.compiler
     names = [name for name in _EXPORT_FLAGS if hasattr(compiler, name)]
@@ -69,7 +70,8 @@ def as_if_exported() -> Iterator[None]:
     try:
         for name in names:
             setattr(compiler, name, True)
-        yield
+        with import_module("torch._export.non_strict_utils")._override_builtin_ops():
+            yield
     finally:
         for name, value in zip(names, before, strict=True):
             setattr(compiler, name, value)

@@ -101,7 +101,10 @@ def test_loggers_of_the_tracer_have_these_names() -> None:
 
 def test_as_if_exported_has_the_flags_of_an_export() -> None:
     """Within, code is told that a graph is made of it; afterwards it is not."""
+    pair = torch.tensor([1, 4]), torch.tensor([3, 2])
     with torch_private.as_if_exported():
+        assert max(*pair).tolist() == [3, 4]
+        assert min(*pair).tolist() == [1, 2]
         assert torch.compiler.is_compiling()
         assert torch.compiler.is_exporting()
     assert not torch.compiler.is_compiling()
