@@ -22,11 +22,14 @@ class Shortened:
     """A graph of which blocks are left out, each as one that stays.
 
     graph: the shorter one. times: how often each run of calls stands in the whole graph, as (name
-    of its first call, name of the call behind it, times); other calls stand once.
+    of its first call, name of the call behind it, times); other calls stand once. chains: how many
+    blocks of the whole each block of a chain stands for, as (name of the chain's first call, name
+    of its last call, number).
     """
 
     graph: Graph
     times: tuple[tuple[str, str, int], ...]
+    chains: tuple[tuple[str, str, float], ...]
 
 
 def shortened(graph: Graph) -> Shortened | None:
@@ -42,6 +45,7 @@ def shortened(graph: Graph) -> Shortened | None:
     names: Rename = {}
     left_out: set[str] = set()
     times: list[tuple[str, str, int]] = []
+    every: list[tuple[str, str, float]] = []
     for blocks in by_kind.values():
         for chain in _chains(graph, blocks):
             middle = chain[2:-1]
@@ -58,10 +62,12 @@ def shortened(graph: Graph) -> Shortened | None:
                     len(middle) + 1,
                 )
             )
+            ends = graph.nodes[chain[0].start].name, graph.nodes[chain[-1].stop - 1].name
+            every.append((*ends, len(chain) / 3))
     if not times:
         return None
     nodes = [renamed(node, names) for node in graph.nodes if node.name not in left_out]
-    return Shortened(rebuilt(graph, nodes, names).verify(), tuple(times))
+    return Shortened(rebuilt(graph, nodes, names).verify(), tuple(times), tuple(every))
 
 
 def _chains(graph: Graph, blocks: Sequence[Block]) -> list[list[Block]]:

@@ -25,9 +25,6 @@ __all__ = ["Eased", "EasedPlans", "solved_or_refused"]
 
 Solver = Callable[[Problem], Solution]
 
-# What keeps less than this share of what the quickest plan keeps is priced by its own bytes.
-_FAR_LESS = 1 / 3
-
 
 @dataclass(frozen=True, slots=True)
 class Eased:
@@ -72,9 +69,9 @@ class Eased:
             price = self.price * quickest.cost / usage
             priced = solve(problem.weighed(price))
             kept = Solution.of(problem, priced.assignment, "", -math.inf).usage
-            if kept > usage * _FAR_LESS:
+            if kept >= usage:
                 break
-            usage = max(kept, 1.0)  # the price was a share of far too many bytes
+            usage = max(kept, 1.0)  # the price was a share of bytes that are not kept at it
         bound = min(quickest.lower_bound, problem.cost(priced.assignment))
         return Solution.of(problem, priced.assignment, priced.method, bound, price)
 

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autoparallel.analysis.observed_runs import Seen
 from autoparallel.analysis.pipeline_step import link_of_stages
 from autoparallel.analysis.timeline import passes_of_stage
@@ -35,7 +38,7 @@ from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import StageShares
-from planners import Problem, Solution
+from planners import Alternative, Factor, Problem, Solution, Variable
 
 __all__ = ["Asked", "ShortChains", "TooLargeError"]
 
@@ -101,6 +104,12 @@ class ShortChains:
         every = len(find_repeats(captured.graph).blocks)
         left = sum(times - 1 for _, _, times in short.times)
         self.numbered = len(repeats) + left == every
+        places = {node.name: place for place, node in enumerate(self.graph.nodes)}
+        # What is read first in a block, and the way to recompute it, lie a little before it.
+        self._spans = [
+            (places[first] - 0.75, places[last] + 0.25, number)
+            for first, last, number in short.chains
+        ]
         self._blocks = {
             node.name: number
             for number, block in enumerate(repeats)
@@ -172,7 +181,8 @@ class ShortChains:
                 }
                 pinned = {nodes[path]: pin for path, pin in of.pins.items() if path in nodes}
                 # It remembers tables, which problems of other prices have as well.
-                self._solvers[mode] = NetworkSolver(network), network.problem(1.0, pinned)
+                problem = self._as_whole(network, network.problem(1.0, pinned))
+                self._solvers[mode] = NetworkSolver(network), problem
             solve, problem = self._solvers[mode]
             if price:
                 quickest, _ = self._solved(of, mode, 0.0)
@@ -184,6 +194,18 @@ class ShortChains:
                 solution, factor_alternatives=(), variable_alternatives=()
             )
         return self._solutions[key], network
+
+    def _as_whole(self, network: CostNetwork, problem: Problem) -> Problem:
+        """Return a problem of the short model in which its blocks count as all of the whole model.
+
+        Without that, what is around the blocks, which stands once, would choose how tensors lie in
+        each of them.
+        """
+        shares = dict.fromkeys(problem.names, 1.0)
+        for start, stop, number in self._spans:
+            inside = (name for name in shares if start <= network.position(name) < stop)
+            shares.update(dict.fromkeys(inside, number))
+        return _counted(problem, shares)
 
     def _network(self, of: Asked, mode: str) -> CostNetwork:
         """Return the cost network of the short model for a mode of recomputation."""
@@ -206,3 +228,36 @@ class ShortChains:
 def _key(of: Asked) -> tuple[Any, ...]:
     """Return what solutions depend on, of the figures of an estimate."""
     return of.inside, of.shares.ranks, of.count, tuple(of.pins.items())
+
+
+def _counted(problem: Problem, shares: Mapping[str, float]) -> Problem:
+    """Return a problem in which tables count several times: those of a variable as its share says,
+    those over several variables as the least of theirs.
+    """
+    known: dict[tuple[int, float], NDArray[np.float64]] = {}
+
+    def times(table: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+        """Return so many times a table; those that are shared stay shared."""
+        if share == 1.0:
+            return table
+        if (id(table), share) not in known:
+            known[id(table), share] = table * share
+        return known[id(table), share]
+
+    def ways(item: Variable | Factor, share: float) -> list[Alternative]:
+        """Return the ways to pay for a table, so many times."""
+        return [
+            Alternative(
+                times(way.cost, share), None if way.usage is None else times(way.usage, share)
+            )
+            for way in item.prices.ways
+        ]
+
+    variables, factors = [], []
+    for variable in problem.variables:
+        own, *others = ways(variable, shares[variable.name])
+        variables.append(Variable(variable.name, own.cost, own.usage, tuple(others)))
+    for factor in problem.factors:
+        own, *others = ways(factor, min(shares[name] for name in factor.scope))
+        factors.append(Factor(factor.scope, own.cost, own.usage, tuple(others)))
+    return Problem(tuple(variables), tuple(factors))

@@ -14,19 +14,25 @@ from torch import nn
 
 import autoparallel
 from autoparallel.analysis.stage_memory import memory_of_pipeline
+from autoparallel.cost.hardware import find_hardware
 from autoparallel.cost.links import Link
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.shortened import shortened
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
+from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.pipeline_choices import in_parts, shares_of
 from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.pipeline_meshes import best_mesh, best_order
 from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import trace_model
+from autoparallel.planning.short_chains import Asked
 from autoparallel.planning.stage_chain import StageChain, most_saved
 from autoparallel.planning.stage_estimates import Estimate
 from autoparallel.planning.stage_work import StageBytes
+from autoparallel.strategy.build_network import build_network
+from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.stage_shares import StageShares
 from autoparallel.train.models import GPT, GPTConfig
 
@@ -68,6 +74,27 @@ def test_estimates_are_near_plans(limit: str | None) -> None:
     if limit:
         assert plan.pipeline is not None
         assert found.nbytes == pytest.approx(max(plan.pipeline.memory), rel=0.25)
+
+
+def test_blocks_of_a_short_model_count_as_all() -> None:
+    """What is around the blocks stands once: it may not choose how tensors lie in each of them.
+
+    The solution of the short model costs, and uses, what that of the whole does.
+    """
+    model = gpt(12)
+    options = Options(hardware="dgx-a100", recompute="none", data_parallel=True)
+    captured = in_parts(traced(model, model.example_inputs(batch=16, sequence=128), options))
+    mesh, shares = Mesh(dp=2, tp=2), shares_of(3, 8, options)
+    layouts = Mesh(microbatch=8, dp=2, tp=2)
+    graph = with_larger_hints(captured, options.tokens)
+    hardware = find_hardware("dgx-a100")
+    network = build_network(graph, layouts, hardware, options, None, captured.part, shares)
+    constrain(network, captured)
+    whole = NetworkSolver(network)(network.problem())
+    chains = Estimator(captured, options).chains
+    short, _ = chains._solved(Asked(mesh, shares, 8, {}, options), "none", 0.0)
+    assert short.cost == pytest.approx(whole.cost, rel=0.01)
+    assert short.usage == pytest.approx(whole.usage, rel=0.01)
 
 
 class Loss(nn.Module):
