@@ -81,7 +81,7 @@ class RedistributionPaths:
             seconds = np.full((*grid, len(placements)), np.inf)
             forward = np.zeros_like(seconds)
             copied = np.zeros_like(seconds), np.zeros_like(seconds)
-            joined = np.zeros_like(seconds)
+            joined = np.full_like(seconds, np.inf)
             # A step on one axis moves the part of the value that the other axes leave to a rank.
             # Few different parts occur: each is priced once.
             others = self.shares / shares[axis].reshape(_spread_along(axis, len(grid)))
