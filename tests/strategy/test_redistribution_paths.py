@@ -5,6 +5,7 @@ The ways are those that plans take: the cheapest sequences of moves on single ax
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -194,3 +195,34 @@ def test_nothing_that_changes_the_meaning_is_free(sizes: Sizes) -> None:
                     assert moves - {Movement.NONE}
                 if source[axis] == Invariant() and target[axis] == Replicate():
                     assert back & sends
+
+
+def bucketed(is_allowed: Callable[[Step], bool] = lambda _: True) -> RedistributionPaths:
+    """The ways of a parameter of SHAPE, whose gradient may wait for those of others."""
+    hardware, sizes = find_hardware("cpu"), (2, 2)
+    universe = ((Invariant(), Replicate(), Shard(0), Partial()),) * 2
+    links = hardware.links(sizes)
+    return RedistributionPaths(SHAPE, 960, True, universe, sizes, links, hardware, is_allowed, True)
+
+
+def test_only_first_steps_are_in_a_bucket() -> None:
+    """A gather by a padded sum, and I->R after it, would have been the cheaper way."""
+    known, source, target = bucketed(), (Shard(0), Invariant()), (Replicate(), Replicate())
+    assert known.steps(source, target) == (
+        Step(1, Invariant(), Replicate()),
+        Step(0, Shard(0), Replicate()),
+    )
+    whole, first = (Invariant(), Invariant()), (Replicate(), Invariant())
+    (seconds,) = known.seconds((first,))[known.cells[whole]]
+    assert 0 < seconds < 1e-5
+    # The same step later on the way is a collective of its own.
+    late = known.moves[0][known.universe[0].index(Invariant()), 0, 1]
+    assert late > 10 * seconds
+
+
+def test_a_step_that_is_not_allowed_is_in_no_bucket() -> None:
+    """It costs more than nothing: the way goes otherwise, or there is none."""
+    known = bucketed(lambda step: (step.source, step.target) != (Invariant(), Replicate()))
+    whole, first = (Invariant(), Invariant()), (Replicate(), Invariant())
+    (seconds,) = known.seconds((first,))[known.cells[whole]]
+    assert seconds > 1e-5
