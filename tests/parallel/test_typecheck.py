@@ -37,11 +37,15 @@ def fake_processes() -> Iterator[None]:
 @pytest.mark.usefixtures("fake_processes", "one_trace")
 def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bool) -> None:
     """Each conversion in turn is replaced by its operand, each product that is summed over ranks by
-    the part of it: every one is missed.
+    the part of it: every one is missed. With sequence parallelism each is waited for, so that it is
+    a call of its own.
     """
     model, inputs = build(name, layers=1).float(), inputs_for(name)
     plan = autoparallel.make_plan(
-        model, 2, example_inputs=inputs, sequence_parallel=sequence_parallel
+        *(model, 2),
+        example_inputs=inputs,
+        sequence_parallel=sequence_parallel,
+        overlap=not sequence_parallel,
     )
     sources: list[str] = []
 
