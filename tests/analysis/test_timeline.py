@@ -324,8 +324,8 @@ def test_what_a_step_counts(
 
 
 def test_a_causal_mask_hides_half() -> None:
-    """Of fused attention, in whole blocks, where what is done once for each token is little; the FLOPs
-    of the model stay those that papers count.
+    """Of fused attention, in whole blocks, where what is done once for each token is little; the
+    FLOPs of the model stay those that papers count.
     """
     found = {}
     for causal in (False, True):
