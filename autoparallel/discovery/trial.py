@@ -218,11 +218,20 @@ class Trial:
         )
 
     def try_loop(self, discovered: DiscoveredRule, loop: str) -> str:
-        """Return the fault of splitting `loop`, "" if it has none, on two sets of sizes."""
+        """Return the fault of splitting `loop`, "" if it has none, on two sets of sizes.
+
+        Where results of parts are reduced again, also with numbers that are all alike, on parts of
+        unequal sizes: all that are largest may share a gradient, or the first may get it.
+        """
         tried = 0
         why = ""
-        for which, ranks in _QUICK:
-            example = self.cases[which]
+        cases = [(self.cases[which], ranks) for which, ranks in _QUICK]
+        if any(kernel.gathers for name, kernel in discovered.kernels if name == loop):
+            values = replace(self.shrunk.values, low=0.6, high=0.9, signs=False, step=1.0)
+            for which in (0, 1):
+                alike = self.tried(assignment(self.shrunk.order, which), 5, values)
+                cases += [(alike, ranks) for ranks in (2, 3, 4) if alike is not None]
+        for example, ranks in cases:
             rule = discovered.rule(example.call)
             if rule is None:
                 return "its sizes do not follow from the call's"

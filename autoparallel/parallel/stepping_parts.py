@@ -176,7 +176,7 @@ class PartsTogether:
 
     @property
     def is_as_left(self) -> bool:
-        """Whether the numbers that are remembered once for each parameter are still the same."""
+        """Return whether the numbers remembered once for each parameter are still the same."""
         return all(
             torch.equal(several, count.expand_as(several))
             for count, several in self.counts.values()

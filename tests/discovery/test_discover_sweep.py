@@ -121,3 +121,20 @@ def _faults(sample: Call, rule: ShardingRule) -> list[str]:
         for strategy in derived(example, rule, world_size)
         if (why := why_wrong(example, strategy, world_size, rule))
     ]
+
+
+LARGEST = [
+    each for each in CALLS if str(each).startswith(("aten.max.default", "aten.amax.default"))
+]
+
+
+@pytest.mark.parametrize("sample", LARGEST, ids=str)
+def test_what_is_largest_on_several_ranks_shares_its_gradient(sample: Call) -> None:
+    """A rule that is found splits no reduction of which numbers that are alike share a gradient."""
+    example = sample.example()
+    rule = rule_of(example.call, None)[0]
+    if any(operand.requires_grad for operand in example.call.operands):
+        assert not rule.kernels
+    found = rule.rule(example.call)
+    assert found is not None
+    assert not _faults(sample, found)

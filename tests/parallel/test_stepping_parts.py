@@ -101,7 +101,7 @@ def parameters_are_remembered(model: Any) -> list[Any]:
 
 
 def hooks_come_later(model: Any) -> list[Any]:
-    """What steps on parts remember of a single number is gone on with on DTensors."""
+    """DTensors go on with what steps on parts remember of a single number."""
     shapes: list[Any] = []
     optimizer = adam(model)
     handle = optimizer.register_step_post_hook(lambda *_: None)
@@ -158,7 +158,7 @@ def whole(value: Any) -> Any:
 
 
 def all_uses(rank: int) -> list[Any]:
-    """What each use returns, and the parameters after it, of the unsplit and the split model."""
+    """Return what each use returns, and the parameters after it, unsplit and split."""
     plan, rows = autoparallel.make_plan(plain(), 2, example_inputs=X, pins=PINS), []
     for use in USES:
         pair = [plain(), autoparallel.apply_plan(plain(), plan)]

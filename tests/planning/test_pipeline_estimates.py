@@ -77,7 +77,7 @@ def test_estimates_are_near_plans(limit: str | None) -> None:
 
 
 def test_blocks_of_a_short_model_count_as_all() -> None:
-    """What is around the blocks stands once: it may not choose how tensors lie in each of them.
+    """Calls around the blocks stand once: they may not choose how tensors lie in each of them.
 
     The solution of the short model costs, and uses, what that of the whole does.
     """

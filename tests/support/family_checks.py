@@ -119,7 +119,7 @@ def unsplit(name: str) -> Step:
 
 
 def errors_of(actual: Step, expected: Step) -> Errors:
-    """How far the one is from the other; infinity where something is missing on one side.
+    """Return how far the one is from the other; infinity where something is missing on one side.
 
     An expert that no token has chosen has a gradient of zeros, and none in plain torch.
     """
