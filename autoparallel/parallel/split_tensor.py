@@ -409,19 +409,26 @@ def whole_of(tensor: DTensor) -> torch.Tensor:
 
 
 def cut_like(value: Any, like: Any) -> Any:
-    """Return the rank's part of a whole tensor as a DTensor that is split as another one is.
+    """Return the rank's part of a tensor as a DTensor that is split as another one is.
 
-    What is no whole tensor of its size, or is split already, stays as it is. Where the other one is
-    a sum that is pending, the result is whole on every rank.
+    What is no tensor of its size, or is split alike, stays as it is. What is split in another way,
+    or is a sum that is pending, is gathered first. Where the other one is a sum that is pending,
+    the result is whole on every rank.
     """
     if (
         not isinstance(value, torch.Tensor)
-        or isinstance(value, DTensor)
         or not isinstance(like, DTensor)
         or value.shape != like.shape
     ):
         return value
-    return mark(cut_value(value, like.device_mesh, without_sums(like.placements)))
+    placements = without_sums(like.placements)
+    if not isinstance(value, DTensor):
+        return mark(cut_value(value, like.device_mesh, placements))
+    if value.device_mesh != like.device_mesh or value.placements == placements:
+        return value
+    if torch.is_grad_enabled() and value.requires_grad:
+        return part_of(whole_of(value), like.device_mesh, placements)
+    return mark(cut_value(whole_of(value), like.device_mesh, placements))
 
 
 def part_of(value: torch.Tensor, mesh: Any, placements: Any) -> Any:

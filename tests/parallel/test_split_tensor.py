@@ -248,6 +248,37 @@ def masks_gradients(model: Any) -> Any:
     return sorted(seen), torch.autograd.grad(loss_of(model), model.up.weight)
 
 
+def centers_gradients(model: Any) -> Any:
+    """DTensor leaves the mean over a split dim a sum that is pending, and what is added to it."""
+
+    def centered(gradient: Any) -> Any:
+        return gradient - gradient.mean(-1, keepdim=True)
+
+    handles = [parameter.register_hook(centered) for parameter in model.parameters()]
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    losses = []
+    for seed in range(3):
+        losses.append(loss_of(model, seed))
+        losses[-1].backward()
+        for handle in handles:
+            handle.remove()
+        if seed == 1:
+            for parameter in parameters:
+                parameter.grad = centered(parameter.grad)
+            loss_of(model, 4).backward()  # which adds to it
+        if seed == 2:
+            for parameter in parameters:
+                parameter.grad.sub_(parameter.grad.mean(-1, keepdim=True))
+        losses.append(torch.nn.utils.clip_grad_norm_(parameters, 0.1))
+        optimizer.step()
+        if seed < 2:
+            optimizer.zero_grad()
+    (weight,) = torch.autograd.grad(loss_of(model), parameters[1], create_graph=True)
+    centered(weight).square().sum().backward()
+    return losses
+
+
 def finds_the_node_of_a_gradient(model: Any) -> Any:
     weight = model.up.weight
     node = weight.expand_as(weight).grad_fn.next_functions[0][0]
@@ -330,6 +361,7 @@ HABITS = {
         merges_with_gradients_on,
         gives_gradients,
         masks_gradients,
+        centers_gradients,
         writes_to_a_leaf,
         writes_gradients,
         penalizes,
