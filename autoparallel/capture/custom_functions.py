@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import operator
 import re
+import sys
 import threading
 import types
 import weakref
@@ -25,8 +27,10 @@ from autoparallel.capture.function_slots import (
     PLAIN,
     Slot,
     Slots,
+    containers,
     content,
     filled,
+    is_held_elsewhere,
     is_same,
     refused,
 )
@@ -45,12 +49,13 @@ class FunctionOp:
     """The op of one Function with certain constants.
 
     target: the op's name in a graph. name: of the class, for people. examined: the facts that are
-    known of its passes.
+    known of its passes. keeps: whether its forward keeps a list or a dict that it is given.
     """
 
     target: str
     name: str
     examined: Examined
+    keeps: bool
 
     @property
     def operator(self) -> Any:
@@ -111,6 +116,13 @@ def applied(cls: Any, args: Sequence[Any], is_model_memory: Callable[[Any], bool
         (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
     )
     operation = _registered(cls, template, slots, autocast, is_model_memory)
+    # The backward pass would see what is put there after the forward; an op has its own.
+    if operation.keeps and is_held_elsewhere(args):
+        raise refused(
+            cls,
+            "it keeps a list or a dict that may change before its backward pass",
+            "pass the numbers in it as arguments of their own",
+        )
     with _applying():
         results = operation.operator(*slots.tensors, *slots.integers)
     results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
@@ -163,12 +175,17 @@ def _registered(
             return _OPS[known]
 
     given: list[tuple[Any, Any]] = []
+    kept: list[bool] = []
 
     def apply(tensors: Sequence[Any], integers: Sequence[Any]) -> Any:
         """Apply the class to the arguments of the call, with these tensors and integers."""
         arguments = filled(template, tensors, integers, tensors[0].device)
         given.append((arguments, content(arguments)))
-        return apply_function(cls, *arguments)
+        inside = containers(arguments)
+        before = list(map(sys.getrefcount, inside))
+        results = apply_function(cls, *arguments)
+        kept.extend(map(operator.gt, map(sys.getrefcount, inside), before))
+        return results
 
     with unwatched():
         examined = examine(apply, cls.__name__, slots.tensors, slots.integers, is_model_memory)
@@ -192,7 +209,7 @@ def _registered(
         _CLASSES[target] = cls
         _TARGETS[key] = target
         if target not in _OPS:
-            _OPS[target] = FunctionOp(target, cls.__name__, examined)
+            _OPS[target] = FunctionOp(target, cls.__name__, examined, any(kept))
             _define(_OPS[target], template, kinds, autocast)
         return _OPS[target]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import gc
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,17 @@ import torch
 from autoparallel.capture.function_examination import ResultSlot
 from autoparallel.errors import CaptureError
 
-__all__ = ["PLAIN", "Slot", "Slots", "content", "filled", "is_same", "refused"]
+__all__ = [
+    "PLAIN",
+    "Slot",
+    "Slots",
+    "containers",
+    "content",
+    "filled",
+    "is_held_elsewhere",
+    "is_same",
+    "refused",
+]
 
 PLAIN: tuple[type, ...] = (type(None), bool, float, complex, str, bytes, enum.Enum)
 PLAIN = (*PLAIN, torch.dtype, torch.layout, torch.memory_format)
@@ -102,6 +113,38 @@ def filled(
     if isinstance(template, dict):
         return {key: filled(v, tensors, integers, device) for key, v in template.items()}
     return template
+
+
+def containers(items: Iterable[Any]) -> list[Any]:
+    """Return the lists and dicts among arguments, also those inside of others.
+
+    >>> containers((1, {"a": [2]}))
+    [{'a': [2]}, [2]]
+    """
+    result: list[Any] = []
+    for item in items:
+        if isinstance(item, (list, tuple, dict)):
+            result += [] if isinstance(item, tuple) else [item]
+            result += containers(item.values() if isinstance(item, dict) else item)
+    return result
+
+
+def is_held_elsewhere(args: Sequence[Any]) -> bool:
+    """Return whether a list or a dict among arguments is also in an object, or in a variable that
+    more than one function has: others may change it later.
+
+    >>> kept = {"notes": [1.0]}
+    >>> is_held_elsewhere((kept["notes"],)), is_held_elsewhere(([1.0],))
+    (True, False)
+    """
+    inside = containers(args)
+    known = {id(inside), id(args), *map(id, inside)}
+    passing = (tuple, types.FrameType, types.GeneratorType, types.CoroutineType)
+    for container in inside:
+        for holder in gc.get_referrers(container):
+            if id(holder) not in known and not isinstance(holder, passing):
+                return True
+    return False
 
 
 def content(item: Any) -> Any:

@@ -182,6 +182,45 @@ def written_view(h: torch.Tensor) -> torch.Tensor:
     return h * view
 
 
+class Keeping(torch.autograd.Function):
+    """Keeps a list or a dict of settings for its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, settings):
+        ctx.settings = settings
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.settings[0] * grad, None
+
+
+class Kept(nn.Module):
+    """Gives a Function settings that are its own, or of this call alone."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.up, self.own, self.settings = nn.Linear(4, 6), own, {0: 2.0}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Keeping.apply(self.up(x), self.settings if self.own else [2.0]).square().mean()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_settings_that_change_before_the_backward_pass(own: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Kept(own).double(), torch.randn(5, 4, dtype=torch.float64)
+    split = autoparallel.autoparallelize(copy.deepcopy(model), 1, example_inputs=x)
+    plan = planned(copy.deepcopy(model), 2, x)
+    for module in (model, split):
+        loss = module(x)
+        module.settings[0] = 3.0
+        loss.backward()
+    assert split.up.weight.grad is not None
+    torch.testing.assert_close(split.up.weight.grad, model.up.weight.grad, rtol=1e-12, atol=0)
+    assert functions_of(plan) == ([] if own else ["Keeping"])
+
+
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_no_op_can_say_stays_python(kind: str, world_size: int) -> None:
