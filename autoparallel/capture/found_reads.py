@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import abc
 import contextvars
+import inspect
 import sys
 import threading
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,13 +36,27 @@ from autoparallel.graph.attribute_read import (
     kept_of,
     name_of,
 )
-from autoparallel.graph.read_holders import ClassParts, FunctionParts, Namespace, ObjectKinds
+from autoparallel.graph.read_holders import ClassParts, FunctionParts, Held, Namespace, ObjectKinds
+from autoparallel.support.object_state import functions_in
 
-__all__ = ["CALLABLE", "FoundReads"]
+__all__ = ["CALLABLE", "FoundReads", "Root", "Way"]
+
+# Where a way begins: a Python module, by its name, or an object; and the steps from there.
+Root = str | Held
+Way = tuple[tuple[str, Any], ...]
 
 _LOCKS = (type(threading.Lock()),)
 CALLABLE = (types.BuiltinFunctionType, types.MethodType, types.FunctionType)
 _GRADIENTS = torch.is_grad_enabled
+
+
+def start(root: Root, way: Way) -> Way:
+    """Return a way with its beginning, as a read has it.
+
+    >>> start("math", (("attribute", "pi"),))
+    (('global', 'math'), ('attribute', 'pi'))
+    """
+    return (("global" if isinstance(root, str) else "cell", root), *way)
 
 
 class FoundReads:
@@ -125,29 +141,52 @@ class FoundReads:
             if function.__globals__.get(root) is torch and names[:1] == ["_C"]:
                 self.asks_gradients = self.asks_gradients or names[-1] == _GRADIENTS.__name__
 
-    def replaceable(
-        self, module: str, way: tuple[tuple[str, Any], ...], name: Any, value: Any, where: Where
-    ) -> None:
+    def replaceable(self, root: Root, way: Way, name: Any, value: Any, where: Where) -> None:
         """Note a function of the user's own, in whose place another one may be put.
 
-        module, way, name, value: see `read`. where: it is an attribute, or an item of a dict.
+        root, way, name, value: see `read`. where: it is an attribute, or an item of a dict.
         """
         if is_own_code(value.__module__ or ""):
-            read = AttributeRead("", (("global", module), *way), name, where, kept_of(value))
-            self.found.setdefault((module, way, name), read)
+            read = AttributeRead("", start(root, way), name, where, kept_of(value))
+            self.found.setdefault((root, way, name), read)
 
-    def missing(self, module: str, way: tuple[tuple[str, Any], ...], value: Any) -> None:
+    def missing(self, root: Root, way: Way, value: Any) -> None:
         """Note the attributes that an object does not have, and that the code may look for.
 
-        module, way: see `inside`.
+        root, way: see `inside`.
         """
         if isinstance(value, CALLABLE) or not hasattr(value, "__dict__"):
             return
-        route = (("global", module), *way)
+        route = start(root, way)
         for name in sorted(name for name in self.absent if not hasattr(type(value), name)):
             if name not in vars(value) and not (isinstance(value, type) and hasattr(value, name)):
                 read = AttributeRead("", route, name, Where.GLOBAL, ABSENT)
-                self.found.setdefault((module, way, name), read)
+                self.found.setdefault((root, way, name), read)
+
+    def inherited(self, root: Root, way: Way, value: Any, names: Iterable[str]) -> None:
+        """Note the attributes that an object takes from a class, in whose place it, or a class that
+        comes first, may get its own.
+
+        root, way: see `inside`. names: those in the code.
+        """
+        kind = value if isinstance(value, type) else type(value)
+        places = [] if value is kind else [(way, getattr(value, "__dict__", None))]
+        places += [((*way, ("class", name_of(each))), vars(each)) for each in kind.__mro__]
+        own_kind = is_own_kind(kind)
+        for name in names:
+            held = inspect.getattr_static(kind, name, ABSENT)
+            # What has a `__set__`, as a property does, comes before an object's own.
+            if name.startswith("__") or held is ABSENT or hasattr(type(held), "__set__"):
+                continue
+            # Nobody puts others in the place of a library's methods.
+            if not own_kind and any(functions_in(held)):
+                continue
+            for place, own in places:
+                if own is not None and name in own:
+                    break
+                if own is not None:
+                    read = AttributeRead("", start(root, place), name, Where.GLOBAL, ABSENT)
+                    self.found.setdefault((root, place, name), read)
 
     def asked(self, variable: contextvars.ContextVar[Any]) -> None:
         """Note a context variable."""
@@ -159,17 +198,10 @@ class FoundReads:
         read = AttributeRead("", route, variable.name, Where.ENCLOSED, kept_of(value))
         self.found.setdefault((id(variable),), read)
 
-    def read(
-        self,
-        module: str,
-        way: tuple[tuple[str, Any], ...],
-        name: str,
-        value: Any,
-        slot: bool = False,
-    ) -> bool:
+    def read(self, root: Root, way: Way, name: str, value: Any, slot: bool = False) -> bool:
         """Note a read, where the value is a setting; return whether it is.
 
-        module, way: see `inside`; of the object that has the attribute. slot: it has it in a slot.
+        root, way: see `inside`; of the object that has the attribute. slot: it has it in a slot.
         """
         if isinstance(value, contextvars.ContextVar):
             self.asked(value)
@@ -181,21 +213,21 @@ class FoundReads:
             self.found.setdefault(("question", id(value)), answer)
         if name.startswith("__") or not is_setting(value):
             return False
-        route = (("global", module), *way)
+        route = start(root, way)
         self.found.setdefault(
-            (module, way, name),
+            (root, way, name),
             AttributeRead("", route, name, Where.ASKED if slot else Where.GLOBAL, kept_of(value)),
         )
         return True
 
-    def any_of(self, module: str, way: tuple[tuple[str, Any], ...], own: dict[str, Any]) -> None:
+    def any_of(self, root: Root, way: Way, own: dict[str, Any]) -> None:
         """Note all variables of a module: code may put together the name of one when it runs.
 
-        module, way: see `inside`. own: the variables. What an object holds is not looked at.
+        root, way: see `inside`. own: the variables. What an object holds is not looked at.
         """
-        route = (("global", module), *way)
+        route = start(root, way)
         for name, value in list(own.items()):
-            if name.startswith("__") or self.read(module, way, name, value):
+            if name.startswith("__") or self.read(root, way, name, value):
                 continue
             read = AttributeRead("", route, name, Where.NAMED, UNKNOWN)
-            self.found.setdefault((module, way, name), read)
+            self.found.setdefault((root, way, name), read)

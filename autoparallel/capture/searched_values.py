@@ -27,6 +27,7 @@ __all__ = [
     "is_setting",
     "name_of_function",
     "names_in_methods",
+    "names_of",
 ]
 
 # Packages whose own settings are not looked at; the standard library is none either.
@@ -78,6 +79,13 @@ def names_in_methods(kind: Any) -> tuple[str, ...]:
         each for owner in owners for item in vars(owner).values() for each in functions_in(item)
     ]
     return tuple(dict.fromkeys(name for each in functions for name in each.__code__.co_names))
+
+
+def names_of(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names in some code, and in that of the functions that are written in it."""
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    names = (*code.co_names, *(name for each in inner for name in names_of(each)))
+    return tuple(dict.fromkeys(names))
 
 
 def is_left_out(module: str | None) -> bool:

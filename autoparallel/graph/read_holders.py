@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ClassParts", "FunctionParts", "Items", "Methods", "Namespace", "ObjectKinds"]
+__all__ = ["ClassParts", "FunctionParts", "Held", "Items", "Methods", "Namespace", "ObjectKinds"]
 __all__ += ["Version"]
 
 _PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
@@ -31,6 +31,23 @@ class Namespace:
 
     def __init__(self, owner: Any) -> None:
         self.mapping: Mapping[str, Any] = vars(owner)
+
+
+class Held:
+    """An object that a function, a class or a method has, as the beginning of a way from there.
+
+    >>> Held("a") == Held("a"), Held([]) == Held([])
+    (True, False)
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Held) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class FunctionParts:

@@ -34,6 +34,7 @@ from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.read_holders import (
     ClassParts,
     FunctionParts,
+    Held,
     Items,
     Methods,
     Namespace,
@@ -330,9 +331,11 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
         if kind in ("global", "cell"):
             item = sys.modules[step] if kind == "global" else step
             item = item.mapping if isinstance(item, Namespace) else item
+            item = item.value if isinstance(item, Held) else item
             continue
         if kind == "class":
-            item = next(base for base in reversed(type(item).__mro__) if name_of(base) == step)
+            kinds = (item if isinstance(item, type) else type(item)).__mro__
+            item = next(base for base in reversed(kinds) if name_of(base) == step)
         elif step in ("_parameters", "_buffers") and kind == "attribute":
             item = HeldTensor(held_by(item) if step == "_parameters" else vars(item)[step])
         else:

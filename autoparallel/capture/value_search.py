@@ -1,0 +1,274 @@
+"""Values that code may come to: functions that it may call, objects, and the classes of these."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextvars
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoparallel.capture.found_reads import CALLABLE, FoundReads, Root, Way
+from autoparallel.capture.library_questions import asked_by_identity
+from autoparallel.capture.searched_values import (
+    has_own,
+    is_home_left_out,
+    is_left_out,
+    is_own_code,
+    is_own_kind,
+    name_of_function,
+    names_in_methods,
+    names_of,
+)
+from autoparallel.graph.attribute_read import (
+    SIMPLE,
+    UNKNOWN,
+    AttributeRead,
+    Contents,
+    Where,
+    name_of,
+)
+from autoparallel.graph.read_holders import Held, Items, Namespace
+from autoparallel.support.object_state import (
+    bytes_of,
+    caches_in,
+    functions_in,
+    is_bound,
+    is_closed,
+    moves_on,
+    own_attributes,
+    random_state,
+    special_methods,
+)
+from autoparallel.support.replaced_functions import is_of_another
+
+__all__ = ["ValueSearch"]
+
+# Containers to which code writes, whatever is in them.
+_WRITTEN = (
+    *(list, dict, set, collections.deque, bytearray),
+    *(types.SimpleNamespace, argparse.Namespace),
+)
+_GRADIENTS = torch.is_grad_enabled
+_MOST_BYTES = 1 << 20  # of an object whose memory is compared at each call
+_DEEPEST = 4  # objects inside of others whose attributes are looked at
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
+
+
+class ValueSearch(FoundReads):
+    """The part of a search that takes up values. Its attributes are told at VariableSearch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.todo: list[tuple[types.FunctionType, type]] = []
+        self.objects: dict[str, Any] = {}
+        self.caches: list[Any] = []
+        self.kept: list[Any] = []
+        self.names: dict[str, None] = {}
+        self.begun: dict[tuple[int, int], Any] = {}
+        self.looks_up = self.helping = False
+        self.classes: list[tuple[type, bool]] = []
+
+    def method(self, kind: type, name: str, above: bool = False) -> None:
+        """Take up a method of a class, wherever it inherits it from.
+
+        above: and those that it overrides, which `super()` calls.
+        """
+        for owner in kind.__mro__:
+            if name in vars(owner):
+                put_in = is_of_another(vars(owner)[name])  # by a program, in a class of torch's
+                if put_in or not is_left_out(owner.__module__):
+                    self.value(vars(owner)[name], kind)
+                    self.help(vars(owner)[name])  # a descriptor
+                    called = any(True for _ in functions_in(vars(owner)[name]))
+                    if called and kind in self.helpers and is_own_kind(owner):
+                        # A module's own methods are noted when they are read.
+                        read = AttributeRead(
+                            "", (("cell", Namespace(owner)),), name, Where.NAMED, UNKNOWN
+                        )
+                        self.found.setdefault((owner, name, "method"), read)
+                if not above:
+                    return
+
+    def value(self, value: Any, kind: type) -> None:
+        """Take up the functions in a value, which is an attribute of a class, say.
+
+        kind: the class of which they are methods.
+        """
+        self.cached(value)
+        for function in functions_in(value):
+            if (id(function), kind) not in self.seen:
+                self.seen[id(function), kind] = function
+                self.todo.append((function, kind))
+
+    def attribute(self, value: Any, kind: type) -> None:
+        """Take up what an attribute of a module may call. kind: the module's class."""
+        items = list(value.values()) if isinstance(value, dict) else value
+        for item in items if isinstance(value, (list, tuple, dict)) else (value,):
+            self.cached(item)
+            for function in functions_in(item):
+                if not is_left_out(function.__module__):
+                    self.value(function, kind)
+            if isinstance(item, CALLABLE):
+                self.kept.append(item)
+            self.help(item)
+            self.handed(item, kind)
+
+    def help(self, value: Any) -> None:
+        """Note the class of an object of the user's that code may call, or a class that it has."""
+        function = value.func if isinstance(value, functools.partial) else value
+        self.asks_gradients = self.asks_gradients or function is _GRADIENTS
+        for question in asked_by_identity(name_of_function(function), value, is_left_out):
+            self.found.setdefault(("question", id(function)), question.read())
+        if is_bound(value) and isinstance(value.__self__, contextvars.ContextVar):
+            self.asked(value.__self__)
+        if isinstance(value, type):
+            self.help_class(value, made=True)
+            if type(value) is not type:
+                self.help_class(type(value), made=False)
+        else:
+            self.help_class(type(value), made=False)
+
+    def help_class(self, kind: type, made: bool) -> None:
+        """Note a class of objects that code may call. made: it may make an object, too."""
+        known = self.helpers.get(kind, kind in self.places and not made)
+        if kind.__flags__ & _HEAP_TYPE and not known and not is_left_out(kind.__module__):
+            self.helpers[kind] = made
+            if is_own_kind(kind):
+                self.classes.append((kind, made))
+        # One class leads to others: not by a call in a call, as there may be very many.
+        while self.classes and not self.helping:
+            self.helping = True
+            kind, made = self.classes.pop()
+            special = [special_methods(owner, made) for owner in kind.__mro__]
+            for name in dict.fromkeys((*self.names, *sorted(frozenset().union(*special)))):
+                self.method(kind, name)
+            self.helping = False
+
+    def function(self, function: types.FunctionType, value: Any, kind: type) -> bool:
+        """Take up a function that another one may call; return whether it is one."""
+        if isinstance(value, functools._lru_cache_wrapper):
+            value = value.__wrapped__
+        if not isinstance(value, types.FunctionType):
+            return False
+        home, package = value.__module__ or "", function.__module__.partition(".")[0]
+        if home.partition(".")[0] == package or is_own_code(home):
+            self.value(value, kind)
+            return not has_own(value)
+        return True
+
+    def held(self, value: Any, function: types.FunctionType, kind: type) -> None:
+        """Look at an object that a function is given, or has, past all names."""
+        key = (id(value), id(function))
+        if isinstance(value, (*SIMPLE, torch.Tensor, types.ModuleType)) or key in self.begun:
+            return
+        self.begun[key] = value
+        if not self.function(function, value, kind):
+            self.inside(function, Held(value), (), value, names_of(function.__code__), kind)
+
+    def handed(self, value: Any, kind: type) -> None:
+        """Look at the objects that a method or a partial function hands to its function."""
+        given: tuple[Any, ...] = ()
+        if isinstance(value, types.MethodType):
+            given = (value.__self__,)
+        elif isinstance(value, functools.partial):
+            given = (*value.args, *value.keywords.values())
+            self.handed(value.func, kind)
+        for function in functions_in(value) if given else ():
+            for item in given:
+                self.held(item, function, kind)
+
+    def inside(
+        self,
+        function: types.FunctionType,
+        root: Root,
+        way: Way,
+        value: Any,
+        names: tuple[str, ...],
+        kind: type,
+    ) -> None:
+        """Look at the attributes of an object, as far as the code has their names.
+
+        way: the steps to the object, as in AttributeRead, from the Python module of the name
+        `root`, or from the object that it holds.
+        """
+        if isinstance(value, (list, tuple, dict)):
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
+            steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
+            by_user = is_own_code(str(function.__globals__.get("__name__")))
+            if by_user and len(steps) == len(value) and not isinstance(value, tuple):
+                items = AttributeRead("", (("cell", Items(value)),), "items", Where.LISTED, UNKNOWN)
+                self.found.setdefault((id(value), "items"), items)
+        elif isinstance(value, nn.Module) or is_home_left_out(value):
+            return
+        else:
+            own = getattr(value, "__dict__", None) or own_attributes(value)
+            # Methods may be called, by name or not, and read what the object has.
+            of: Any = value if isinstance(value, type) else type(value)
+            names = (*names, *names_in_methods(of))
+            if not isinstance(value, (types.ModuleType, type)) and is_own_kind(of):
+                self.instances[id(value)] = value
+            by_user = isinstance(value, types.ModuleType) and is_own_code(value.__name__)
+            if self.looks_up and by_user:
+                self.any_of(root, way, own)
+            # What the way has passed already leads round in a circle, as a rule.
+            passed = {step for _, step in way}
+            here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
+            steps = [("attribute", name, own[name]) for name in here if not name.startswith("__")]
+            self.missing(root, way, value)
+            if not isinstance(value, types.ModuleType) and "class" not in dict(way[-1:]):
+                self.inherited(root, way, value, names)
+                for owner in of.__mro__:
+                    if owner is not value and not is_left_out(owner.__module__):
+                        inner = (*way, ("class", name_of(owner)))
+                        self.inside(function, root, inner, owner, names, kind)
+        for step, key, item in steps if len(way) <= _DEEPEST else ():
+            inner = (*way, (step, key))
+            if way or not isinstance(value, types.ModuleType):
+                self.keep(".".join(str(part) for _, part in inner), item)
+            # The contents of a small container are compared with the container.
+            whole = step == "item" and isinstance(item, SIMPLE)
+            if whole:
+                continue
+            if self.function(function, item, kind):
+                if step == "attribute" or isinstance(value, dict):
+                    place = Where.GLOBAL if step == "attribute" else Where.ENCLOSED
+                    self.replaceable(root, way, key, item, place)
+                continue
+            slot = not hasattr(value, "__dict__")
+            if step == "item" or not self.read(root, way, str(key), item, slot):
+                self.inside(function, root, inner, item, names, kind)
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep what a variable refers to, where code may write to it."""
+        self.help(value)
+        self.cached(value)
+        if isinstance(value, functools._lru_cache_wrapper):
+            return
+        if moves_on(value) or is_closed(value) or len(bytes_of(value) or b"") > _MOST_BYTES:
+            self.moving.append(f"the variable {name} (a {type(value).__name__})")
+        elif (
+            isinstance(value, _WRITTEN)
+            or random_state(value) is not None
+            or (
+                getattr(type(value), "__slots__", None)
+                and type(value).__flags__ & _HEAP_TYPE
+                and not is_left_out(type(value).__module__)
+            )
+        ) or (
+            hasattr(value, "__dict__")
+            and not isinstance(value, (type, types.ModuleType, nn.Module))
+            and not (isinstance(value, types.FunctionType) and not has_own(value))
+            and not is_left_out(getattr(value, "__module__", type(value).__module__))
+        ):
+            self.objects.setdefault(name, value)
+
+    def cached(self, value: Any) -> None:
+        """Note functions that remember what they have returned: a method of a class may, too."""
+        for cache in caches_in(value):
+            if not is_left_out(cache.__module__) and all(cache is not one for one in self.caches):
+                self.caches.append(cache)
