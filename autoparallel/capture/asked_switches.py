@@ -15,9 +15,16 @@ import torch
 
 from autoparallel.capture.searched_values import is_own_code
 from autoparallel.errors import CaptureError
-from autoparallel.graph.attribute_read import ABSENT, Answer, AttributeRead, Where
+from autoparallel.graph.attribute_read import ABSENT, UNKNOWN, Answer, AttributeRead, Where
 
-__all__ = ["SWITCHES", "Switches", "refusing_contexts", "untold", "watching_gradient_mode"]
+__all__ = [
+    "SWITCHES",
+    "Switches",
+    "note_question",
+    "refusing_contexts",
+    "untold",
+    "watching_gradient_mode",
+]
 
 _lock = threading.Lock()
 _records: dict[int, list[list[str]]] = {}
@@ -147,6 +154,17 @@ class Switches:
                     for name, function in _functions.items():
                         setattr(torch, name, function)
                     _environment.__getitem__ = _get_variable
+
+
+def note_question(name: str, answer: Answer) -> None:
+    """Note a question that a forward asks, if this thread traces one.
+
+    name: of the function. answer: gives the same object as long as the program is right.
+    """
+    switches = _watching.switches
+    if switches is not None:
+        read = AttributeRead("", (("cell", answer),), name, Where.NAMED, UNKNOWN)
+        switches.found[f"{name} {len(switches.found)}"] = read
 
 
 def _answering(name: str) -> Callable[[], Any]:

@@ -62,6 +62,8 @@ class AttributeReads:
         self.moving: list[str] = []
         # What the forward that runs now has set itself: by object, and name.
         self.set: set[tuple[int, str]] = set()
+        # Of classes that are watched from when an object of theirs was met on.
+        self.watched: contextlib.ExitStack | None = None
 
     @property
     def collected(self) -> tuple[AttributeRead, ...]:
@@ -79,30 +81,36 @@ class AttributeReads:
                     self.look(value, path, (("attribute", name),))
         kinds = dict.fromkeys(type(item) for item, _, _ in self.objects.values())
         self.set.clear()
-        with _watched(kinds):
+        with _watched(kinds), contextlib.ExitStack() as self.watched:
             before, _current.reads = getattr(_current, "reads", None), self
             try:
                 yield
             finally:
                 _current.reads = before
+                self.watched = None
 
-    def look(self, value: Any, path: str, route: tuple[tuple[str, Any], ...]) -> None:
+    def look(
+        self, value: Any, path: str, route: tuple[tuple[str, Any], ...], depth: int = 1
+    ) -> None:
         """Note the plain objects in the value of an attribute, and the way to each.
 
-        path: of the module that has it. route: the steps from there to the value.
+        path: of the module that has it. route: the steps from there to the value. depth: how many
+        of these are looked at in advance. What lies deeper is, when its owner is read.
         """
-        if isinstance(value, SIMPLE) or len(route) > _DEEPEST or id(value) in self.objects:
+        if isinstance(value, SIMPLE) or depth > _DEEPEST or id(value) in self.objects:
             return
         if isinstance(value, dict):
             for key, item in list(value.items()):
-                self.look(item, path, (*route, ("item", key)))
+                self.look(item, path, (*route, ("item", key)), depth + 1)
         elif isinstance(value, (list, tuple)):
             for index, item in enumerate(value):
-                self.look(item, path, (*route, ("item", index)))
+                self.look(item, path, (*route, ("item", index)), depth + 1)
         elif not isinstance(value, (nn.Module, *_OPAQUE)) and _plain(type(value)):
             self.objects[id(value)] = (value, path, route)
+            if self.watched is not None:
+                self.watched.enter_context(_watched((type(value),)))
             for name, item in own_attributes(value).items():
-                self.look(item, path, (*route, ("attribute", name)))
+                self.look(item, path, (*route, ("attribute", name)), depth + 1)
 
     def note_names(self, instance: Any) -> None:
         """Note that all attributes of an object are about to be read, and their names."""
@@ -130,6 +138,8 @@ class AttributeReads:
             where, value = Where.INSTANCE, own[name]
             if key in self.set and isinstance(value, SIMPLE):
                 return  # whatever it was before
+            if key not in self.set:
+                self.look(value, path, (*route, ("attribute", name)))
         elif any(name in vars(kind) for kind in type(instance).__mro__):
             where = Where.CLASS
             owner = next(kind for kind in type(instance).__mro__ if name in vars(kind))

@@ -18,6 +18,7 @@ from torch import nn
 
 from autoparallel.capture.library_questions import compares_objects
 from autoparallel.capture.outside_answers import asking_code
+from autoparallel.capture.remembered_calls import Remembering, remembers
 from autoparallel.capture.searched_values import is_own_code
 from autoparallel.capture.variable_search import searched
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, Answer, AttributeRead
@@ -69,6 +70,7 @@ class OuterVariables:
         self.unwatched, self.variables = walk.unwatched, tuple(walk.variables.values())
         self.codes, self.helpers, self.kept = walk.codes, walk.helpers, walk.kept
         self.asks_gradients = walk.asks_gradients
+        self.remembering: dict[int, Remembering] = {}  # by the function, what stands in its place
         # Names of code that are no variables may become some.
         self.names = [
             (variables, frozenset(code.co_names) - variables.keys())
@@ -135,22 +137,22 @@ class OuterVariables:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Have copies in the place of iterators within, whose position nobody can set back."""
+        """Have copies in the place of iterators within, whose position nobody can set back, and
+        functions that remember called for real."""
         before = self.variables
-        copies = [
-            (owner, name, lent(value) if moves_on(value) else value)
-            for owner, name, value in before
-        ]
-        self.variables = tuple(copies)
+        others = {id(value): lent(value) for _, _, value in before if moves_on(value)}
+        self.remembering = {id(v): Remembering(v) for _, _, v in before if remembers(v)}
+        others |= self.remembering
+        self.variables = tuple((owner, name, others.get(id(v), v)) for owner, name, v in before)
         try:
-            for owner, name, value in self.variables:
-                if moves_on(value):
-                    _put(owner, name, value)
+            for owner, name, value in before:
+                if id(value) in others:
+                    _put(owner, name, others[id(value)])
             yield
         finally:
             self.variables = before
             for owner, name, value in before:
-                if moves_on(value):
+                if id(value) in others:
                     _put(owner, name, value)
 
     @contextlib.contextmanager
@@ -164,7 +166,8 @@ class OuterVariables:
             yield
         finally:
             for cache, misses in zip(self.caches, before, strict=True):
-                if cache.cache_info().misses != misses:
+                real = self.remembering.get(id(cache))
+                if cache.cache_info().misses != misses + (real.misses if real else 0):
                     cache.cache_clear()
             for owner, name, value in self.variables:
                 if _value(owner, name) is value:

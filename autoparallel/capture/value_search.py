@@ -55,7 +55,9 @@ _WRITTEN = (
 )
 _GRADIENTS = torch.is_grad_enabled
 _MOST_BYTES = 1 << 20  # of an object whose memory is compared at each call
-_DEEPEST = 4  # objects inside of others whose attributes are looked at
+# Steps into objects whose attributes are looked at, those into a container counted twice: it is
+# looked at as a whole, and an object only as far as the code has the names of what it holds.
+_DEEPEST = 12
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
@@ -212,7 +214,8 @@ class ValueSearch(FoundReads):
             names = (*names, *names_in_methods(of))
             if not isinstance(value, (types.ModuleType, type)) and is_own_kind(of):
                 self.instances[id(value)] = value
-            by_user = isinstance(value, types.ModuleType) and is_own_code(value.__name__)
+            module = isinstance(value, types.ModuleType)
+            by_user = is_own_code(value.__name__) if module else is_own_kind(of)
             if self.looks_up and by_user:
                 self.any_of(root, way, own)
             # What the way has passed already leads round in a circle, as a rule.
@@ -226,7 +229,8 @@ class ValueSearch(FoundReads):
                     if owner is not value and not is_left_out(owner.__module__):
                         inner = (*way, ("class", name_of(owner)))
                         self.inside(function, root, inner, owner, names, kind)
-        for step, key, item in steps if len(way) <= _DEEPEST else ():
+        depth = len(way) + [step for step, _ in way].count("item")
+        for step, key, item in steps if depth <= _DEEPEST else ():
             inner = (*way, (step, key))
             if way or not isinstance(value, types.ModuleType):
                 self.keep(".".join(str(part) for _, part in inner), item)
