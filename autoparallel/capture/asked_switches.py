@@ -20,6 +20,7 @@ from autoparallel.graph.attribute_read import ABSENT, UNKNOWN, Answer, Attribute
 __all__ = [
     "SWITCHES",
     "Switches",
+    "is_traced",
     "note_question",
     "refusing_contexts",
     "untold",
@@ -154,6 +155,15 @@ class Switches:
                     for name, function in _functions.items():
                         setattr(torch, name, function)
                     _environment.__getitem__ = _get_variable
+
+
+def is_traced() -> bool:
+    """Return whether this thread traces a forward, whose questions are noted.
+
+    >>> is_traced()
+    False
+    """
+    return _watching.switches is not None
 
 
 def note_question(name: str, answer: Answer) -> None:

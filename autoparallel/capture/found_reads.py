@@ -220,14 +220,20 @@ class FoundReads:
         )
         return True
 
+    def refers(self, root: Root, way: Way, name: str, slot: bool = False) -> None:
+        """Note that a variable, or an attribute, refers to the object that it does now.
+
+        root, way, slot: see `read`.
+        """
+        where = Where.ASKED if slot else Where.NAMED
+        read = AttributeRead("", start(root, way), name, where, UNKNOWN)
+        self.found.setdefault((root, way, name), read)
+
     def any_of(self, root: Root, way: Way, own: dict[str, Any]) -> None:
         """Note all variables of a module: code may put together the name of one when it runs.
 
         root, way: see `inside`. own: the variables. What an object holds is not looked at.
         """
-        route = start(root, way)
         for name, value in list(own.items()):
-            if name.startswith("__") or self.read(root, way, name, value):
-                continue
-            read = AttributeRead("", route, name, Where.NAMED, UNKNOWN)
-            self.found.setdefault((root, way, name), read)
+            if not name.startswith("__") and not self.read(root, way, name, value):
+                self.refers(root, way, name)

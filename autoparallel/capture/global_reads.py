@@ -53,7 +53,8 @@ class OuterVariables:
     model: the one whose code is searched. objects: containers and plain objects in global and
     enclosed variables, by the variables' names. caches: functions under functools.lru_cache.
     moving: iterators there, described. unwatched: by class the attributes of its instances that may
-    be read past what is called when an attribute is read, as by `object.__getattribute__`.
+    be read past what is called when an attribute is read, as by `object.__getattribute__`; "" for
+    all of them.
     variables: all that have a value, each with what has it. codes, helpers, kept,
     asks_gradients: see VariableSearch. found: what global_reads returns. imported: how many Python
     modules there were.
@@ -137,12 +138,14 @@ class OuterVariables:
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Have copies in the place of iterators within, whose position nobody can set back, and
-        functions that remember called for real."""
+        """Have copies in the place of iterators within, whose position nobody can set back."""
+        with self.others({id(v): lent(v) for _, _, v in self.variables if moves_on(v)}):
+            yield
+
+    @contextlib.contextmanager
+    def others(self, others: Mapping[int, Any]) -> Iterator[None]:
+        """Have others in the place of variables' values within. others: by the values' ids."""
         before = self.variables
-        others = {id(value): lent(value) for _, _, value in before if moves_on(value)}
-        self.remembering = {id(v): Remembering(v) for _, _, v in before if remembers(v)}
-        others |= self.remembering
         self.variables = tuple((owner, name, others.get(id(v), v)) for owner, name, v in before)
         try:
             for owner, name, value in before:
@@ -159,15 +162,17 @@ class OuterVariables:
     def restored(self) -> Iterator[None]:
         """Set variables back, and have functions forget what they have remembered, within.
 
-        That may be tensors of a trace.
+        That may be tensors of a trace. Those of the user's own are called for real meanwhile.
         """
-        before = [cache.cache_info().misses for cache in self.caches]
+        standing_in = {id(v): Remembering(v) for _, _, v in self.variables if remembers(v)}
+        self.remembering.update(standing_in)
+        before = list(map(self.computed, self.caches))
         try:
-            yield
+            with self.others(standing_in):
+                yield
         finally:
             for cache, misses in zip(self.caches, before, strict=True):
-                real = self.remembering.get(id(cache))
-                if cache.cache_info().misses != misses + (real.misses if real else 0):
+                if self.computed(cache) != misses:
                     cache.cache_clear()
             for owner, name, value in self.variables:
                 if _value(owner, name) is value:
@@ -176,6 +181,12 @@ class OuterVariables:
             for variables, missing in self.names:
                 for name in missing & variables.keys():
                     del variables[name]
+
+    def computed(self, cache: Any) -> int:
+        """Return how many calls of a function that remembers were computed in a trace."""
+        real = self.remembering.get(id(cache))
+        misses: int = cache.cache_info().misses
+        return misses - (real.misses if real is not None else 0)
 
 
 def _is_question(read: AttributeRead) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from autoparallel.capture.asked_switches import note_question
+from autoparallel.capture.asked_switches import is_traced, note_question
 from autoparallel.capture.searched_values import is_own_code
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import SIMPLE, Answer
@@ -43,16 +43,21 @@ class Remembering:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not all(isinstance(item, SIMPLE) for item in tree_leaves((args, kwargs))):
             return self.cache(*args, **kwargs)  # of tensors, or of sizes that are no numbers
-        before, drawn = self.cache.cache_info().misses, torch.get_rng_state()
+        before = self.cache.cache_info().misses
         with without_function_modes(), without_modes():
+            drawn = torch.get_rng_state()
             result = self.cache(*args, **kwargs)
-        if not torch.equal(torch.get_rng_state(), drawn):
-            self.cache.cache_clear()
-            raise CaptureError(
-                f"the forward calls {self.cache.__qualname__}, which draws random numbers",
-                why="it remembers those of its first call, and a graph would draw others each time",
-                fix="draw them once, and keep them in a buffer",
-            )
+            draws = not torch.equal(torch.get_rng_state(), drawn)
+        if draws:
+            self.cache.cache_clear()  # it is to draw in a call of the model
+            self.misses = 0
+            if is_traced():
+                raise CaptureError(
+                    f"the forward calls {self.cache.__qualname__}, which draws random numbers",
+                    why="it remembers those of its first call, and a graph draws others each time",
+                    fix="draw them once, and keep them in a buffer",
+                )
+            return result
         self.misses += self.cache.cache_info().misses - before
         note_question(self.cache.__qualname__, Answer(partial(self.cache, *args, **kwargs)))
         return result

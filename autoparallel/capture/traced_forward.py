@@ -50,6 +50,7 @@ from autoparallel.capture.tensor_facts import TensorFacts
 from autoparallel.capture.traced_calls import TracedCalls
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import AttributeRead, TensorRead
+from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
 from autoparallel.support.rng_state import PythonNumbers
 
@@ -161,6 +162,12 @@ class FlatForward(nn.Module):
             if not name.startswith("its attribute ") and "_hooks of " not in name
         ]
         others += self.wanted.outer.changed()
+        if self.wanted.outer.compares_objects():
+            # The next call may be given the object that this one was.
+            given = set(map(id, tensors))
+            pairs = zip(written.places, written.values, strict=True)
+            kept = [place for place, one in pairs if id(one) in given]
+            others += [f"its attribute {join_path(at.path, str(at.route[0][1]))}" for at in kept]
         if others or written.unknown:
             unknown = (f"its attribute {name}" for name in written.unknown)
             raise unsteady(self.model, [*unknown, *others])
@@ -179,7 +186,7 @@ class FlatForward(nn.Module):
         gradients = torch.is_grad_enabled() if self.asked else None
         for module in self.model.modules():
             for name in self.wanted.outer.unwatched.get(type(module), ()):
-                self.reads.note(module, name)
+                self.reads.note(module, name) if name else self.reads.note_names(module)
         reads = (*self.reads.collected, *self.facts.reads, *self.wanted.switches.reads)
         reads += (*self.levels.values(), *self.wanted.outer.reads(), *self.wanted.seen.reads())
         given, own = tuple(self.facts.given), held_among(self.model, flat)

@@ -71,7 +71,7 @@ class ValueSearch(FoundReads):
         self.caches: list[Any] = []
         self.kept: list[Any] = []
         self.names: dict[str, None] = {}
-        self.begun: dict[tuple[int, int], Any] = {}
+        self.entered: dict[tuple[Any, ...], Any] = {}
         self.looks_up = self.helping = False
         self.classes: list[tuple[type, bool]] = []
 
@@ -165,10 +165,8 @@ class ValueSearch(FoundReads):
 
     def held(self, value: Any, function: types.FunctionType, kind: type) -> None:
         """Look at an object that a function is given, or has, past all names."""
-        key = (id(value), id(function))
-        if isinstance(value, (*SIMPLE, torch.Tensor, types.ModuleType)) or key in self.begun:
+        if isinstance(value, (*SIMPLE, torch.Tensor, types.ModuleType)):
             return
-        self.begun[key] = value
         if not self.function(function, value, kind):
             self.inside(function, Held(value), (), value, names_of(function.__code__), kind)
 
@@ -198,11 +196,15 @@ class ValueSearch(FoundReads):
         way: the steps to the object, as in AttributeRead, from the Python module of the name
         `root`, or from the object that it holds.
         """
+        key = (id(value), names, self.looks_up)
+        if key in self.entered:
+            return
+        self.entered[key] = value
+        own_code = is_own_code(str(function.__globals__.get("__name__")))
         if isinstance(value, (list, tuple, dict)):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
-            by_user = is_own_code(str(function.__globals__.get("__name__")))
-            if by_user and len(steps) == len(value) and not isinstance(value, tuple):
+            if own_code and len(steps) == len(value) and not isinstance(value, tuple):
                 items = AttributeRead("", (("cell", Items(value)),), "items", Where.LISTED, UNKNOWN)
                 self.found.setdefault((id(value), "items"), items)
         elif isinstance(value, nn.Module) or is_home_left_out(value):
@@ -218,9 +220,7 @@ class ValueSearch(FoundReads):
             by_user = is_own_code(value.__name__) if module else is_own_kind(of)
             if self.looks_up and by_user:
                 self.any_of(root, way, own)
-            # What the way has passed already leads round in a circle, as a rule.
-            passed = {step for _, step in way}
-            here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
+            here = [name for name in dict.fromkeys(names) if name in own]
             steps = [("attribute", name, own[name]) for name in here if not name.startswith("__")]
             self.missing(root, way, value)
             if not isinstance(value, types.ModuleType) and "class" not in dict(way[-1:]):
@@ -245,6 +245,8 @@ class ValueSearch(FoundReads):
                 continue
             slot = not hasattr(value, "__dict__")
             if step == "item" or not self.read(root, way, str(key), item, slot):
+                if step == "attribute" and own_code:
+                    self.refers(root, way, str(key), slot)
                 self.inside(function, root, inner, item, names, kind)
 
     def keep(self, name: str, value: Any) -> None:

@@ -93,7 +93,8 @@ class VariableSearch(ValueSearch):
     looks_up: whether that code may come to attributes by names that it puts together.
     asks_gradients: whether something refers to the function of torch that says if gradients are
     recorded, so that it may be called by another name. instances: the user's own objects that were
-    looked into, by their ids. begun: objects that were begun at, for each function that has them.
+    looked into, by their ids. entered: objects that were looked
+    into, with the names that were looked for.
     """
 
     def __init__(self) -> None:
@@ -149,6 +150,9 @@ class VariableSearch(ValueSearch):
                 elif name != "forward" or "super" in code.co_names:
                     self.method(kind, name, above="super" in code.co_names)
             self.of_helpers(code.co_names)
+            # It may put together the names, but as the method that all names are given to.
+            if own and not _PAST.isdisjoint(code.co_names) and code.co_name not in _PAST:
+                self.unwatched.setdefault(kind, {})[""] = None
             for name in names:
                 self.of_classes(name, function, kind)
                 if not _PAST.isdisjoint(code.co_names):
@@ -242,6 +246,8 @@ class VariableSearch(ValueSearch):
             read = AttributeRead("", (("global", module),), name, Where.GLOBAL, kept_of(value))
             self.found.setdefault((module, (), name), read)
         elif not self.read(module, (), name, value):
+            if is_own_code(module):
+                self.refers(module, (), name)
             self.inside(function, module, (("attribute", name),), value, names, kind)
 
     def of_builtins(

@@ -152,7 +152,7 @@ class Guards:
             self.lists.append((names, list(names)))
             return
         if read.where is Where.NAMED:
-            self.named(vars(item) if isinstance(item, types.ModuleType) else item, read.name)
+            self.named(item if isinstance(item, Mapping) else vars(item), read.name)
             return
         if read.where is Where.LISTED:
             self.lists.append((item, item.before))
