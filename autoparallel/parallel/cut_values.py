@@ -55,5 +55,7 @@ def cut_value(value: torch.Tensor, mesh: Any, placements: Any) -> DTensor:
 def gathered_value(tensor: DTensor) -> torch.Tensor:
     """Gather the parts, and make the sums that are pending; the result is a view of nothing."""
     local = local_part(tensor)
+    if local.layout is not torch.strided:
+        return local.detach().clone()  # a sparse gradient, which every rank has whole
     whole: torch.Tensor = distributed_tensor_like(local.detach(), tensor).full_tensor()
     return whole.clone() if storage_key(whole) == storage_key(local) else whole.data

@@ -122,6 +122,8 @@ class SplitTensor(DTensor):
         Raises AutoParallelError where another rank is gone.
         """
         _follow(self)
+        if local_part(self).layout is not torch.strided:
+            return whole_of(self)
         try:
             return super().full_tensor(**options)
         except RuntimeError as error:
@@ -212,6 +214,9 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
         _share(*args)
         return None
     tensors = list(tensors_among((args, kwargs)))
+    if any(_dense(tensor) is not tensor for tensor in tensors):
+        args, kwargs = replaced_tensors((args, kwargs), _dense)
+        return function(*args, **kwargs)
     recorded = torch.is_grad_enabled()
     split = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     for tensor in split:
@@ -246,6 +251,16 @@ def _run(kind: FunctionKind, function: Any, args: Any, kwargs: dict[str, Any]) -
     if writes(function):
         note_writes(tensors_among(written_argument(args, kwargs)))
     return replaced_tensors(result, mark)
+
+
+def _dense(tensor: Any) -> Any:
+    """Return what a rank has of a sparse tensor, which is all of it; others stay as they are.
+
+    DTensor takes a sparse tensor for a dense one.
+    """
+    if isinstance(tensor, DTensor) and local_part(tensor).layout is not torch.strided:
+        return local_part(tensor)
+    return tensor
 
 
 # What torch says of an op that DTensor cannot split, before anything runs.

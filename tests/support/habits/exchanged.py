@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 from collections.abc import Callable
@@ -141,6 +142,98 @@ def text(case: Case) -> None:
 @habit("an item of a global table of 200 numbers")
 def table(case: Case) -> None:
     between(case, Tabled, lambda other: TABLE.__setitem__(150, 2.0 if other else 1.0))
+
+
+class Settings:
+    """Settings of a class, which its objects have none of themselves."""
+
+    scale = 1.0
+
+    @property
+    def doubled(self) -> float:
+        return 2 * self.scale
+
+
+class Inner:
+    """An object that has settings."""
+
+    def __init__(self) -> None:
+        self.settings = Settings()
+
+
+INNER = Inner()
+
+
+class Classed(Scaled):
+    def factor(self, x: torch.Tensor) -> Any:
+        return INNER.settings.doubled
+
+
+@habit("a setting on a class, read by a property of an object in a global object")
+def of_a_class(case: Case) -> None:
+    between(case, Classed, lambda other: setattr(Settings, "scale", 2.0 if other else 1.0))
+
+
+@habit("another object in the place of one that a global object has")
+def of_another(case: Case) -> None:
+    def change(other: bool) -> None:
+        INNER.settings = Settings()
+        INNER.settings.scale = 3.0 if other else 1.0
+
+    between(case, Classed, change)
+
+
+@functools.lru_cache
+def remembered(size: int) -> torch.Tensor:
+    return torch.full((size,), TABLE[150], dtype=torch.float64)
+
+
+class Remembering(Scaled):
+    def factor(self, x: torch.Tensor) -> Any:
+        return remembered(5)
+
+
+@habit("a mask under functools.lru_cache, of a setting that changes, and then cache_clear()")
+def cached(case: Case) -> None:
+    def script(model: Any) -> Any:
+        results = []
+        for number, clear in ((1.0, True), (2.0, False), (2.0, True)):
+            TABLE[150] = number
+            if clear:
+                remembered.cache_clear()
+            results += train(model, 1)
+        TABLE[150] = 1.0
+        return results
+
+    case.compare(script, lambda: built(Remembering), inputs())
+
+
+class Latest(Scores):
+    """Does something else with the input that it was given last time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latest: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factor = 2.0 if x is self.latest else 1.0
+        self.latest = x
+        return super().forward(x) * factor
+
+
+@habit("an input that the model keeps, and finds again by `is` in the next call")
+def latest(case: Case) -> None:
+    def script(model: Any) -> Any:
+        model.latest = None
+        one, other = inputs(), inputs(seed=1)
+        results = []
+        for x in (one, one, other, one):
+            y = model(x)
+            whole(y).square().mean().backward()
+            results.append(whole(y).detach())
+        return results
+
+    case.compare(script, lambda: built(Latest), inputs())
 
 
 class Paired(Scores):

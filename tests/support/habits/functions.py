@@ -107,6 +107,19 @@ class Calling(torch.autograd.Function):
         return again.grad, None, *(None for _ in ctx.module.parameters())
 
 
+class Scheduled(torch.autograd.Function):
+    """Keeps a dict of the model's, which its backward pass reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, settings: dict[str, float]) -> torch.Tensor:
+        ctx.settings = settings
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad * ctx.settings["factor"], None
+
+
 class Rounding(Between):
     def between(self, hidden: torch.Tensor) -> torch.Tensor:
         return Straight.apply(hidden)
@@ -131,6 +144,15 @@ class Handing(Between):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = Calling.apply(x, self.up, *self.up.parameters())
         return self.down(torch.tanh(hidden)).square().mean()
+
+
+class Scheduling(Between):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {"factor": 1.0}
+
+    def between(self, hidden: torch.Tensor) -> torch.Tensor:
+        return Scheduled.apply(hidden, self.settings)
 
 
 class Detaching(Between):
@@ -161,6 +183,19 @@ def own_product(case: Case) -> None:
 @habit("autograd.Function that is given a module and runs it again in backward")
 def given_module(case: Case) -> None:
     case.compare(step, lambda: built(Handing), inputs(grad=True))
+
+
+@habit("autograd.Function that keeps a dict, which is changed before its backward pass")
+def scheduled(case: Case) -> None:
+    def script(model: Any) -> Any:
+        losses = []
+        for factor in (2.0, -0.5):
+            losses.append(model(inputs()))
+            model.settings["factor"] = factor
+            losses[-1].backward()
+        return losses
+
+    case.compare(script, lambda: built(Scheduling), inputs())
 
 
 @habit("straight-through written with detach()")

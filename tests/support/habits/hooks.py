@@ -171,6 +171,17 @@ def parameter_hook_after(case: Case) -> None:
     case.compare(script)
 
 
+@habit("parameter.register_hook that centers gradients: g - g.mean(1, keepdim=True)")
+def centered(case: Case) -> None:
+    def script(model: Any) -> Any:
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.register_hook(lambda grad: grad - grad.mean(1, keepdim=True))
+        return [one_step(model), one_step(model, 1)]
+
+    case.compare(script)
+
+
 @habit("parameter.register_hook that keeps gradients, with several backward passes added up")
 def parameter_hook_kept(case: Case) -> None:
     def script(model: Any) -> Any:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autoparallel
 
-from .case import Case
+from .case import Case, whole
 from .models import Scores, built, inputs, plain, rows, scores
 from .registry import in_group
 
@@ -268,6 +268,27 @@ def sparse_embedding(case: Case) -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss)
+        return losses
+
+    case.compare(script, lambda: built(Bag, True), words(0))
+
+
+@habit("nn.Embedding(sparse=True), trained with SparseAdam")
+def sparse_adam(case: Case) -> None:
+    def script(model: Any) -> Any:
+        optimizers = [
+            torch.optim.SparseAdam([model.table.weight], lr=0.1),
+            torch.optim.SGD(model.head.parameters(), lr=0.1),
+        ]
+        losses = []
+        for seed in range(3):
+            loss = model(words(seed))
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            losses += [loss, whole(model.table.weight.grad.coalesce().values())]
+            for optimizer in optimizers:
+                optimizer.zero_grad()
         return losses
 
     case.compare(script, lambda: built(Bag, True), words(0))
