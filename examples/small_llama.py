@@ -78,6 +78,9 @@ def options(about: str | None, *, in_groups: bool = False) -> Any:
     parser.add_argument("folder", type=Path, help="of the checkpoints; a run goes on from the last")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--save-every", type=int, default=20)
+    parser.add_argument(
+        "--passes", type=int, default=1, help="in which the rows of a step are read"
+    )
     if in_groups:
         parser.add_argument("--dp", type=int, default=1, help="groups with rows of their own")
     return parser.parse_args()

@@ -103,7 +103,8 @@ def main() -> float:
     arguments = TrainingArguments(
         output_dir=str(chosen.folder),
         max_steps=chosen.steps,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=BATCH // chosen.passes,
+        gradient_accumulation_steps=chosen.passes,
         per_device_eval_batch_size=BATCH,
         train_sampling_strategy="sequential",
         learning_rate=LEARNING_RATE,

@@ -37,9 +37,10 @@ from autoparallel.parallel.seeds import rng_state, set_rng_state
 class Llama(lightning.LightningModule):
     """The model as Lightning trains it."""
 
-    def __init__(self) -> None:
+    def __init__(self, passes: int = 1) -> None:
         super().__init__()
         self.model: Any = None
+        self.passes = passes
 
     def configure_model(self) -> None:
         """Split the model; Lightning calls it when the processes know each other."""
@@ -53,7 +54,8 @@ class Llama(lightning.LightningModule):
         """Return the rows of an epoch, from where the run is: it may go on within one."""
         rows = Rows()
         begin = self.trainer.global_step * BATCH % (len(rows) // BATCH * BATCH)
-        return DataLoader(Subset(rows, range(begin, len(rows))), BATCH, drop_last=True)
+        rest = Subset(rows, range(begin, len(rows)))
+        return DataLoader(rest, BATCH // self.passes, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the held-out rows."""
@@ -104,6 +106,7 @@ def main() -> float:
         # All ranks are of one model, and read the same rows.
         strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world_size),
         max_steps=chosen.steps,
+        accumulate_grad_batches=chosen.passes,
         gradient_clip_val=CLIP_NORM,
         callbacks=[saved],
         use_distributed_sampler=False,
@@ -112,7 +115,7 @@ def main() -> float:
         default_root_dir=chosen.folder,
         enable_progress_bar=False,
     )
-    module = Llama()
+    module = Llama(chosen.passes)
     last = chosen.folder / "last.ckpt"
     trainer.fit(module, ckpt_path=last if last.exists() else None)
     loss = held_out_loss(module.model)

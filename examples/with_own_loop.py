@@ -5,7 +5,7 @@
 
 The second command goes on from the first one's checkpoint on four processes, in two groups that
 read different rows and share the model by tensor parallelism. The checkpoints are those of
-torch.distributed.checkpoint. Rows of one step go through the model in two passes.
+torch.distributed.checkpoint. --passes 2 takes the rows of a step through the model in two passes.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ import autoparallel
 from autoparallel.parallel.accumulation import no_sync
 from autoparallel.parallel.seeds import rng_state, set_rng_state
 
-PASSES = 2
-
 
 class TrainState(Stateful):
     """What a run goes on from, as torch.distributed.checkpoint asks for it."""
@@ -67,10 +65,10 @@ class TrainState(Stateful):
         self.step = state["step"]
 
 
-def rows_of(step: int, rows: Tensor, part: int, parts: int) -> Tensor:
-    """Return the rows of a step that a group of ranks reads; PASSES of them make a pass each."""
+def rows_of(step: int, rows: Tensor, part: int, chosen: Any) -> Tensor:
+    """Return the rows of a step that a group of ranks reads, those of each pass by themselves."""
     numbers = (step * BATCH + torch.arange(BATCH)) % len(rows)
-    return rows[numbers].view(PASSES, parts, -1, rows.shape[1])[:, part]
+    return rows[numbers].view(chosen.passes, chosen.dp, -1, rows.shape[1])[:, part]
 
 
 def train(model: Any, chosen: Any, part: int) -> None:
@@ -86,12 +84,12 @@ def train(model: Any, chosen: Any, part: int) -> None:
         dcp.load({"app": state}, checkpoint_id=last, no_dist=not dist.is_initialized())
     rows = Rows().rows
     while state.step < chosen.steps:
-        passes = rows_of(state.step, rows, part, chosen.dp)
+        passes = rows_of(state.step, rows, part, chosen)
         total = 0.0
         for number, batch in enumerate(passes, 1):
             # Gradients of all passes are summed over the ranks once, with the last one.
-            with nullcontext() if number == PASSES else no_sync(model):
-                loss = model(input_ids=batch, labels=batch).loss / PASSES
+            with nullcontext() if number == chosen.passes else no_sync(model):
+                loss = model(input_ids=batch, labels=batch).loss / chosen.passes
                 loss.backward()
             total += float(loss.detach())
         norm = autoparallel.clip_grad_norm_(parameters, CLIP_NORM)

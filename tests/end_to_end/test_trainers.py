@@ -107,7 +107,7 @@ def run_example(rank: int, name: str, folder: str) -> list[float]:
         as_launched(rank)  # Lightning takes some of it away as it ends
         sys.argv = [name, folder, f"--steps={steps}", "--save-every=2"]
         if name == "with_own_loop":
-            sys.argv.append("--dp=2")
+            sys.argv += ["--dp=2", "--passes=2"]
         losses.append(import_example(name).main())
     return losses
 
@@ -146,14 +146,14 @@ def test_example(name: str, tmp_path: Path) -> None:
 @pytest.mark.broad
 @pytest.mark.parametrize("name", ["with_own_loop", "with_hugging_face", "with_lightning"])
 def test_example_as_it_is_started(name: str, tmp_path: Path) -> None:
-    """Two steps under torchrun, and two more in one process."""
+    """Two steps under torchrun, and two more in one process, with the rows of a step in two passes."""
     if name == "with_lightning" and importlib.util.find_spec("lightning") is None:
         pytest.skip("Lightning is not installed")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for steps, before in ((2, launcher), (4, [])):
         command = [
             sys.executable, *before, str(EXAMPLES / f"{name}.py"), str(tmp_path / "run"),
-            f"--steps={steps}", "--save-every=2",
+            f"--steps={steps}", "--save-every=2", "--passes=2",
         ]  # fmt: skip
         paths = os.pathsep.join(path for path in sys.path if path)
         ended = subprocess.run(
@@ -169,41 +169,50 @@ def test_example_as_it_is_started(name: str, tmp_path: Path) -> None:
     assert float(loss[1]) == pytest.approx(bare_losses()[-1], rel=1e-6)
 
 
-def accelerated(rank: int) -> tuple[list[float], list[float]]:
+def accelerated(rank: int, folder: str) -> tuple[list[float], list[float]]:
     """Every process has its share of each batch, as accelerate's loaders give it; the loss is that
-    of all of them.
+    of all of them. A step is of two batches, and the second one is of a run that goes on from the
+    first one's checkpoint.
     """
     as_launched(rank)
     data = TensorDataset(*rows(16, 0))
-    accelerator = Accelerator(cpu=True)
-    model: Any = autoparallel.autoparallelize(
-        plain(), 2, mesh=autoparallel.Mesh(tp=2), example_inputs=data[:4], local_inputs="tp"
-    )
-    # evaluation_mode: it is not wrapped in DistributedDataParallel.
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer, loader = accelerator.prepare(optimizer, DataLoader(data, batch_size=4))
-    losses = []
-    for x, labels in loader:
-        loss = model(x, labels)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses: list[float] = []
+    for first in (0, 8):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model: Any = autoparallel.autoparallelize(
+            plain(), 2, mesh=autoparallel.Mesh(tp=2), example_inputs=data[:2], local_inputs="tp"
+        )
+        # evaluation_mode: it is not wrapped in DistributedDataParallel.
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        step = TensorDataset(*data[first : first + 8])
+        optimizer, loader = accelerator.prepare(optimizer, DataLoader(step, batch_size=2))
+        if first:
+            autoparallel.load_checkpoint(folder, model, optimizer.optimizer)
+        for x, labels in loader:
+            with accelerator.accumulate(model):
+                loss = model(x, labels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+        autoparallel.save_checkpoint(folder, model, optimizer.optimizer)
     reference = plain()
     optimizer, expected = torch.optim.AdamW(reference.parameters(), lr=1e-2), []
-    for x, labels in DataLoader(data, batch_size=8):
+    for number, (x, labels) in enumerate(DataLoader(data, batch_size=4)):
         loss = reference(x, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
-        optimizer.step()
-        optimizer.zero_grad()
+        (loss / 2).backward()
         expected.append(loss.item())
+        if number % 2:
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
     return losses, expected
 
 
-def test_accelerate() -> None:
-    for losses, expected in run_processes(accelerated, 2):
-        assert len(losses) == 2
+def test_accelerate(tmp_path: Path) -> None:
+    for losses, expected in run_processes(accelerated, 2, str(tmp_path / "checkpoint")):
+        assert len(losses) == 4
         torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
