@@ -146,7 +146,7 @@ def test_example(name: str, tmp_path: Path) -> None:
 @pytest.mark.broad
 @pytest.mark.parametrize("name", ["with_own_loop", "with_hugging_face", "with_lightning"])
 def test_example_as_it_is_started(name: str, tmp_path: Path) -> None:
-    """Two steps under torchrun, and two more in one process, with the rows of a step in two passes."""
+    """Two steps under torchrun, two more in one process, each with its rows in two passes."""
     if name == "with_lightning" and importlib.util.find_spec("lightning") is None:
         pytest.skip("Lightning is not installed")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
