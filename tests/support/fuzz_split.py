@@ -51,6 +51,7 @@ _REFUSED = (
     "depends on the values of another",
     "computes with a tensor's value in Python",
     "the forward returns a view of",
+    "branches on the values of a tensor",
 )
 
 
