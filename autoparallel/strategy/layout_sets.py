@@ -59,7 +59,7 @@ def layout_sets(
     largest = max(len(state) for reader in readers for state in reader.layouts)
     most = _MOST_TARGETS if axes == 1 else _MOST_JOINT
     most = max(min(most, len(readers), len(targets)), largest)
-    sets = [(target,) for target in targets]
+    sets: list[tuple[Layout, ...]] = [(target,) for target in targets]
     if axes > 1 and most > 1:
         groups = groups or tuple((axis,) for axis in range(axes))
         differ = places_that_differ(targets, targets, groups) == 1
