@@ -55,9 +55,11 @@ _WRITTEN = (
 )
 _GRADIENTS = torch.is_grad_enabled
 _MOST_BYTES = 1 << 20  # of an object whose memory is compared at each call
-# Steps into objects whose attributes are looked at, those into a container counted twice: it is
+# Steps into objects whose attributes are looked at: in the user's own code, and in libraries, of
+# which the parts refer to one another in many ways. Those into a container count twice: it is
 # looked at as a whole, and an object only as far as the code has the names of what it holds.
-_DEEPEST = 12
+_DEEPEST, _DEEPEST_OF_LIBRARIES = 12, 4
+_MOST = 2000  # looks into objects; the user's own code may be as large as a library's
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
@@ -165,7 +167,8 @@ class ValueSearch(FoundReads):
 
     def held(self, value: Any, function: types.FunctionType, kind: type) -> None:
         """Look at an object that a function is given, or has, past all names."""
-        if isinstance(value, (*SIMPLE, torch.Tensor, types.ModuleType)):
+        own_code = is_own_code(str(function.__globals__.get("__name__")))
+        if not own_code or isinstance(value, (*SIMPLE, torch.Tensor, types.ModuleType)):
             return
         if not self.function(function, value, kind):
             self.inside(function, Held(value), (), value, names_of(function.__code__), kind)
@@ -196,11 +199,13 @@ class ValueSearch(FoundReads):
         way: the steps to the object, as in AttributeRead, from the Python module of the name
         `root`, or from the object that it holds.
         """
-        key = (id(value), names, self.looks_up)
-        if key in self.entered:
-            return
-        self.entered[key] = value
         own_code = is_own_code(str(function.__globals__.get("__name__")))
+        own_code = own_code and len(self.entered) < _MOST
+        key = (id(value), names, self.looks_up)
+        if own_code and key in self.entered:
+            return
+        if own_code:
+            self.entered[key] = value
         if isinstance(value, (list, tuple, dict)):
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
@@ -220,17 +225,21 @@ class ValueSearch(FoundReads):
             by_user = is_own_code(value.__name__) if module else is_own_kind(of)
             if self.looks_up and by_user:
                 self.any_of(root, way, own)
-            here = [name for name in dict.fromkeys(names) if name in own]
+            # What the way has passed already leads round in a circle, as a rule.
+            passed = set() if own_code else {step for _, step in way}
+            here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
             steps = [("attribute", name, own[name]) for name in here if not name.startswith("__")]
             self.missing(root, way, value)
-            if not isinstance(value, types.ModuleType) and "class" not in dict(way[-1:]):
+            classed = not isinstance(value, types.ModuleType) and "class" not in dict(way[-1:])
+            if own_code and classed:
                 self.inherited(root, way, value, names)
                 for owner in of.__mro__:
                     if owner is not value and not is_left_out(owner.__module__):
                         inner = (*way, ("class", name_of(owner)))
                         self.inside(function, root, inner, owner, names, kind)
-        depth = len(way) + [step for step, _ in way].count("item")
-        for step, key, item in steps if depth <= _DEEPEST else ():
+        depth = len(way) + [step for step, _ in way].count("item") * own_code
+        deepest = _DEEPEST if own_code else _DEEPEST_OF_LIBRARIES
+        for step, key, item in steps if depth <= deepest else ():
             inner = (*way, (step, key))
             if way or not isinstance(value, types.ModuleType):
                 self.keep(".".join(str(part) for _, part in inner), item)

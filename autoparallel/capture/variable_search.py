@@ -166,7 +166,10 @@ class VariableSearch(ValueSearch):
             names: set[str] = set()
             for owner in kind.__mro__:
                 for name, value in vars(owner).items() if not is_left_out(owner.__module__) else ():
-                    setting = not any(functions_in(value)) and not hasattr(type(value), "__set__")
+                    setting = isinstance(value, SIMPLE) or Contents.fit(value)
+                    if not setting and is_own_kind(owner):
+                        held = any(functions_in(value)) or hasattr(type(value), "__set__")
+                        setting = not held
                     if setting and name not in names and not name.startswith("__"):
                         self.settings.setdefault(name, []).append((kind, owner))
                     names.add(name)
@@ -221,11 +224,11 @@ class VariableSearch(ValueSearch):
         self.variables.setdefault((id(cell), name), (cell, name, value))
         if isinstance(value, contextvars.ContextVar):
             self.asked(value)
-        place, kept = (
-            (Where.ENCLOSED, kept_of(value)) if is_setting(value) else (Where.NAMED, UNKNOWN)
-        )
-        read = AttributeRead("", (("cell", Cell(cell)),), name, place, kept)
-        self.found.setdefault((id(cell),), read)
+        own = is_own_code(str(function.__globals__.get("__name__")))
+        if is_setting(value) or isinstance(value, torch.Tensor) or own:
+            place = Where.ENCLOSED if is_setting(value) else Where.NAMED
+            read = AttributeRead("", (("cell", Cell(cell)),), name, place, kept_of(value))
+            self.found.setdefault((id(cell),), read)
         self.held(value, function, kind)
 
     def variable(
