@@ -86,7 +86,7 @@ def shares_of(ranks: int, count: int, options: Options) -> StageShares:
     """Return what one of so many micro-batches bears of a step. ranks: that share out the stages.
 
     >>> shares_of(4, 8, Options(schedule="1f1b"))
-    StageShares(ranks=4, passes=11.0, in_flight=4.0)
+    StageShares(ranks=4, passes=11.0, in_flight=4.0, in_parts=False)
     """
     each = options.each_rank
     most = figures_of(options.order, ranks, each, count).most

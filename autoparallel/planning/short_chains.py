@@ -227,7 +227,7 @@ class ShortChains:
 
 def _key(of: Asked) -> tuple[Any, ...]:
     """Return what solutions depend on, of the figures of an estimate."""
-    return of.inside, of.shares.ranks, of.count, tuple(of.pins.items())
+    return of.inside, of.shares.ranks, of.shares.in_parts, of.count, tuple(of.pins.items())
 
 
 def _counted(problem: Problem, shares: Mapping[str, float]) -> Problem:
