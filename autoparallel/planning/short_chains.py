@@ -39,6 +39,7 @@ from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import StageShares
 from planners import Alternative, Factor, Problem, Solution, Variable
+from planners.table_memo import Memo
 
 __all__ = ["Asked", "ShortChains", "TooLargeError"]
 
@@ -89,6 +90,7 @@ class ShortChains:
         self._networks: dict[str, CostNetwork] = {}
         self._solvers: dict[str, tuple[NetworkSolver, Problem]] = {}
         self._seen: Seen = {}
+        self._memo = Memo()
         self._last: CostNetwork | None = None
         # By mesh, numbers and the way to keep: stages on each rank and schedules differ in cuts and
         # passes alone.
@@ -182,7 +184,7 @@ class ShortChains:
                 pinned = {nodes[path]: pin for path, pin in of.pins.items() if path in nodes}
                 # It remembers tables, which problems of other prices have as well.
                 problem = self._as_whole(network, network.problem(1.0, pinned))
-                self._solvers[mode] = NetworkSolver(network), problem
+                self._solvers[mode] = NetworkSolver(network, memo=self._memo), problem
             solve, problem = self._solvers[mode]
             if price:
                 quickest, _ = self._solved(of, mode, 0.0)
@@ -215,6 +217,7 @@ class ShortChains:
             # Networks that differ in what is recomputed alone are kept beside each other. Stages on
             # a rank change what a micro-batch bears of a step by next to nothing.
             self._of, self._networks, self._solvers, self._seen = _key(of), {}, {}, {}
+            self._memo = Memo()
         if mode not in self._networks:
             hardware, part = find_hardware(options.hardware), self.captured.part
             known = build_network(

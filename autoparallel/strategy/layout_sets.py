@@ -59,15 +59,17 @@ def layout_sets(
     largest = max(len(state) for reader in readers for state in reader.layouts)
     most = _MOST_TARGETS if axes == 1 else _MOST_JOINT
     counts = range(1, max(min(most, len(readers), len(targets)), largest) + 1)
-    sets = [group for count in counts for group in combinations(targets, count)]
-    if axes > 1:
+    if axes == 1:
+        sets = [group for count in counts for group in combinations(targets, count)]
+    else:
         groups = groups or tuple((axis,) for axis in range(axes))
-        differ = places_that_differ(tuple(targets), tuple(targets), groups)
-        place = {target: number for number, target in enumerate(targets)}
-        sets = [
-            group
-            for group in sets
-            if len(group) == 1 or differ[place[group[0]], place[group[1]]] == 1
+        differ = places_that_differ(targets, targets, groups)
+        pairs = np.argwhere(np.triu(differ == 1)).tolist()
+        sets = [(target,) for target in targets] + [
+            (targets[one], targets[two], *others)
+            for count in counts[1:]
+            for one, two in pairs
+            for others in combinations(targets[two + 1 :], count - 2)
         ]
     if also and all(also != frozenset(group) for group in sets):
         sets.append(tuple(target for target in targets if target in also))
