@@ -33,9 +33,9 @@ from autoparallel.planning.pipeline_choices import (
     middle_of,
     over_time,
     refuse_pipeline,
-    shares_of,
 )
 from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.schedule_figures import shares_of
 from autoparallel.planning.search import search
 from autoparallel.planning.stage_cuts import cut_into_stages, with_accounts
 from autoparallel.rewrite.stages import cut_plan, holders_of

@@ -12,8 +12,9 @@ from autoparallel.graph.captured import Captured
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
-from autoparallel.planning.pipeline_choices import in_parts, shares_of
+from autoparallel.planning.pipeline_choices import in_parts
 from autoparallel.planning.plan_model import trace_model
+from autoparallel.planning.schedule_figures import shares_of
 from autoparallel.strategy.build_network import build_network
 from planners import InfeasibleError, Problem, exact
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +23,13 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.planning.network_solver import NetworkSolver
-from autoparallel.planning.pipeline_choices import in_parts, shares_of
+from autoparallel.planning.pipeline_choices import in_parts
 from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.pipeline_meshes import best_mesh, best_order
 from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import trace_model
-from autoparallel.planning.short_chains import Asked
+from autoparallel.planning.schedule_figures import shares_of
+from autoparallel.planning.short_chains import Asked, ShortChains
 from autoparallel.planning.stage_chain import StageChain, most_saved
 from autoparallel.planning.stage_estimates import Estimate
 from autoparallel.planning.stage_work import StageBytes
@@ -284,3 +286,24 @@ def test_some_blocks_are_recomputed(each: int) -> None:
     memory = memory_of_pipeline(plan)
     assert max(account.total for account in memory) <= limit
     assert plan.step == pytest.approx(some.seconds, rel=0.05)
+
+
+def test_chains_do_not_depend_on_those_before() -> None:
+    """Other stages on a rank share chains, and other schedules do not: what is done once a step and
+    what stays are those of the chain that was asked for, whatever was asked for before it.
+    """
+    model = gpt(8)
+    captured = in_parts(traced(model, model.example_inputs(batch=64, sequence=128), Options()))
+    options = Options(data_parallel=True, hardware="dgx-a100", memory_limit=2**30)
+    short = shortened(captured.graph)
+    assert short is not None
+    kinds = [("1f1b", 1), ("gpipe", 1), ("1f1b", 4)]
+    alone: dict[tuple[str, int, str], list[float]] = {}
+    for turn in (kinds, kinds[::-1]):
+        chains = ShortChains(captured, short, options)
+        for (order, each), way in itertools.product(turn, ("none", "full")):
+            asked = replace(options, schedule=order, stages_per_rank=each)
+            of = Asked(Mesh(dp=4), shares_of(2, 8, asked), 8, {}, asked)
+            chain = chains.chain(of, way, 0.1)
+            figures = [*chain.seconds.tolist(), *chain.once.tolist(), *chain.bytes.stays.tolist()]
+            assert alone.setdefault((order, each, way), figures) == figures
