@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from broad_cases import broad
+from broad_cases import broad, share_of
 from families import HIDDEN, TRANSFORMERS, VOCABULARY, build, inputs_for, loss_and_logits
 from processes import run_processes
 from releases import attention_without_heads
@@ -132,7 +132,7 @@ def planned(name: str, world_size: int, options: Options, **demands: Any) -> Pla
 
 
 @pytest.mark.parametrize("world_size", [*broad(2), 4])
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", share_of(TRANSFORMERS, 2))
 def test_weights_are_split_as_published(name: str, world_size: int) -> None:
     """Column then row, heads, fused weights in three blocks, the tied table by vocabulary."""
     plan = planned(name, world_size, Options(sequence_parallel=False))
@@ -254,7 +254,7 @@ def hugging_face(name: str, layers: int) -> torch.nn.Module:
         *broad(("GPTJ", 1), ("GPTNeoX", 1)),
         ("Falcon", 1),
         *broad(("Gemma3", 2)),
-        pytest.param("Llama", 2, marks=attention_without_heads),
+        pytest.param("Llama", 2, marks=[attention_without_heads, pytest.mark.broad]),
         *broad(("OPT", 2), ("Phi3", 2)),
     ],
 )

@@ -109,7 +109,7 @@ def script(kind: str, place: str) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "place"),
-    share_of([*((kind, "layer") for kind in HOOKS), ("forward", "leaf"), ("backward", "leaf")], 2),
+    share_of([*((kind, "layer") for kind in HOOKS), ("forward", "leaf"), ("backward", "leaf")], 4),
 )
 def test_registered_after_planning(kind: str, place: str) -> None:
     as_unsplit(Model(), 2, (torch.ones(3, 8, dtype=torch.float64),), script(kind, place))

@@ -23,7 +23,7 @@ from autoparallel.plan import Plan
 
 TOLERANCE = 1e-11
 STEPS = 2
-MORE_STEPS = {"zero bubble": 20}
+MORE_STEPS = {"zero bubble": 8}
 # By name: the model, the axes of the mesh, micro-batches, and the other options.
 CASES: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
     "gpipe, two on each": ("Language", {"pp": 2}, 3, {"schedule": "gpipe", "stages_per_rank": 2}),

@@ -48,7 +48,7 @@ def traced(model: nn.Module, inputs: Any, options: Options) -> Captured:
     return captured
 
 
-@pytest.mark.parametrize("limit", [None, "120MiB"], ids=str)
+@pytest.mark.parametrize("limit", [*broad(None), "120MiB"], ids=str)
 def test_estimates_are_near_plans(limit: str | None) -> None:
     """Seconds and bytes of 9 layers from those of 3, on stages that the layers do not divide into
     evenly."""
@@ -180,7 +180,7 @@ def test_stages_on_each_rank_are_chosen(layers: int, chosen: int) -> None:
     assert found[None][1] < found[1][1]
 
 
-@pytest.mark.parametrize("limit", [False, True])
+@pytest.mark.parametrize("limit", [*broad(False), True])
 def test_smaller_micro_batches_are_looked_at_where_not_all_is_kept(
     limit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,12 +43,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         *broad(((), 2, ("--parallel.mesh=tp",))),
         *broad(((), 2, ("--parallel.mesh=dp", "--training.accumulate=2"))),
-        (BERT, 4, ("--parallel.mesh=dp=2,tp", "--training.accumulate=4")),
+        *broad((BERT, 4, ("--parallel.mesh=dp=2,tp", "--training.accumulate=4"))),
+        (BERT, 2, ("--parallel.mesh=tp", "--training.accumulate=2")),
         *broad(
             (EXPERTS, 2, ("--parallel.mesh=ep", '--parallel.constraints=["*experts.* is split 0"]'))
         ),
     ],
-    ids=["tp", "dp", "bert-dp-tp", "experts"],
+    ids=["tp", "dp", "bert-dp-tp", "bert-tp", "experts"],
 )
 def test_ranks_train_what_one_process_trains(text, tmp_path, changes, ranks, split):
     """Losses, with dropout, after clipped updates, and the held-out loss; batches in passes."""
