@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -41,6 +42,12 @@ def pytest_collection_finish() -> None:
     """
     collect_rarely()
     logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Pytest looks for garbage five times as it ends, among all that the tests have left."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

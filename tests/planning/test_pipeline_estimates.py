@@ -241,7 +241,8 @@ def test_nothing_more_is_kept_where_a_rank_has_no_room() -> None:
     assert marked(8.0) == [False, False]
 
 
-@pytest.mark.parametrize("each", [*broad(1), 2])
+@pytest.mark.broad
+@pytest.mark.parametrize("each", [1, 2])
 def test_some_blocks_are_recomputed(each: int) -> None:
     """Within a limit that some blocks exceed, only as many are recomputed as must be.
 
