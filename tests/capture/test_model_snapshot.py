@@ -176,6 +176,7 @@ def test_hooks_that_are_registered_later_run(broken: bool) -> None:
     assert relative_error(parallel(x).detach(), plain(x).detach()) < 1e-12
 
 
+@pytest.mark.broad
 def test_published_models_that_set_themselves_up() -> None:
     """Hugging Face's BigBird replaces its attention where sequences are short, in its forward."""
     import transformers

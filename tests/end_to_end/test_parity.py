@@ -32,7 +32,7 @@ from autoparallel.planning.search import search
 TOLERANCE = 1e-10
 
 
-@pytest.mark.parametrize("name", share_of(FAMILIES, 2))
+@pytest.mark.parametrize("name", share_of(FAMILIES, 3))
 def test_eight_simulated_ranks(name: str) -> None:
     """Vocabulary 211 and a sequence of 10 do not divide by 8. Without sequence parallelism and with
     it, planned from one trace.

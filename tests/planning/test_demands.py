@@ -59,7 +59,7 @@ def test_constraints_are_kept(free: Plan) -> None:
             assert not (isinstance(layout[0], Shard) and layout[0].dim == 1), op.name
 
 
-@pytest.mark.parametrize("word", ["whole", "replicated"])
+@pytest.mark.parametrize("word", [*broad("whole"), "replicated"])
 def test_a_module_is_kept_whole(word: str) -> None:
     """What a module makes, and its parameters."""
     plan = planned(constraints=[f"blocks.1 is {word}"])

@@ -157,7 +157,7 @@ def test_stages_among_all_meshes() -> None:
     assert best_mesh(captured, 16, fast, float("inf")) is None  # it is refused
 
 
-@pytest.mark.parametrize(("layers", "chosen"), [(16, 4), (12, 3)])
+@pytest.mark.parametrize(("layers", "chosen"), [*broad((16, 4)), (12, 3)])
 def test_stages_on_each_rank_are_chosen(layers: int, chosen: int) -> None:
     """Several stages on each rank leave a smaller bubble, if blocks divide into them evenly; what
     was asked for is not chosen.
