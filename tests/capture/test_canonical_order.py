@@ -180,8 +180,6 @@ ORDERS = """
 import sys
 print(*(list(frozenset(words.split(","))) for words in sys.argv[1:]), sep=";")
 """
-    "import sys; print(*(list(frozenset(words.split(','))) for words in sys.argv[1:]), sep=';')"
-)
 PROBE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
