@@ -58,17 +58,22 @@ def layout_sets(
     )
     largest = max(len(state) for reader in readers for state in reader.layouts)
     most = _MOST_TARGETS if axes == 1 else _MOST_JOINT
-    counts = range(1, max(min(most, len(readers), len(targets)), largest) + 1)
-    sets = [group for count in counts for group in combinations(targets, count)]
-    if axes > 1:
+    most = max(min(most, len(readers), len(targets)), largest)
+    sets: list[tuple[Layout, ...]] = [(target,) for target in targets]
+    if axes > 1 and most > 1:
         groups = groups or tuple((axis,) for axis in range(axes))
-        differ = places_that_differ(tuple(targets), tuple(targets), groups)
+        differ = places_that_differ(targets, targets, groups) == 1
+        # Of hundreds of targets few pairs differ on one axis: they are all that is looked at.
+        sets += [(targets[a], targets[b]) for a, b in np.argwhere(np.triu(differ, 1))]
         place = {target: number for number, target in enumerate(targets)}
-        sets = [
+        sets += [
             group
-            for group in sets
-            if len(group) == 1 or differ[place[group[0]], place[group[1]]] == 1
+            for count in range(3, most + 1)
+            for group in combinations(targets, count)
+            if differ[place[group[0]], place[group[1]]]
         ]
+    elif most > 1:
+        sets += [group for count in range(2, most + 1) for group in combinations(targets, count)]
     if also and all(also != frozenset(group) for group in sets):
         sets.append(tuple(target for target in targets if target in also))
     savers = sum(reader.saved_for_backward for reader in readers) if memory else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import chain, combinations, product
 
 import numpy as np
@@ -120,11 +121,7 @@ class RedistributionPaths:
                             table[(*rows, ..., target)] = np.array(own)[place]
             # On several axes some layouts are impossible, and some steps: they cost +inf.
             if len(grid) > 1:
-                for cell, layout in zip(np.ndindex(*grid), self.layouts, strict=True):
-                    for target, two in enumerate(placements):
-                        step = Step(axis, layout[axis], two)
-                        if not is_possible_step(layout, step):
-                            seconds[(*cell, target)] = np.inf
+                seconds[~_possible_steps(universe, axis)] = np.inf
                 seconds[~valid] = np.inf
                 for target in range(len(placements)):
                     there = valid[(slice(None),) * axis + (target,)]
@@ -340,6 +337,20 @@ class RedistributionPaths:
                 <= levels[hop - 1].reshape(-1)[self.cells[layout]]
             )
         return (*lead, *steps)
+
+
+@lru_cache(maxsize=256)
+def _possible_steps(universe: tuple[tuple[Placement, ...], ...], axis: int) -> NDArray[np.bool_]:
+    """Return table[*layout, placement]: whether this placement may be the next one on the axis."""
+    grid = tuple(map(len, universe))
+    flat = [
+        is_possible_step(layout, Step(axis, layout[axis], placement))
+        for layout in product(*universe)
+        for placement in universe[axis]
+    ]
+    table = np.array(flat, dtype=bool).reshape(*grid, grid[axis])
+    table.flags.writeable = False
+    return table
 
 
 def _summed(layout: Layout, axes: tuple[int, ...]) -> Layout:

@@ -7,9 +7,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.cost_network import CostNetwork
+from autoparallel.strategy.mesh_strategies import MeshStrategy, joint_strategies
 from autoparallel.support.pytree import flatten
 from planners import Factor, Problem, TooWideError, Variable, exact
 
@@ -41,6 +44,8 @@ __all__ = ["Coverage", "Split", "Subject", "UnfitError"]
 
 TOLERANCE = 1e-9
 _MOST_ENTRIES = 2**20
+# Of the ways to compute an op, so many are drawn at most for a plan.
+_MOST_WAYS = 16
 _RANDOM = re.compile(
     r"drop|rand|bernoulli|normal[._(]|multinomial|exponential|poisson|rrelu|uniform|cauchy|geometric"
 )
@@ -51,6 +56,7 @@ _REFUSED = (
     "depends on the values of another",
     "computes with a tensor's value in Python",
     "the forward returns a view of",
+    "branches on the values of a tensor",
 )
 
 
@@ -203,7 +209,8 @@ class Subject:
         graph = with_larger_hints(self.captured, options.tokens)
         mesh = split.mesh
         try:
-            network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
+            with drawn_strategies(split.seed):
+                network = build_network(graph, mesh, find_hardware(options.hardware), options, {})
         except UnsupportedOpError as error:
             # Torch 2.11 traces the last state of an LSTM wrongly; later releases never come here.
             if "dims in place of" not in error.what:
@@ -279,6 +286,25 @@ class Subject:
                 if isinstance(size, Sym) and size.expr.is_Symbol:
                     found[name, dim] = drawn.setdefault(size.expr, int(rng.integers(2, 9)))
         return found
+
+
+@contextmanager
+def drawn_strategies(seed: int) -> Iterator[None]:
+    """Build networks of the plainest strategy of each op, and of some others drawn by chance.
+
+    Any plan must be right, and on several axes an op has hundreds of strategies: a few in each of
+    many programs are sooner tried than all in few.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(*asked: Any) -> tuple[MeshStrategy, ...]:
+        joints = joint_strategies(*asked)
+        others = min(len(joints), _MOST_WAYS) - 1
+        places = 1 + rng.permutation(len(joints) - 1)[:others]
+        return (joints[0], *(joints[place] for place in sorted(places)))
+
+    with patch("autoparallel.strategy.build_network.joint_strategies", drawn):
+        yield
 
 
 def fresh(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -19,20 +19,25 @@ def noted_copies() -> Iterator[list[list[int]]]:
     """Note, for each forward pass that drops copies, which of them its ops save, in their order.
 
     The passes of ranks that are threads are noted apart. Copies have numbers in the order in which
-    they are made. The lists are there when the context ends.
+    they are made. Results that are made again of tensors which are there are left out: to make them
+    a rank needs no other one. The lists are there when the context ends.
     """
     saved: dict[Copies, list[int]] = {}
     counts: dict[Copies, int] = {}
 
     def know(copies: Copies, tensor: torch.Tensor, copy: Any) -> None:
-        counts[copies] = counts.get(copies, 0) + 1
-        copy.number = counts[copies]
+        sources = getattr(copy, "sources", None)
+        asks = sources is None or any(
+            not isinstance(source, torch.Tensor) and source.copy.number for source in sources
+        )
+        counts[copies] = counts.get(copies, 0) + asks
+        copy.number = counts[copies] if asks else 0
         saved.setdefault(copies, [])
         known(copies, tensor, copy)
 
     def pack(copies: Copies, tensor: torch.Tensor) -> Any:
         copy: Any = copies.find(tensor)
-        if copy is not None:
+        if copy is not None and copy.number:
             saved[copies].append(copy.number)
         return packed(copies, tensor)
 
