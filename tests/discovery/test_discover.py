@@ -97,7 +97,7 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("call", "words"), share_of(FOUND, 2), ids=lambda item: str(item)[:60])
+@pytest.mark.parametrize(("call", "words"), share_of(FOUND, 3), ids=lambda item: str(item)[:60])
 def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
     """Equal sizes do not forge loops; what is found is sound on 4 ranks and at the call's sizes."""
     example = call.example()

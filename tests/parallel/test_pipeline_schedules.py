@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from pipeline_models import MODELS, batch_of
 from processes import run_processes
 from torch import nn
@@ -172,25 +173,28 @@ SPLIT: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
 }
 
 
-def prepare_split() -> None:
+def prepare_split(names: tuple[str, ...]) -> None:
     CASES.update(SPLIT)
-    for name in SPLIT:
+    for name in names:
         planned(name)
     reference("Language", 1)
 
 
-def on_four(rank: int) -> dict[str, Any]:
+def on_four(rank: int, names: tuple[str, ...]) -> dict[str, Any]:
     found = {"one process": reference("Language", 1)}
-    for name, (kind, *_) in SPLIT.items():
+    for name in names:
+        kind, *_ = SPLIT[name]
         found[name] = trained(autoparallel.apply_plan(model_of(kind), planned(name)), kind, 1)
     return found
 
 
-def test_halves_of_split_stages() -> None:
+@pytest.mark.parametrize("names", [tuple(SPLIT)[:1], *broad((tuple(SPLIT),))], ids=["tp", "both"])
+def test_halves_of_split_stages(names: tuple[str, ...]) -> None:
     """Stages of two ranks each, whose backward passes communicate in either half."""
-    for found in run_processes(on_four, 4, before=partial(trace_ahead, prepare_split)):
+    before = partial(trace_ahead, prepare_split, names)
+    for found in run_processes(on_four, 4, names, before=before):
         one = found["one process"]
-        for name in SPLIT:
+        for name in names:
             torch.testing.assert_close(
                 found[name]["losses"], one["losses"], rtol=TOLERANCE, atol=TOLERANCE
             )

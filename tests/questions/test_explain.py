@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from broad_cases import broad
 from torch import nn
 
 import autoparallel
@@ -231,10 +232,9 @@ def limited() -> Explainer:
     return Explainer(plan)
 
 
-@pytest.mark.broad
 @pytest.mark.parametrize(
     ("subject", "why_not"),
-    [("feed_forward.expand", "split 0 on tp"), ("token_embedding.weight", "whole")],
+    [("feed_forward.expand", "split 0 on tp"), *broad(("token_embedding.weight", "whole"))],
 )
 def test_at_the_price_of_memory(subject: str, why_not: str, limited: Explainer) -> None:
     """Nothing that is searched within the limit costs less than the bound; what costs less takes
