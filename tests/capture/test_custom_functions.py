@@ -189,7 +189,7 @@ def written_view(h: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", share_of(REFUSED, 2))
 def test_what_no_op_can_say_stays_python(kind: str, world_size: int) -> None:
     use, why = REFUSED[kind]
     model, x = layers(use)
