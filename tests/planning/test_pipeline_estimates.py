@@ -50,7 +50,7 @@ def traced(model: nn.Module, inputs: Any, options: Options) -> Captured:
     return captured
 
 
-@pytest.mark.parametrize("limit", [None, "120MiB"], ids=str)
+@pytest.mark.parametrize("limit", [*broad(None), "120MiB"], ids=str)
 def test_estimates_are_near_plans(limit: str | None) -> None:
     """Seconds and bytes of 9 layers from those of 3, on stages that the layers do not divide into
     evenly."""
@@ -159,7 +159,7 @@ def test_stages_among_all_meshes() -> None:
     assert best_mesh(captured, 16, fast, float("inf")) is None  # it is refused
 
 
-@pytest.mark.parametrize(("layers", "chosen"), [(16, 4), (12, 3)])
+@pytest.mark.parametrize(("layers", "chosen"), [*broad((16, 4)), (12, 3)])
 def test_stages_on_each_rank_are_chosen(layers: int, chosen: int) -> None:
     """Several stages on each rank leave a smaller bubble, if blocks divide into them evenly; what
     was asked for is not chosen.
@@ -182,7 +182,7 @@ def test_stages_on_each_rank_are_chosen(layers: int, chosen: int) -> None:
     assert found[None][1] < found[1][1]
 
 
-@pytest.mark.parametrize("limit", [False, True])
+@pytest.mark.parametrize("limit", [*broad(False), True])
 def test_smaller_micro_batches_are_looked_at_where_not_all_is_kept(
     limit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +243,8 @@ def test_nothing_more_is_kept_where_a_rank_has_no_room() -> None:
     assert marked(8.0) == [False, False]
 
 
-@pytest.mark.parametrize("each", [*broad(1), 2])
+@pytest.mark.broad
+@pytest.mark.parametrize("each", [1, 2])
 def test_some_blocks_are_recomputed(each: int) -> None:
     """Within a limit that some blocks exceed, only as many are recomputed as must be.
 
