@@ -55,14 +55,13 @@ def without_dominated(
     [1, 1]
     """
     sizes = [variable.size for variable in problem.variables]
-    rows: dict[tuple[int, int], _Rows | None] = {}
+    # Variables with the same tables around them, as in equal layers, are compared once.
+    known = memo.undominated
     for _ in range(_MOST_ROUNDS):
         touching: list[list[tuple[int, int]]] = [[] for _ in network.states]
         for scope, number in network.terms:
             for axis, variable in enumerate(scope):
                 touching[variable].append((number, axis))
-        # Variables with the same tables around them, as in equal layers, are compared once.
-        known: dict[tuple[int, tuple[tuple[int, int], ...], bytes], NDArray[np.bool_]] = {}
         domains, fewer = [], False
         for variable, states in enumerate(network.states):
             left = states
@@ -71,7 +70,7 @@ def without_dominated(
                 own = asked[variable][states] if variable in asked else None
                 look = len(states), around, b"" if own is None else own.tobytes()
                 if look not in known:
-                    known[look] = _undominated(len(states), around, memo, rows, own)
+                    known[look] = _undominated(len(states), around, memo, own)
                 left = states[known[look]]
                 fewer = fewer or len(left) < len(states)
             allowed = np.zeros(sizes[variable], dtype=np.bool_)
@@ -87,14 +86,14 @@ def _undominated(
     count: int,
     around: tuple[tuple[int, int], ...],
     memo: Memo,
-    rows: dict[tuple[int, int], _Rows | None],
     asked: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
     """Return, per state of a variable, whether no other state that stays dominates it.
 
-    count: of its states. around: the tables that it is in, by number, and its axis in each. rows:
-    those that are known, by table and axis. asked: states that only others of them dominate.
+    count: of its states. around: the tables that it is in, by number, and its axis in each. asked:
+    states that only others of them dominate.
     """
+    rows: dict[tuple[int, int], _Rows | None] = memo.compared
     tables: list[_Rows] = []
     for key in around:
         if key not in rows:

@@ -19,9 +19,9 @@ class ExactOrConditioned:
     that share tables, until `forget`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memo: Memo | None = None) -> None:
         self.cutset: tuple[str, ...] | None = None
-        self.memo = Memo()
+        self.memo = Memo() if memo is None else memo
 
     @property
     def is_rough(self) -> bool:

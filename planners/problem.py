@@ -7,6 +7,7 @@ usages. The solvers look for an assignment of least cost whose usage is within t
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -120,6 +121,18 @@ class Problem:
     def fits(self, usage: float) -> bool:
         """Say whether a usage is within the limit."""
         return usage <= self.most
+
+    def within(self, limit: float | None) -> "Problem":
+        """Return the same problem with another limit, whose tables need not be examined again.
+
+        >>> Problem((Variable("a", np.zeros(2)),)).within(3.0).limit
+        3.0
+        """
+        if limit is not None and math.isnan(limit):
+            raise ValueError("the limit is NaN")
+        other = copy(self)
+        object.__setattr__(other, "limit", limit)
+        return other
 
     def scopes(self) -> list[tuple[int, ...]]:
         """Return the scope of every factor, as indices of variables."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,9 @@ class Memo:
     computed, reused: the numbers of eliminations that were done and that were looked up. orders:
     the orders of elimination, for problems of the same form; `memo.emptied()` keeps these and drops
     all tables, which else stay in memory as long as the memo lives. heavy: forms of problems whose
-    dominated states are worth dropping.
+    dominated states are worth dropping. compared: what is known of tables by the states that
+    dominate others in them, and undominated: the states that are left of a variable, see
+    `dominance`.
 
     >>> memo = Memo()
     >>> memo.table(np.zeros(3)), memo.table(np.ones(3)), memo.table(np.zeros(3))
@@ -54,6 +56,8 @@ class Memo:
     def __init__(self) -> None:
         self.orders: Orders = {}
         self.heavy: dict[Form, None] = {}
+        self.compared: dict[tuple[int, int], Any] = {}
+        self.undominated: dict[Any, NDArray[np.bool_]] = {}
         self.tables: list[Table] = []
         self.has_infinity: list[bool] = []
         self.domains: list[NDArray[np.bool_]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -33,8 +35,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """All that the tests import has been imported: it stays."""
+    """All that the tests import has been imported: it stays. Nobody reads torch's log of traces.
+
+    Pytest listens to every logger that hands on nothing. As soon as somebody listens to that one,
+    torch writes down the stack at each step of a trace: a ninth of the time of tests that trace.
+    """
     collect_rarely()
+    logging.getLogger("torch.__trace").propagate = True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Pytest looks for garbage five times as it ends, among all that the tests have left."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -72,14 +73,20 @@ LAZY_TABLES = {
 }
 
 
-def named_modules(path: Path) -> set[str]:
+def named_modules(path: Path) -> frozenset[str]:
     """The modules that a file imports, in every way: those for types alone, those inside of
     functions, those by import_module, and those of a lazy table.
 
     Of `from a import b` these are a and a.b, which may be a module. Raises ValueError for what
     hides which module is imported.
     """
-    tree = ast.parse(path.read_text())
+    return modules_in(path, path.read_text())
+
+
+@cache
+def modules_in(path: Path, text: str) -> frozenset[str]:
+    """The same of a file with this text, which several tests ask for."""
+    tree = ast.parse(text)
     name = str(path.relative_to(ROOT).with_suffix("")) if path.is_relative_to(ROOT) else path.stem
     modules: set[str] = set()
     for node in ast.walk(tree):
@@ -103,7 +110,7 @@ def named_modules(path: Path) -> set[str]:
             and ast.unparse(node.targets[0]) == "_HOMES"
         ):
             modules |= {LAZY_TABLES[name] + home for home in ast.literal_eval(node.value).values()}
-    return modules
+    return frozenset(modules)
 
 
 def imports_of(path: Path) -> set[str]:

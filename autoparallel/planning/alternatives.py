@@ -19,7 +19,7 @@ from autoparallel.errors import PlanError
 from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, Plan
-from autoparallel.planning.pipeline_choices import shares_of
+from autoparallel.planning.schedule_figures import shares_of
 from autoparallel.planning.solution_to_plan import layouts_together, solution_of_plan
 from autoparallel.strategy.build_network import build_network
 from autoparallel.strategy.constraints import constrain

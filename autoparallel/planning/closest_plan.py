@@ -155,10 +155,13 @@ class _Moments:
     def __init__(self, network: CostNetwork, pins: Mapping[str, Layout], given: float) -> None:
         self.network, self.pins, self.given = network, pins, given
         self.shares: list[_Share] = []
+        # By the call at whose backward bytes are counted, and by the shares of such moments.
+        self._alone: dict[str, Problem] = {}
+        self._means: dict[tuple[float, ...], Problem] = {}
 
     def problem(self, limit: float) -> Problem:
         """Return the problem within a limit, by bytes as they are counted now."""
-        return self._mean(self.shares, limit)
+        return self._mean(self.shares).within(limit)
 
     def least(self, limit: float, solve: NetworkSolver) -> list[Solution]:
         """Return the solutions that keep least: by bytes as they are counted now, and at each of
@@ -166,16 +169,27 @@ class _Moments:
         """
         problem = self.problem(limit)
         alone = [self.network, *(one.network for one in self.shares)] if self.shares else []
-        problems = [problem, *(one.problem(1.0, self.pins, limit) for one in alone)]
+        problems = [problem, *(self._at(one).within(limit) for one in alone)]
         found = [_least(one, solve) for one in problems]
         return [replace(one, usage=usage_of(problem, one)) for one in found]
 
-    def _mean(self, shares: Sequence[_Share], limit: float) -> Problem:
+    def _at(self, network: CostNetwork) -> Problem:
+        """Return the problem of one moment alone, within the limit as it was given."""
+        call = network.moment.call
+        if call not in self._alone:
+            self._alone[call] = network.problem(1.0, self.pins, self.given)
+        return self._alone[call]
+
+    def _mean(self, shares: Sequence[_Share]) -> Problem:
         """Return the problem with these shares of moments beside the first one."""
-        mean = self.network.problem(1.0, self.pins, limit)
-        for one in shares:
-            mean = mean_usage(mean, one.network.problem(1.0, self.pins, limit), one.share)
-        return mean
+        if not shares:
+            return self._at(self.network)
+        key = tuple(one.share for one in shares)
+        if key not in self._means:
+            *before, latest = shares
+            mean = mean_usage(self._mean(before), self._at(latest.network), latest.share)
+            self._means[key] = mean
+        return self._means[key]
 
     def turn(self, solution: Solution, worst: str, known: list[Solution]) -> bool:
         """Count more of the moment at which a solution is over the limit; return whether there is
@@ -200,10 +214,10 @@ class _Moments:
         if not self.shares or not self.shares[-1].turns:
             return False
         *before, latest = self.shares
-        alone = latest.network.problem(1.0, self.pins, self.given)
+        alone = self._at(latest.network)
         if not alone.fits(usage_of(alone, solution)):
             latest.low = latest.share
-        elif not alone.fits(usage_of(self._mean(before, self.given), solution)):
+        elif not alone.fits(usage_of(self._mean(before), solution)):
             latest.high = latest.share
         else:
             return False
@@ -222,7 +236,7 @@ class _Moments:
             return False
         network = rebuilt(self.network, counted_at=worst)
         network.allowed = self.network.allowed
-        problem = network.problem(1.0, self.pins, self.given)
+        problem = self._at(network)
         require_same_ways(self.problem(self.given), problem)
         if problem.fits(usage_of(problem, solution)):
             return False

@@ -13,6 +13,7 @@ from planners import Problem, Solution, TooWideError, conditioning, exact
 from planners import coarsening as coarse
 from planners import lagrangian as limited
 from planners.exact_or_conditioned import ExactOrConditioned
+from planners.table_memo import Memo
 
 __all__ = ["NetworkSolver"]
 
@@ -26,11 +27,17 @@ class NetworkSolver(ExactOrConditioned):
     Networks of several mesh axes have many states per variable: those that differ on one axis only
     are grouped, which finds a good plan and a rough bound. Wherever a network is wide because of
     its form, some variables are fixed: that proves how good the plan is, or finds a better one.
-    start: an assignment to begin with, where the solver needs one.
+    start: an assignment to begin with, where the solver needs one. memo: of another network with
+    some of the same tables.
     """
 
-    def __init__(self, network: CostNetwork, start: Mapping[str, int] | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        network: CostNetwork,
+        start: Mapping[str, int] | None = None,
+        memo: Memo | None = None,
+    ) -> None:
+        super().__init__(memo)
         self.network, self.start = network, start
         # is_wide: some problem was; is_searching: many will follow, and rough solutions do.
         self.is_wide = self.is_searching = False

@@ -17,9 +17,8 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import SCHEDULES, Options
 from autoparallel.placement import Invariant, Layout, Replicate
 from autoparallel.planning.pipeline_estimates import Estimator
-from autoparallel.planning.schedule_figures import figures_of
+from autoparallel.planning.schedule_figures import shares_of
 from autoparallel.planning.stage_estimates import Estimate, is_better
-from autoparallel.strategy.stage_shares import StageShares
 
 __all__ = [
     "batch_of",
@@ -30,7 +29,6 @@ __all__ = [
     "middle_of",
     "over_time",
     "refuse_pipeline",
-    "shares_of",
 ]
 
 # Micro-batches for each stage that are tried first: of the passes' time, the stages then wait a
@@ -80,17 +78,6 @@ def middle_of(counts: list[int], ranks: int) -> int:
     16
     """
     return max((count for count in counts if count <= _PER_STAGE * ranks), default=counts[0])
-
-
-def shares_of(ranks: int, count: int, options: Options) -> StageShares:
-    """Return what one of so many micro-batches bears of a step. ranks: that share out the stages.
-
-    >>> shares_of(4, 8, Options(schedule="1f1b"))
-    StageShares(ranks=4, passes=11.0, in_flight=4.0)
-    """
-    each = options.each_rank
-    most = figures_of(options.order, ranks, each, count).most
-    return StageShares(ranks, count + (ranks - 1) / each, most / each)
 
 
 def microbatch_counts(graph: Graph, ranks: int, inside: Mesh, options: Options) -> list[int]:

@@ -104,8 +104,10 @@ class Estimator:
         options = options or self.options
         key = inside, shares, count, options.order, options.each_rank, tuple((pins or {}).items())
         if key not in self._estimates:
-            asked = Asked(inside, shares, count, pins or {}, options)
+            asked = Asked(inside, replace(shares, in_parts=True), count, pins or {}, options)
             found = self._estimated(asked)
+            if found is None and count > 1:
+                found = self._estimated(replace(asked, shares=replace(shares, in_parts=False)))
             limit = options.memory_limit
             if found is not None and (limit is None or found.nbytes <= limit):
                 self._shortest = min(self._shortest, found.seconds)

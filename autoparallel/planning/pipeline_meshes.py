@@ -18,9 +18,9 @@ from autoparallel.planning.pipeline_choices import (
     microbatch_counts,
     middle_of,
     refuse_pipeline,
-    shares_of,
 )
 from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.schedule_figures import shares_of
 from autoparallel.planning.stage_estimates import Estimate, is_better
 from planners.effort import current
 

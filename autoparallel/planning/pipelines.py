@@ -33,9 +33,9 @@ from autoparallel.planning.pipeline_choices import (
     middle_of,
     over_time,
     refuse_pipeline,
-    shares_of,
 )
 from autoparallel.planning.pipeline_estimates import Estimator
+from autoparallel.planning.schedule_figures import shares_of
 from autoparallel.planning.search import search
 from autoparallel.planning.stage_cuts import cut_into_stages, with_accounts
 from autoparallel.rewrite.stages import cut_plan, holders_of
@@ -271,26 +271,33 @@ class _Request:
             told[:] = [(stages, accounts)]
             return max(accounts, key=lambda account: account.total)
 
-        try:
-            plan = search(
+        def searched(in_parts: bool) -> Plan:
+            """Return the plan over micro-batches. in_parts: as of `StageShares`."""
+            return search(
                 self.captured,
                 self.model,
                 layouts,
                 options,
                 stored=kept,
                 pins=pins,
-                shares=shares,
+                shares=replace(shares, in_parts=in_parts),
                 judge=judge,
                 eased=eased,
                 step=lambda plan: cut(plan).step,
             )
+
+        try:
+            plan = searched(in_parts=True)
         except (CoupledBatchError, MemoryLimitError):
             raise
-        except PlanError as error:
-            culprit = coupled_call(graph, count, options) if count > 1 else None
-            if culprit is None:
-                raise
-            raise _coupled(count, culprit, self.model) from error
+        except PlanError:
+            try:
+                plan = searched(in_parts=False)
+            except PlanError as error:
+                culprit = coupled_call(graph, count, options) if count > 1 else None
+                if culprit is None or isinstance(error, CoupledBatchError | MemoryLimitError):
+                    raise
+                raise _coupled(count, culprit, self.model) from error
         if count > 1 and _is_repeated(graph, plan):
             raise _coupled(count, coupled_call(graph, count, options), self.model)
         stages = cut(plan)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from autoparallel.analysis.pipeline_walk import held_together
-from autoparallel.options import rank_of_stage
+from autoparallel.options import Options, rank_of_stage
 from autoparallel.runtime.schedule_orders import schedule_order
+from autoparallel.strategy.stage_shares import StageShares
 
-__all__ = ["ScheduleFigures", "figures_of"]
+__all__ = ["ScheduleFigures", "figures_of", "shares_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +42,14 @@ def figures_of(schedule: str, ranks: int, per_rank: int, microbatches: int) -> S
     order = schedule_order(schedule, ranks, per_rank, microbatches)
     places = tuple(rank_of_stage(stage, ranks, schedule) for stage in range(ranks * per_rank))
     return ScheduleFigures(places, held_together(order), sum(map(len, order)))
+
+
+def shares_of(ranks: int, count: int, options: Options) -> StageShares:
+    """Return what one of so many micro-batches bears of a step. ranks: that share out the stages.
+
+    >>> shares_of(4, 8, Options(schedule="1f1b"))
+    StageShares(ranks=4, passes=11.0, in_flight=4.0, in_parts=False)
+    """
+    each = options.each_rank
+    most = figures_of(options.order, ranks, each, count).most
+    return StageShares(ranks, count + (ranks - 1) / each, most / each)

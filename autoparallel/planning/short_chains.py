@@ -29,7 +29,7 @@ from autoparallel.placement import Layout
 from autoparallel.plan import Plan
 from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.network_solver import NetworkSolver
-from autoparallel.planning.schedule_figures import ScheduleFigures, figures_of
+from autoparallel.planning.schedule_figures import ScheduleFigures, figures_of, shares_of
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.planning.stage_chain import StageChain, chain_of, stays_of
 from autoparallel.planning.stage_work import StageWork
@@ -39,6 +39,7 @@ from autoparallel.strategy.constraints import constrain
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.stage_shares import StageShares
 from planners import Alternative, Factor, Problem, Solution, Variable
+from planners.table_memo import Memo
 
 __all__ = ["Asked", "ShortChains", "TooLargeError"]
 
@@ -89,6 +90,7 @@ class ShortChains:
         self._networks: dict[str, CostNetwork] = {}
         self._solvers: dict[str, tuple[NetworkSolver, Problem]] = {}
         self._seen: Seen = {}
+        self._memo = Memo()
         self._last: CostNetwork | None = None
         # By mesh, numbers and the way to keep: stages on each rank and schedules differ in cuts and
         # passes alone.
@@ -147,7 +149,7 @@ class ShortChains:
         hardware = find_hardware(self.options.hardware)
         passes = passes_of_stage(plan, hardware)
         rows = sum(op.seconds for op in plan.ops) + sum(row.seconds for row in plan.conversions)
-        updates = max(plan.seconds - rows, 0.0) / shares.once + passes.reduction
+        updates = max(plan.seconds - rows, 0.0) / self._shares(of).once + passes.reduction
         sizes = work.bytes_of(limit is not None, self._seen)
         link = link_of_stages(plan, shares.ranks, hardware)
         chain = chain_of(work, self.short, self._blocks, passes, updates, sizes, link)
@@ -182,7 +184,7 @@ class ShortChains:
                 pinned = {nodes[path]: pin for path, pin in of.pins.items() if path in nodes}
                 # It remembers tables, which problems of other prices have as well.
                 problem = self._as_whole(network, network.problem(1.0, pinned))
-                self._solvers[mode] = NetworkSolver(network), problem
+                self._solvers[mode] = NetworkSolver(network, memo=self._memo), problem
             solve, problem = self._solvers[mode]
             if price:
                 quickest, _ = self._solved(of, mode, 0.0)
@@ -210,11 +212,11 @@ class ShortChains:
     def _network(self, of: Asked, mode: str) -> CostNetwork:
         """Return the cost network of the short model for a mode of recomputation."""
         options = replace(self.options, memory_limit=None, recompute=mode)
-        mesh, shares = Mesh(**{MICROBATCH: of.count}, **dict(of.inside.axes)), of.shares
+        mesh, shares = Mesh(**{MICROBATCH: of.count}, **dict(of.inside.axes)), self._shares(of)
         if self._of != _key(of):
-            # Networks that differ in what is recomputed alone are kept beside each other. Stages on
-            # a rank change what a micro-batch bears of a step by next to nothing.
+            # Networks that differ in what is recomputed alone are kept beside each other.
             self._of, self._networks, self._solvers, self._seen = _key(of), {}, {}, {}
+            self._memo = Memo()
         if mode not in self._networks:
             hardware, part = find_hardware(options.hardware), self.captured.part
             known = build_network(
@@ -224,10 +226,19 @@ class ShortChains:
             self._last = self._networks[mode] = known
         return self._networks[mode]
 
+    def _shares(self, of: Asked) -> StageShares:
+        """Return what a micro-batch bears in networks: as with the stages on a rank that are asked
+        for, whatever their number is in the estimate, as more change it by next to nothing.
+        """
+        options = replace(of.options, stages_per_rank=self.options.stages_per_rank)
+        shares = shares_of(of.shares.ranks, of.count, options)
+        return replace(shares, in_parts=of.shares.in_parts)
+
 
 def _key(of: Asked) -> tuple[Any, ...]:
     """Return what solutions depend on, of the figures of an estimate."""
-    return of.inside, of.shares.ranks, of.count, tuple(of.pins.items())
+    shares, order = of.shares, of.options.order
+    return of.inside, shares.ranks, shares.in_parts, of.count, order, tuple(of.pins.items())
 
 
 def _counted(problem: Problem, shares: Mapping[str, float]) -> Problem:

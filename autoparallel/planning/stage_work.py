@@ -28,6 +28,9 @@ __all__ = ["StageBytes", "StageWork", "cut_within", "fewer_places"]
 # it is what all micro-batches wait for, and what is sent is in its seconds.
 _NEAR = 1.01
 
+# Sums of bytes in another order differ by less than this share.
+_ROUNDING = 1e-9
+
 # Chains of more places than these, for each stage, are cut at those that send least nearby.
 _PLACES_EACH, _FEWEST_PLACES = 8, 400
 
@@ -76,7 +79,8 @@ def cut_within(
     even = partition(seconds, allowed, len(held), owners, near=_NEAR)
     if sizes is None or sizes.fit(held, ranks, limit, even):
         return even
-    if not sizes.may_fit(held, ranks, limit):
+    places = [place for place, cost in enumerate(allowed) if math.isfinite(cost)]
+    if not sizes.may_fit(held, ranks, limit, places):
         return even
     try:
         fits = sizes.fits(held, ranks, limit)
@@ -229,20 +233,28 @@ class StageBytes:
         limits: NDArray[np.float64] = self.besides + (limit - self.besides) * shares
         return limits
 
-    def may_fit(self, held: Sequence[int], ranks: Sequence[int], limit: float) -> bool:
+    def may_fit(
+        self, held: Sequence[int], ranks: Sequence[int], limit: float, places: Sequence[int]
+    ) -> bool:
         """Return False where no cut fits, as is known without a look for one.
 
-        held, ranks, limit: see `limits`. Of what stays, as much as can is on the stages that hold
-        most micro-batches, where it leaves least of the room for what is kept of each.
+        held, ranks, limit: see `limits`. places: where stages may start. Stages that each take as
+        many ops as they have room for, beside the smallest messages, come as far as any do.
         """
-        stays = float(self.stays.sum()) - sum(size for _, _, size in self.twice)
-        room = 0.0
-        rooms = zip(held, self.limits(held, ranks, limit) - self.besides, strict=True)
-        for batches, each in sorted(rooms, reverse=True):
-            taken = min(max(stays, 0.0), max(float(each), 0.0))
-            stays -= taken
-            room += (max(float(each), 0.0) - taken) / max(batches, 1)
-        return stays <= 0 and room >= float(self.kept.sum())
+        stays, at, last = self.stays.copy(), 0, len(self.stays)
+        for _, other, again in self.twice:
+            stays[other] -= again
+        stays, kept = (np.concatenate([[0.0], np.cumsum(each)]) for each in (stays, self.kept))
+        ends = np.append(np.array(places, dtype=np.intp)[1:], last)
+        least = float(self.buffers[ends[:-1]].min(initial=math.inf))
+        rooms = self.limits(held, ranks, limit) - self.besides
+        for run, (batches, room) in enumerate(zip(held, rooms.tolist(), strict=True)):
+            messages = (batches + 2) * (run > 0) + (run < len(held) - 1)
+            taken = stays + batches * kept
+            most = taken[at] + room - (messages * least if messages else 0.0)
+            able = int(np.searchsorted(taken[ends], most + _ROUNDING * abs(most), side="right"))
+            at = max(at, int(ends[able - 1]) if able else 0)
+        return at == last
 
     def fits(
         self, held: Sequence[int], ranks: Sequence[int], limit: float

@@ -26,7 +26,7 @@ from autoparallel.placement import Layout
 from autoparallel.plan import Conversion, Plan
 from autoparallel.planning.closest_plan import MOST_ATTEMPTS
 from autoparallel.planning.network_solver import NetworkSolver
-from autoparallel.planning.pipeline_choices import shares_of
+from autoparallel.planning.schedule_figures import shares_of
 from autoparallel.planning.solution_to_plan import (
     layouts_together,
     plan_of_solution,

@@ -306,11 +306,13 @@ class _Builder:
             if id(splits) not in alone:
                 tiles = splits.tiles.get(node.name, ())
                 able = strategies(rule, tiles, operands, results, size)
-                alone[id(splits)] = (
-                    tuple(one for one in able if _is_possible_in_time(one, operands, results))
-                    if in_time
-                    else able
-                )
+                if in_time:
+                    able = tuple(
+                        one for one in able if _is_possible_in_time(one, operands, results)
+                    )
+                    split = tuple(one for one in able if one.tile is not None)
+                    able = split if split and self.network.shares.in_parts else able
+                alone[id(splits)] = able
             per_axis.append(alone[id(splits)])
         shapes = [value.shape for value in (*call.operands, *call.results)]
         joints = self.arranged_joints(

@@ -15,7 +15,9 @@ class StageShares:
     stage in the time of a step, with those that would fit in the bubble: what is done once a step,
     reducing gradients and the update, counts by one of so many parts. in_flight: micro-batches of
     which a stage holds activations at a time, where it holds most; what stays between steps counts
-    by one of so many parts beside them.
+    by one of so many parts beside them. in_parts: whether every op that can be computed for one
+    micro-batch by itself is. A plan in which it is not repeats it for all of them, and mostly all
+    that it reads, so that it is looked for only where there is no other.
 
     >>> StageShares(4, 8.0, 2.0).once
     0.125
@@ -24,6 +26,7 @@ class StageShares:
     ranks: int = 1
     passes: float = 1.0
     in_flight: float = 1.0
+    in_parts: bool = False
 
     @property
     def once(self) -> float:

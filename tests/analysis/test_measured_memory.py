@@ -1,14 +1,12 @@
 """The memory of a real step, at its worst moment, is that which is predicted."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broad_cases import broad
+from scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,32 +98,27 @@ print(json.dumps(found))
 """
 
 
-def ran(script: str, *arguments: str) -> Any:
+def ran(folder: Path, script: str, *arguments: str) -> Any:
     """Return the last line that a script prints, which is JSON."""
-    paths = [ROOT, ROOT / "benchmarks"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
+    path = folder / "script.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n{script}")
+    done = run_script(path, *arguments, folder=folder)
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.broad
-def test_what_is_gathered_ahead_takes_what_is_predicted() -> None:
+def test_what_is_gathered_ahead_takes_what_is_predicted(tmp_path: Path) -> None:
     """More than what is gathered where it is read, by as much as is in flight."""
-    (total, peak), (ahead_total, ahead_peak) = ran(GATHERED)
+    (total, peak), (ahead_total, ahead_peak) = ran(tmp_path, GATHERED)
     assert ahead_total > total
     assert ahead_peak - peak == pytest.approx(ahead_total - total, rel=0.01)
 
 
 @pytest.mark.parametrize("ways", ["[true]", *broad("[false]")])
-def test_a_step_takes_the_memory_that_is_predicted(ways: str) -> None:
+def test_a_step_takes_the_memory_that_is_predicted(ways: str, tmp_path: Path) -> None:
     """Where gradients are cleared before each step and outputs let go, it takes less by these."""
-    for total, gradients, (kept, cleared) in ran(STEP, ways).values():
+    for total, gradients, (kept, cleared) in ran(tmp_path, STEP, ways).values():
         assert kept == pytest.approx(total, rel=0.01)
         logits = 8 * 64 * 512 // 2 * 4
         assert cleared == pytest.approx(total - gradients - logits, rel=0.03)

@@ -92,7 +92,7 @@ LEFT: dict[str, tuple[Callable[[Any, torch.Tensor], Any], Callable[[Any], Any]]]
 }
 
 
-@pytest.mark.parametrize("kind", share_of(LEFT, 2))
+@pytest.mark.parametrize("kind", share_of(LEFT, 3))
 def test_what_is_left_is_seen_after_each_call(kind: str) -> None:
     """It can go into the loss, other inputs leave other values, and settings stay the user's."""
     leave, see = LEFT[kind]

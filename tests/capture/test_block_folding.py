@@ -19,7 +19,7 @@ FAMILY_LAYERS = 4
 
 
 @pytest.mark.parametrize(
-    ("name", "training"), share_of([*((name, True) for name in TRANSFORMERS), ("gpt", False)], 2)
+    ("name", "training"), share_of([*((name, True) for name in TRANSFORMERS), ("gpt", False)], 4)
 )
 def test_families_are_folded(name: str, training: bool) -> None:
     """The first block is copied to all but the last, which is traced as a check."""

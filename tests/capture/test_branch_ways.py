@@ -100,7 +100,7 @@ def test_the_way_of_the_example_is_one_program(
     parity(model, autoparallel.simulate(model, example_inputs=(x,), plan=plan), x)
 
 
-@pytest.mark.parametrize("way", [finite, asked], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [finite, *broad(asked)], ids=lambda way: way.__name__)
 def test_other_ways_are_computed_as_python(
     way: Callable[..., torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,7 +131,7 @@ def batch() -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning")
 @pytest.mark.parametrize("block", [Block, Inside])
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
-@pytest.mark.parametrize("kind", share_of(["called plainly", *KINDS], 2))
+@pytest.mark.parametrize("kind", share_of(["called plainly", *KINDS], 4))
 def test_gradients_are_the_models(kind: str, world_size: int, block: type[nn.Module]) -> None:
     torch.manual_seed(0)
     use = KINDS.get(kind, each(lambda b, x: b(x)))
@@ -143,7 +143,7 @@ def test_gradients_are_the_models(kind: str, world_size: int, block: type[nn.Mod
         assert plan.recomputed
 
 
-@pytest.mark.parametrize("kind", share_of(KINDS, 3))
+@pytest.mark.parametrize("kind", share_of(KINDS, 4))
 def test_as_little_is_saved_as_by_the_model(kind: str) -> None:
     torch.manual_seed(0)
     plain, x = Stack(KINDS[kind]).double(), batch()

@@ -37,7 +37,7 @@ def unsplit(model: Model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
-@pytest.mark.parametrize("kind", share_of(KINDS, 2))
+@pytest.mark.parametrize("kind", share_of(KINDS, 3))
 def test_nothing_is_lost(kind: str, world_size: int) -> None:
     """Loss and every gradient equal the unsplit model's."""
     one = traced(kind)

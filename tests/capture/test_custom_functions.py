@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from broad_cases import broad
+from broad_cases import broad, share_of
 from processes import run_processes
 from releases import applied_by_keyword, tried_under_autocast
 from torch import nn
@@ -41,7 +41,13 @@ def functions_of(plan: Any) -> list[str]:
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=applied_by_keyword if kind == "keyword" else ()) for kind in CARRIED],
+    share_of(
+        [
+            pytest.param(kind, marks=applied_by_keyword if kind == "keyword" else ())
+            for kind in CARRIED
+        ],
+        2,
+    ),
 )
 def test_its_own_backward_runs(kind: str, world_size: int) -> None:
     model, x = layers(CARRIED[kind])
@@ -222,7 +228,7 @@ def test_settings_that_change_before_the_backward_pass(own: bool) -> None:
 
 
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", share_of(REFUSED, 2))
 def test_what_no_op_can_say_stays_python(kind: str, world_size: int) -> None:
     use, why = REFUSED[kind]
     model, x = layers(use)

@@ -290,7 +290,7 @@ ODD_ONES = {
 }
 
 
-@pytest.mark.parametrize("name", share_of(ODD_ONES, 2))
+@pytest.mark.parametrize("name", share_of(ODD_ONES, 4))
 def test_what_cannot_be_folded_is_traced(name: str) -> None:
     """Blocks that look the same and are not, or are looked into: no block is copied."""
     model = ODD_ONES[name]()

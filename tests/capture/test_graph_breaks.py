@@ -99,7 +99,7 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("name", share_of(MIDDLES, 3))
+@pytest.mark.parametrize("name", share_of(MIDDLES, 5))
 def test_what_can_be_traced_is_split(name: str) -> None:
     """Loss and every gradient in float64; the largest traceable modules are the parts."""
     batch = inputs()
@@ -127,6 +127,7 @@ def test_equal_parts_share_a_plan() -> None:
     assert plan.split_flops > 0.99
 
 
+@pytest.mark.broad
 def test_a_published_model_drops_layers() -> None:
     """Hugging Face's OPT: layers are left out alike on all ranks. Its loss is in float32."""
     import transformers

@@ -69,7 +69,7 @@ def plan_in_every_way(model: nn.Module, inputs: Any) -> None:
             call()
 
 
-@pytest.mark.parametrize("kind", share_of([Disturbs, *SETTING_UP], 2))
+@pytest.mark.parametrize("kind", share_of([Disturbs, *SETTING_UP], 3))
 def test_planning_leaves_the_model_as_it_was(kind: type[Base]) -> None:
     """Every dict of every module, every tensor bit for bit, torch's state and random numbers."""
     model, x = build(kind), batches()[0]
@@ -132,7 +132,7 @@ def train(model: nn.Module, steps: list[torch.Tensor]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SETTING_UP if kind is not Lazily])
+@pytest.mark.parametrize("kind", share_of([kind for kind in SETTING_UP if kind is not Lazily], 2))
 def test_a_model_that_sets_itself_up_runs_as_unsplit(kind: type[Base]) -> None:
     """From its first call on, on one rank."""
     parallel = autoparallel.autoparallelize(build(kind), 1, example_inputs=batches()[0])
@@ -176,6 +176,7 @@ def test_hooks_that_are_registered_later_run(broken: bool) -> None:
     assert relative_error(parallel(x).detach(), plain(x).detach()) < 1e-12
 
 
+@pytest.mark.broad
 def test_published_models_that_set_themselves_up() -> None:
     """Hugging Face's BigBird replaces its attention where sequences are short, in its forward."""
     import transformers

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from broad_cases import share_of
+from broad_cases import broad, share_of
 from releases import lstm_states
 from split_models import split_as_whole
 from torch import nn
@@ -149,7 +149,7 @@ def test_normal_numbers_are_normal():
     ("kind", "options"),
     [
         pytest.param(nn.LSTM, {"bidirectional": True, "proj_size": 4}, marks=lstm_states),
-        (nn.GRU, {"bidirectional": True, "batch_first": True}),
+        *broad((nn.GRU, {"bidirectional": True, "batch_first": True})),
         (nn.RNN, {"nonlinearity": "relu", "bias": False}),
     ],
 )

@@ -364,7 +364,7 @@ def test_the_documents_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(shown) > 4
     assert set(shown) <= set(lines)
     (tmp_path / "my_module.py").write_text(BUILD.replace("self.up", "self.fc1"))
-    (tmp_path / "my_text.txt").write_text("def forward(self, x):\n    return x\n" * 2000)
+    (tmp_path / "my_text.txt").write_text("def forward(self, x):\n    return x\n" * 500)
     for part in ("train", "dev", "test"):
         write_passages(tmp_path / "RACE" / part, 8)
     write_weights(tmp_path / "weights")

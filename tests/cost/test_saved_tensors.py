@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import share_of
 from calls import Call, call, fixed, ints, x
 from sample_calls import CALLS
 
@@ -65,7 +66,7 @@ def kept_for_real(sample: Call) -> tuple[set[int], set[int], list[int]]:
     )
 
 
-@pytest.mark.parametrize("sample", CALLS, ids=str)
+@pytest.mark.parametrize("sample", share_of(CALLS, 2), ids=str)
 def test_what_is_seen_without_data_is_what_is_kept(
     sample: Call, request: pytest.FixtureRequest
 ) -> None:
@@ -93,7 +94,7 @@ def test_what_fused_attention_keeps_of_float32_is_seen_without_data() -> None:
     assert [item.nbytes for item in seen.internal] == [2 * 3 * 4 * 4]
 
 
-@pytest.mark.parametrize("sample", CALLS, ids=str)
+@pytest.mark.parametrize("sample", share_of(CALLS, 2), ids=str)
 def test_what_is_inside_an_op_shrinks_with_its_loops(sample: Call) -> None:
     """Prediction for a part, from the whole and its loops: equal to what a part keeps."""
     rule, tensors = rule_of(sample), known(sample)
@@ -167,7 +168,7 @@ def test_views_lie_in_the_memory_of_what_they_view() -> None:
     assert tensors.of("y").aliases == (0, 0, 0)
 
 
-@pytest.mark.parametrize("sample", CALLS, ids=str)
+@pytest.mark.parametrize("sample", share_of(CALLS, 2), ids=str)
 def test_tensors_of_no_device_tell_the_same(sample: Call) -> None:
     """Where they are asked first, which is quicker, all is as on tensors of the CPU."""
     function = runner(sample.target)

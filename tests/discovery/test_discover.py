@@ -12,6 +12,7 @@ import pytest
 import torch
 from broad_cases import broad, share_of
 from calls import Call, ints, truth, x
+from scripts import run_script
 from torch import nn
 
 import autoparallel
@@ -96,7 +97,7 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("call", "words"), share_of(FOUND, 2), ids=lambda item: str(item)[:60])
+@pytest.mark.parametrize(("call", "words"), share_of(FOUND, 3), ids=lambda item: str(item)[:60])
 def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
     """Equal sizes do not forge loops; what is found is sound on 4 ranks and at the call's sizes."""
     example = call.example()
@@ -309,25 +310,24 @@ def test_a_plan_of_unknown_ops_is_applied_elsewhere(monkeypatch: pytest.MonkeyPa
     assert ", 2)" in next(line for line in sources[0].splitlines() if "fused_heads.default" in line)
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        (sys.executable,),
-        pytest.param(
-            (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            marks=pytest.mark.broad,
-        ),
-    ],
-    ids=["one process", "two processes"],
-)
-def test_the_example_runs(launcher: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, *broad(2)])
+def test_the_example_runs(processes: int, tmp_path: Path) -> None:
     """Its losses are those of the unsplit model, and it shows what it found."""
     root = Path(__file__).parents[2]
-    command = [*launcher, str(root / "examples" / "custom_op.py"), "--steps", "4"]
-    environment = {**os.environ, "AUTOPARALLEL_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=root, check=False
-    )
+    example, variables = root / "examples" / "custom_op.py", {"AUTOPARALLEL_CACHE": str(tmp_path)}
+    if processes == 1:
+        done = run_script(example, "--steps", "4", folder=root, variables=variables)
+    else:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, "-m", *launcher, str(example), "--steps", "4"]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **variables},
+            cwd=root,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     assert "found:    a b (c d) -> a b d; c whole" in done.stdout
     assert "found:    a b c, c -> a d c; b d whole; linear in 0" in done.stdout

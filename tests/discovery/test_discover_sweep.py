@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from broad_cases import share_of
 from calls import Call, call, ints, x
 from sample_calls import CALLS
 
@@ -53,7 +54,7 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("sample", "words"), KNOWN, ids=lambda item: str(item)[:60])
+@pytest.mark.parametrize(("sample", "words"), share_of(KNOWN, 2), ids=lambda item: str(item)[:60])
 def test_what_a_person_would_write(sample: Call, words: str) -> None:
     """Also where all sizes are equal. Cross-entropy over classes is left to who knows better."""
     example = sample.example()

@@ -135,26 +135,29 @@ def edited(found: dict[str, Any], path: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [
-        ("kernels/l1/0", "combined_parts(*[print('run')]) or kernels.combined_parts"),
-        ("kernels/l1/0", "__builtins__"),
-        ("kernels/l1/0", "stand_ins_for"),
-        ("kernels/l1/0", "embedding_rows"),
-        ("kernels/l1/2/0/0", "where=None, other=print('run'), more"),
-        ("kernels/l1/2/0/0", "operation"),
-        ("kernels/l1/2/0/1", {"a": "table"}),
-        ("kernels/l1/1", "S(0, blocks=0)"),
-        ("dtype", "load"),
-        ("dtype", 3),
-        ("values/1", 0.2),  # equal numbers prove any rule
-        ("values/1", 1e999),
-        ("pattern/0/0/0/0", 10**30),
-        ("pattern/0/0/0/1/0", -1),
-        ("operands", 5),
-        ("results", [[[[]]]]),
-        ("loops", []),
-        ("linear", [[99]]),
-    ],
+    share_of(
+        [
+            ("kernels/l1/0", "combined_parts(*[print('run')]) or kernels.combined_parts"),
+            ("kernels/l1/0", "__builtins__"),
+            ("kernels/l1/0", "stand_ins_for"),
+            ("kernels/l1/0", "embedding_rows"),
+            ("kernels/l1/2/0/0", "where=None, other=print('run'), more"),
+            ("kernels/l1/2/0/0", "operation"),
+            ("kernels/l1/2/0/1", {"a": "table"}),
+            ("kernels/l1/1", "S(0, blocks=0)"),
+            ("dtype", "load"),
+            ("dtype", 3),
+            ("values/1", 0.2),  # equal numbers prove any rule
+            ("values/1", 1e999),
+            ("pattern/0/0/0/0", 10**30),
+            ("pattern/0/0/0/1/0", -1),
+            ("operands", 5),
+            ("results", [[[[]]]]),
+            ("loops", []),
+            ("linear", [[99]]),
+        ],
+        3,
+    ),
 )
 def test_a_stored_rule_names_known_kernels_only(
     path: str, value: Any, cache: Path, probes: list[str], capsys: pytest.CaptureFixture[str]

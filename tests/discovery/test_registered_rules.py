@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import custom_ops
 import pytest
 import torch
+from scripts import run_script
 from torch import nn
 
 import autoparallel
@@ -228,8 +227,7 @@ def test_a_plan_from_elsewhere_is_not_followed_by_a_wrong_rule() -> None:
 def test_the_example_runs() -> None:
     """It plans by its rule, and shows how a wrong one is refused."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, str(root / "examples" / "custom_rule.py")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    done = run_script(root / "examples" / "custom_rule.py", folder=root)
     assert done.returncode == 0, done.stderr
     assert "planned:  decayed_sum: S(2), S(0) -> S(2)" in done.stdout
     assert "split along 't' as S(1), R -> S(1) on 2 ranks" in done.stdout

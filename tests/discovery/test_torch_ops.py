@@ -71,7 +71,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), share_of(CALLS, 2), ids=lambda item: str(item[0])[:40]
+    ("arguments", "words"), share_of(CALLS, 3), ids=lambda item: str(item[0])[:40]
 )
 def test_rules_of_ops_of_torch(arguments: tuple[object, ...], words: str) -> None:
     """They are right at the call's own sizes too, on 2 and 3 ranks."""

@@ -46,13 +46,20 @@ def run(*command: str, path: str = "") -> str:
 
 
 @pytest.mark.parametrize("more", [(), pytest.param(("ours-1",), marks=pytest.mark.broad)], ids=str)
-def test_contenders_train_side_by_side(tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_contenders_train_side_by_side(
+    tmp_path: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All have the plain model's losses, ours sends what hand-written layers send, and the figures
     become a document."""
     file, names = tmp_path / "steps.json", ("plain", *more, "ours-tp", "hand-tp")
     options = ("--workloads", "gpt-16", "--contenders", ",".join(names), "--rounds", "2")
     options += ("--seconds", "0", "--json", str(file), "--document", str(tmp_path))
-    run("benchmarks/steps.py", *options)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from benchmarks import steps
+
+    monkeypatch.setattr(sys, "argv", ["steps.py", *options])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    steps.main()
     rows = {row["contender"]: row for row in json.loads(file.read_text())["rows"]}
     assert {name: row["absent"] for name, row in rows.items()} == dict.fromkeys(names, "")
     assert all(row["cpu"] > 0 and row["peak"] > 0 for row in rows.values())

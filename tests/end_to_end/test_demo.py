@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_processes
+from scripts import run_script
 from torch.distributed.tensor import DTensor
 
 import autoparallel
@@ -129,15 +130,8 @@ def test_a_run_that_lingers_is_ended_with_its_children(tmp_path):
 
 
 def test_text_that_is_not_there_is_named(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--data", "absent.txt"]
-    result = subprocess.run(
-        [*command, "--output", str(tmp_path)],
-        cwd=tmp_path,
-        env={**demo.os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = ["--data", "absent.txt", "--output", str(tmp_path)]
+    result = run_script(ROOT / "examples" / "demo.py", *arguments, folder=tmp_path)
     assert result.returncode == 1
     assert "no such file or folder: absent.txt" in result.stderr
     assert "Traceback" not in result.stderr

@@ -56,7 +56,7 @@ def some(ways: st.SearchStrategy[Split]) -> st.SearchStrategy[list[Split]]:
 
 
 @quiet
-@settings(CALM, max_examples=12, derandomize=True)
+@settings(CALM, max_examples=8, derandomize=True)
 @given(programs(), some(splits()))
 def test_random_programs(coverage: Coverage, program: Program, ways: list[Split]) -> None:
     judge(program, ways, coverage)

@@ -137,7 +137,7 @@ def require_right(model: nn.Module, plan: Plan, x: torch.Tensor) -> None:
         torch.testing.assert_close(actual[key], value, rtol=1e-9, atol=1e-10, msg=key)
 
 
-@pytest.mark.parametrize("name", share_of(CASES, 2))
+@pytest.mark.parametrize("name", share_of(CASES, 3))
 def test_any_plan_is_right(name: str) -> None:
     """On 2 and 3 ranks and on 2 by 2, drawn at random, and with the op split."""
     function, shapes, target = CASES[name]

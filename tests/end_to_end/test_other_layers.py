@@ -157,7 +157,7 @@ WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("data_parallel", [False, True])
+@pytest.mark.parametrize("data_parallel", [*broad(False), True])
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_split_equals_whole(kind, world_size, data_parallel):

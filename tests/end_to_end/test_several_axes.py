@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from broad_cases import share_of
+from broad_cases import broad, share_of
 from changed_plans import blocks_again, copies_again, spread
 from families import build, inputs_for, loss_and_logits, relative_error, worst_gradient
 from torch import nn
@@ -81,7 +81,7 @@ def test_weights_that_are_kept_split(inner: Any) -> None:
     assert counts[1] > counts[0]
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt"])
+@pytest.mark.parametrize("name", ["mlp", *broad("gpt")])
 def test_ranks_without_any_rows(name: str) -> None:
     """Two rows on three ranks: all ranks communicate in the same order, whatever an op keeps."""
     model, planned, inputs = build(name, layers=1), inputs_for(name, 6), inputs_for(name, 2)

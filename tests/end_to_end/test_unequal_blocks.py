@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from broad_cases import share_of
+from broad_cases import broad, share_of
 from families import relative_error
 from processes import run_processes
 from torch import nn
@@ -122,11 +122,11 @@ KINDS: dict[str, Any] = {
 
 
 # Those that are split in one of the two ways at four ranks already, each in another one.
-TRAINED = (
-    "fused, heads of keys repeated by attention",
-    "weights of their own",
-    "a scan in groups",
-)
+TRAINED: dict[str, set[str]] = {
+    "fused, heads of keys repeated by attention": {"unequal", "shared"},
+    "weights of their own": {"shared"},
+    "a scan in groups": {"unequal"},
+}
 
 
 def build(kind: str, seed: int = 3) -> nn.Module:
@@ -177,11 +177,11 @@ def trained(model: Any, steps: range, optimizer: Any = None) -> Any:
     return optimizer
 
 
-def run(rank: int, folder: Path) -> list[tuple[set[str], float]]:
+def run(rank: int, kinds: tuple[str, ...], folder: Path) -> list[tuple[set[str], float]]:
     """Four ranks train two steps, save, are read by other modules and go on there."""
     torch.set_num_threads(1)
     found = []
-    for number, kind in enumerate(TRAINED):
+    for number, kind in enumerate(kinds):
         plain, model = build(kind), build(kind)
         model = autoparallel.autoparallelize(model, 4, example_inputs=(tokens(),))
         optimizer = trained(model, range(2))
@@ -200,12 +200,13 @@ def run(rank: int, folder: Path) -> list[tuple[set[str], float]]:
     return found
 
 
-def traced() -> None:
-    for kind in TRAINED:
+def traced(kinds: tuple[str, ...]) -> None:
+    for kind in kinds:
         autoparallel.make_plan(build(kind), 4, example_inputs=(tokens(),))
 
 
-def test_training_and_checkpoints(tmp_path: Path) -> None:
-    for found in run_processes(run, 4, tmp_path, before=partial(trace_ahead, traced)):
-        assert [ways for ways, _ in found] == [{"unequal", "shared"}, {"shared"}, {"unequal"}]
+@pytest.mark.parametrize("kinds", [tuple(TRAINED)[::2], *broad((tuple(TRAINED),))], ids=len)
+def test_training_and_checkpoints(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    for found in run_processes(run, 4, kinds, tmp_path, before=partial(trace_ahead, traced, kinds)):
+        assert [ways for ways, _ in found] == [TRAINED[kind] for kind in kinds]
         assert max(apart for _, apart in found) < 1e-10

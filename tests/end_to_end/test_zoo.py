@@ -83,8 +83,8 @@ def each_once(names: list[str], first: int) -> list[tuple[str, int]]:
 
 # One of each kind is run by `make test`, as each costs another trace: fused and separate attention,
 # heads in groups, experts, an encoder and a decoder, images by attention and by convolutions,
-# windows, recurrences, a scan.
-KEPT = ["gpt2", "llama", "deepseek-v3", "t5", "vit", "swin", "u-net", "lstm", "mamba"]
+# recurrences, a scan.
+KEPT = ["gpt2", "llama", "deepseek-v3", "t5", "vit", "u-net", "lstm", "mamba"]
 WITHOUT_DROPOUT = one_of_each(each_once(NAMES, 0), lambda row: row[0] in KEPT)
 TWO_AXES = Mesh(dp=2, tp=2)
 EVERYWHERE = [(name, ranks) for name in NAMES for ranks in (*sorted(WORLD_SIZES), TWO_AXES)]
@@ -101,7 +101,7 @@ def test_split_equals_the_users_module(name: str, world_size: int) -> None:
     compare(run(name, world_size, 0.0, layers), run_unsplit(name, layers))
 
 
-@pytest.mark.parametrize(("name", "world_size"), share_of(WITH_DROPOUT, 2))
+@pytest.mark.parametrize(("name", "world_size"), share_of(WITH_DROPOUT, 5))
 def test_dropout_does_not_depend_on_the_plan(name: str, world_size: int) -> None:
     compare(run(name, world_size, DROPOUT, LAYERS), run(name, 1, DROPOUT, LAYERS))
 

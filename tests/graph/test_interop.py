@@ -36,7 +36,7 @@ def flat(model: nn.Module, inputs: dict[str, Any]) -> list[torch.Tensor]:
     return flatten(dict(bind_inputs(model, (), inputs).arguments))[0]
 
 
-@pytest.mark.parametrize("name", share_of(FAMILIES, 3))
+@pytest.mark.parametrize("name", share_of(FAMILIES, 6))
 def test_the_module_equals_the_model(name: str) -> None:
     """Up to the order of sums, which passes change: a loss over (b, v, s) adds up otherwise than
     one over (b s, v).

@@ -5,6 +5,7 @@ fused kernels are off. It is needed for these tests alone.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,8 @@ from autoparallel.train.models import GPTConfig
 from megatron_rules import layers, regions
 from megatron_rules.models import ParallelGPT
 
-pytest.importorskip("megatron.core")
+# The ranks import it, and no process that collects these tests: it takes seconds.
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core")
 
 SEQUENCE, BATCH, HIDDEN, HEADS, LAYERS, VOCABULARY = 6, 3, 16, 4, 2, 100
 ACTIVATION, TOKENS = SEQUENCE * BATCH * HIDDEN, SEQUENCE * BATCH

@@ -172,7 +172,9 @@ def on_ranks_touched(rank: int, demands: tuple[str, ...]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "demands", [("* is whole",), ("first.weight is split",)], ids=["whole", "parts"]
+    "demands",
+    [*broad((("* is whole",),)), ("first.weight is split",)],
+    ids=["whole", "parts"],
 )
 def test_gradients_that_are_put_off_are_the_users(demands):
     """They are cleared, read, scaled, clipped, copied and stepped with as those of one device."""

@@ -166,7 +166,7 @@ def script(change: Any) -> Any:
     return run
 
 
-@pytest.mark.parametrize("kind", share_of(CHANGES, 3))
+@pytest.mark.parametrize("kind", share_of(CHANGES, 4))
 def test_a_change_is_followed(kind: str) -> None:
     """One program before, and one more afterwards, however often it is called."""
     x = torch.ones(3, 8, dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from unlike_calls import (
     calls,
@@ -16,7 +17,7 @@ from unlike_calls import (
 from autoparallel.parallel.call_headers import checksum
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_what_differs_is_said_on_all_ranks(world_size: int) -> None:
     results = run_processes(calls, world_size, world_size, timeout_seconds=300.0)
     words = {
@@ -61,7 +62,7 @@ def test_what_python_computes_must_be_the_same_on_all_ranks() -> None:
         assert "asks time.perf_counter()" in alike
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_headers_between_hosts_are_looked_at_one_call_later(world_size: int) -> None:
     """As on NCCL, where a call does not wait for them, but for the first ones."""
     for said in run_processes(headers_of_hosts, world_size, world_size):
@@ -70,7 +71,7 @@ def test_headers_between_hosts_are_looked_at_one_call_later(world_size: int) -> 
         assert said[0] == said[3]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_a_group_of_hosts_is_of_all_ranks_or_of_none(world_size: int) -> None:
     """A rank that cannot have it, when it tries alone or with the others, is not waited for."""
     last, what = world_size - 1, "the ranks do not compare how they are called: no gloo group"

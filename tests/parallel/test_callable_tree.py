@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from torch import nn
 
@@ -69,9 +71,9 @@ def work(rank: int, world_size: int) -> None:
             torch.testing.assert_close(whole, parameter.grad, rtol=1e-10, atol=1e-13, msg=name)
 
 
-def test_every_module_is_callable() -> None:
-    for world_size in (2, 3):
-        run_processes(work, world_size, world_size)
+@pytest.mark.parametrize("world_size", [*broad(2), 3])
+def test_every_module_is_callable(world_size: int) -> None:
+    run_processes(work, world_size, world_size)
 
 
 def test_every_module_of_a_single_rank_is_callable() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from test_replaced import Model, deleted, head, tied, weight
 from torch import nn
@@ -47,10 +48,9 @@ def converted(model: Any) -> None:
     model.float()
 
 
-CHANGES = [
-    *(head, weight, deleted, tied, attribute, whole_forward, other_forward, hook, unfrozen),
-    converted,
-]
+CHANGES = (tied, attribute, whole_forward, hook, unfrozen, converted)
+# tests/parallel/test_replaced.py shows these on all ranks of one process.
+OTHERS = (head, weight, deleted, other_forward)
 
 
 def whole(gradient: torch.Tensor) -> torch.Tensor:
@@ -71,10 +71,10 @@ def planned() -> Plan:
     return autoparallel.make_plan(frozen(), 2, example_inputs=X)
 
 
-def both_ways(rank: int) -> list[Any]:
+def both_ways(rank: int, changes: tuple[Any, ...]) -> list[Any]:
     """The plain and the split module's loss and gradients after each of the changes."""
     rows: list[Any] = []
-    for change in CHANGES:
+    for change in changes:
         plain = frozen()
         split = autoparallel.apply_plan(copy.deepcopy(plain), planned())
         split(X)
@@ -109,8 +109,9 @@ def refused(rank: int) -> list[str]:
     return messages
 
 
-def test_changes_are_followed_on_two_processes() -> None:
-    for rows in run_processes(both_ways, 2, before=planned):
+@pytest.mark.parametrize("changes", [CHANGES, *broad((OTHERS,))], ids=["some", "others"])
+def test_changes_are_followed_on_two_processes(changes: tuple[Any, ...]) -> None:
+    for rows in run_processes(both_ways, 2, changes, before=planned):
         for name, plain, split in rows:
             tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "converted" else {}
             torch.testing.assert_close(split, plain, **tolerance, msg=lambda m, n=name: f"{n}: {m}")

@@ -108,11 +108,11 @@ def on_two(rank: int) -> None:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 (first + second).backward()
             split.zero_grad()
-        compiled = torch.compile(split, fullgraph=True, backend="aot_eager")
-        for each in (compiled, model):
-            first, second = each(ROWS)
-            (first + 2 * second).backward()
-        check(split, model)
+            compiled = torch.compile(split, fullgraph=True, backend="aot_eager")
+            for each in (compiled, model):
+                first, second = each(ROWS)
+                (first + 2 * second).backward()
+            check(split, model)
 
 
 def test_parameters_are_gathered_ahead_on_two_ranks() -> None:

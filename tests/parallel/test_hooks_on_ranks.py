@@ -109,13 +109,13 @@ def script(kind: str, place: str) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "place"),
-    share_of([*((kind, "layer") for kind in HOOKS), ("forward", "leaf"), ("backward", "leaf")], 2),
+    share_of([*((kind, "layer") for kind in HOOKS), ("forward", "leaf"), ("backward", "leaf")], 4),
 )
 def test_registered_after_planning(kind: str, place: str) -> None:
     as_unsplit(Model(), 2, (torch.ones(3, 8, dtype=torch.float64),), script(kind, place))
 
 
-@pytest.mark.parametrize("kind", ["forward that keeps", *broad("before, with kwargs"), "backward"])
+@pytest.mark.parametrize("kind", ["forward that keeps", *broad("before, with kwargs", "backward")])
 def test_in_parts(kind: str) -> None:
     as_unsplit(Broken(), 3, (torch.ones(3, 8, dtype=torch.float64),), script(kind, "layer"))
 
@@ -145,7 +145,7 @@ def hook_of(kind: str) -> tuple[Any, list[Any]]:
     return hook, log
 
 
-@pytest.mark.parametrize("kind", ["a closure", "an object", "a default"])
+@pytest.mark.parametrize("kind", ["a closure", *broad("an object", "a default")])
 def test_what_a_hook_keeps_is_not_lost(kind: str) -> None:
     """A hook that is there before planning, and writes to an object of its own, is in no graph."""
     model, (hook, log) = Model(), hook_of(kind)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import share_of
 from families import build, inputs_for
 from processes import run_processes
 from torch import nn
@@ -43,7 +44,7 @@ CASES: dict[str, list[tuple[int, dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", share_of(CASES, 2))
 def test_parts_of_a_planned_model_are_those_of_one_rank(name: str) -> None:
     """Fused weights in blocks, tied ones, unequal parts; joined from every rank."""
     sizes = {"hidden": 40, "heads": 10} if name == "gpt" else {}

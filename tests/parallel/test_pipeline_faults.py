@@ -160,7 +160,7 @@ def waiting(rank: int, folder: str) -> bytes:
     """Return what the first rank says where the second one hangs before its stage."""
     store = torch.distributed.FileStore(f"{folder}/hung", 2)
     torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=15)
+        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=6)
     )
     faults._PATIENCE_SECONDS = 0.5
     model = autoparallel.apply_plan(Rows().double(), planned("rows"), check_inputs=0)

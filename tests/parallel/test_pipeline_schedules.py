@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from pipeline_models import MODELS, batch_of
 from processes import run_processes
 from torch import nn
@@ -23,7 +24,7 @@ from autoparallel.plan import Plan
 
 TOLERANCE = 1e-11
 STEPS = 2
-MORE_STEPS = {"zero bubble": 20}
+MORE_STEPS = {"zero bubble": 8}
 # By name: the model, the axes of the mesh, micro-batches, and the other options.
 CASES: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
     "gpipe, two on each": ("Language", {"pp": 2}, 3, {"schedule": "gpipe", "stages_per_rank": 2}),
@@ -111,9 +112,10 @@ def reference(kind: str, steps: int) -> dict[str, Any]:
     return trained(one, kind, steps)
 
 
-def prepare() -> None:
-    """Plan all cases, and train what one process trains: ranks evaluate by the same traces."""
-    for name, (kind, *_) in CASES.items():
+def prepare(names: tuple[str, ...]) -> None:
+    """Plan some cases, and train what one process trains: ranks evaluate by the same traces."""
+    for name in names:
+        kind, *_ = CASES[name]
         planned(name)
         reference(kind, MORE_STEPS.get(name, STEPS))
 
@@ -149,10 +151,11 @@ def trained(model: nn.Module, kind: str, steps: int) -> dict[str, Any]:
     return {"losses": losses, "gradients": gradients}
 
 
-def on_two(rank: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+def on_two(rank: int, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """What this rank trains, and what one process does, by the names of cases."""
     found = {}
-    for name, (kind, *_) in CASES.items():
+    for name in names:
+        kind, *_ = CASES[name]
         model, steps = (
             autoparallel.apply_plan(model_of(kind), planned(name)),
             MORE_STEPS.get(name, STEPS),
@@ -172,25 +175,28 @@ SPLIT: dict[str, tuple[str, dict[str, int], int, dict[str, Any]]] = {
 }
 
 
-def prepare_split() -> None:
+def prepare_split(names: tuple[str, ...]) -> None:
     CASES.update(SPLIT)
-    for name in SPLIT:
+    for name in names:
         planned(name)
     reference("Language", 1)
 
 
-def on_four(rank: int) -> dict[str, Any]:
+def on_four(rank: int, names: tuple[str, ...]) -> dict[str, Any]:
     found = {"one process": reference("Language", 1)}
-    for name, (kind, *_) in SPLIT.items():
+    for name in names:
+        kind, *_ = SPLIT[name]
         found[name] = trained(autoparallel.apply_plan(model_of(kind), planned(name)), kind, 1)
     return found
 
 
-def test_halves_of_split_stages() -> None:
+@pytest.mark.parametrize("names", [tuple(SPLIT)[:1], *broad((tuple(SPLIT),))], ids=["tp", "both"])
+def test_halves_of_split_stages(names: tuple[str, ...]) -> None:
     """Stages of two ranks each, whose backward passes communicate in either half."""
-    for found in run_processes(on_four, 4, before=partial(trace_ahead, prepare_split)):
+    before = partial(trace_ahead, prepare_split, names)
+    for found in run_processes(on_four, 4, names, before=before):
         one = found["one process"]
-        for name in SPLIT:
+        for name in names:
             torch.testing.assert_close(
                 found[name]["losses"], one["losses"], rtol=TOLERANCE, atol=TOLERANCE
             )
@@ -199,10 +205,16 @@ def test_halves_of_split_stages() -> None:
                 torch.testing.assert_close(gradient, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_schedules() -> None:
+# Those whose last stage uses weights for nothing that came in, or some several times.
+OTHERS = tuple(name for name, (kind, *_) in CASES.items() if kind in OWN)
+EVERY = tuple(name for name in CASES if name not in OTHERS)
+
+
+@pytest.mark.parametrize("names", [EVERY, *broad((OTHERS,))], ids=["every", "others"])
+def test_schedules(names: tuple[str, ...]) -> None:
     """Losses and every gradient of some steps, and evaluation, with every schedule."""
-    results = run_processes(on_two, 2, before=partial(trace_ahead, prepare))
-    for name in CASES:
+    results = run_processes(on_two, 2, names, before=partial(trace_ahead, prepare, names))
+    for name in names:
         one = results[0][name][1]
         for found in results:
             torch.testing.assert_close(

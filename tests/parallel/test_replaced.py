@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from broad_cases import broad
+from broad_cases import broad, share_of
 from split_ranks import as_unsplit
 from torch import nn
 
@@ -111,7 +111,7 @@ def script(change: Any) -> Any:
 
 
 @pytest.mark.parametrize("world_size", [*broad(1), 2])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", share_of(CHANGES, 2), ids=lambda change: change.__name__)
 def test_it_is_as_on_the_unsplit_model(change: Any, world_size: int) -> None:
     x = torch.ones(3, 8, dtype=torch.float64)
     close = {"rtol": 1e-5, "atol": 1e-6} if change is converted else {"rtol": 1e-10, "atol": 1e-12}
@@ -119,7 +119,7 @@ def test_it_is_as_on_the_unsplit_model(change: Any, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [*broad(1), 3])
-@pytest.mark.parametrize("change", [head, added, deleted])
+@pytest.mark.parametrize("change", [head, *broad(added, deleted)])
 def test_in_parts(change: Any, world_size: int) -> None:
     x = torch.ones(3, 8, dtype=torch.float64)
     as_unsplit(Broken(), world_size, (x,), script(change))

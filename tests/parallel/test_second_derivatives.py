@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from any_plans import any_plans, network_of
-from broad_cases import broad
+from broad_cases import broad, share_of
 from changed_plans import blocks_again, copies_again, spread
 from torch import nn
 from torch.autograd.functional import hvp, jacobian
@@ -161,8 +162,10 @@ def ways(kind: type[nn.Module], norms: bool, mesh: Mesh) -> Iterator[tuple[str, 
 
 
 @pytest.mark.parametrize("mesh", [*broad(Mesh(tp=2), Mesh(dp=2, tp=2)), Mesh(tp=3)], ids=str)
-@pytest.mark.parametrize("step", [forces, penalty, residual, trace, ready_made])
-@pytest.mark.parametrize("kind", [Potential, Critic])
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    share_of(product((Potential, Critic), (forces, penalty, residual, trace, ready_made)), 2),
+)
 def test_derivatives_of_gradients(kind: type[nn.Module], step: Step, mesh: Mesh) -> None:
     with sdpa_kernel(SDPBackend.MATH):
         model = plain(kind, step in (forces, penalty))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from broad_cases import broad
 from processes import run_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -195,7 +196,7 @@ def every_recipe(rank: int, heads: int, mesh: Mesh, folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("heads", "mesh", "kinds"),
     [
-        (4, Mesh(tp=2), ["S(0, blocks=2)", "S(0, blocks=3)"]),
+        *broad((4, Mesh(tp=2), ["S(0, blocks=2)", "S(0, blocks=3)"])),
         # The heads do not divide: the user and the optimizer have equal parts.
         (5, Mesh(tp=3), ["S(0)", "S(0, blocks=2)"]),
         pytest.param(

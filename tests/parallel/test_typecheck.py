@@ -33,7 +33,7 @@ def fake_processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("name", share_of(TRANSFORMERS, 2))
+@pytest.mark.parametrize("name", share_of(TRANSFORMERS, 3))
 @pytest.mark.usefixtures("fake_processes", "one_trace")
 def test_types_fit_and_a_planted_error_does_not(name: str, sequence_parallel: bool) -> None:
     """Each conversion in turn is replaced by its operand, each product that is summed over ranks by

@@ -77,7 +77,7 @@ KEPT: dict[str, tuple[Any, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", share_of(KEPT, 2))
+@pytest.mark.parametrize("kind", share_of(KEPT, 3))
 def test_objects_of_all_kinds_are_followed(kind: str) -> None:
     make, read, write = KEPT[kind]
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broad_cases import share_of
 from processes import run_processes
 from torch import nn
 from unseen import Base, Case, X, after_backward, differences, follows
@@ -142,7 +143,7 @@ def of_name(name: str) -> Case:
     return Scaled(READ[name][0]), changed_by(READ[name][1])
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", share_of(READ, 2))
 def test_contents_are_followed(name: str) -> None:
     follows(functools.partial(of_name, name), 2)
 

@@ -311,7 +311,7 @@ CASES = [
 ALONE = [written_slot, counted_in_the_class, list_of_an_object, iterators, random_generators]
 
 
-@pytest.mark.parametrize("case", share_of(CASES, 2))
+@pytest.mark.parametrize("case", share_of(CASES, 3))
 def test_objects_are_followed(case: Any) -> None:
     follows(case, 2)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from broad_cases import share_of
 from torch import is_grad_enabled as another_name
 from torch import nn
 from torch.compiler import is_compiling as asks
@@ -183,7 +184,7 @@ def _as_it_was() -> Iterator[None]:
         change(False)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", share_of(ASKED, 2))
 @pytest.mark.usefixtures("_as_it_was")
 def test_answers_are_those_of_the_call(name: str) -> None:
     ask, change = ASKED[name]

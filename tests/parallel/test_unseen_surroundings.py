@@ -88,7 +88,7 @@ READ: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", share_of(READ, 2))
+@pytest.mark.parametrize("kind", share_of(READ, 3))
 def test_what_a_forward_reads_around_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read, write = READ[kind]
     monkeypatch.delenv("UNSEEN_SCALE", raising=False)

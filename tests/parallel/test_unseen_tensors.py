@@ -248,7 +248,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", share_of(CASES, 2))
+@pytest.mark.parametrize("case", share_of(CASES, 3))
 def test_facts_are_true(case: Any) -> None:
     follows(case, 2)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import one_of_each
 from edited_plans import Edited, Mixed
 
 import autoparallel
@@ -58,7 +59,7 @@ def changed(edited: Edited, where: str, layout: str) -> str:
     return json.dumps(rows)
 
 
-@pytest.mark.parametrize("edited", MESHES, indirect=True)
+@pytest.mark.parametrize("edited", one_of_each(MESHES, lambda name: name != "two"), indirect=True)
 def test_edits_are_refused_or_right(edited: Edited) -> None:
     outcomes = {words: edited.tried(text) for words, text in edited.edits(seed=7, count=30)}
     bad = {words: kind for words, kind in outcomes.items() if kind not in Edited.GOOD}

@@ -8,6 +8,7 @@ import networkx
 import numpy as np
 import pytest
 from any_plans import network_of
+from broad_cases import broad
 from families import build, inputs_for
 from networkx.algorithms.approximation import treewidth_min_degree, treewidth_min_fill_in
 from planner_problems import layered_problem, random_problem
@@ -109,7 +110,7 @@ def test_networkx_finds_no_order_that_is_much_narrower() -> None:
         assert schedule(network, 2**26).width <= best + 1
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert", "hf-llama"])
+@pytest.mark.parametrize("name", ["gpt", *broad("bert", "hf-llama")])
 def test_the_networks_of_models_are_as_narrow_as_networkx_finds_them(name: str) -> None:
     """On two axes; and each model is one connected problem."""
     _, network = network_of(build(name), inputs_for(name), Mesh(dp=2, tp=2))

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from broad_cases import broad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_problems import chain_problem, limited_problem, priced_problem
@@ -256,7 +257,7 @@ def test_limited_equals_brute_force_on_many(start: int) -> None:
         bounds_the_optimum(seed)
 
 
-@pytest.mark.parametrize(("states", "share"), [(4, 0.02), (4, 0.4), (4, 0.95), (12, 0.4)])
+@pytest.mark.parametrize(("states", "share"), [(4, 0.02), (4, 0.4), *broad((4, 0.95)), (12, 0.4)])
 def test_equal_layers_fill_the_limit(states: int, share: float) -> None:
     """96 equal layers change their mind together, and still the limit is used to the full."""
     problem = chain_problem(96, states)

@@ -73,3 +73,15 @@ def test_problem_text() -> None:
     assert exact.solve(Problem((Variable("a", np.array([2.0, 1.5])),))).text() == (
         "cost 1.5, bound 1.5, gap 0 (variable elimination, 1 variables)"
     )
+
+
+def test_another_limit() -> None:
+    """The tables are the same objects, and the limit is checked as before."""
+    problem = Problem((Variable("a", np.zeros(2), np.array([4.0, 0.0])),), limit=3.0)
+    looser = problem.within(5.0)
+    assert (problem.limit, looser.limit) == (3.0, 5.0)
+    assert looser == Problem(problem.variables, problem.factors, 5.0)
+    assert looser.variables is problem.variables
+    assert looser.cost({"a": 1}) == 0.0
+    with pytest.raises(ValueError, match="NaN"):
+        problem.within(np.nan)

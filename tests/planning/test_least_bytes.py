@@ -84,7 +84,7 @@ def test_no_plan_takes_less(name: str, optimizer: str, recompute: str) -> None:
     assert max(shares) > 0.6
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("name", [*broad("gpt2"), "mixtral"])
 def test_no_plan_takes_less_than_its_states_say(name: str) -> None:
     """Limits are laid on what the tables count: that nothing fits would else be said in vain.
 

@@ -127,7 +127,7 @@ def test_the_best_of_few_states_is_that_of_all(
     assert real.cost <= best.cost * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("limit", [None, "1GiB"])
+@pytest.mark.parametrize("limit", [*broad(None), "1GiB"])
 def test_where_the_best_states_do_not_go_together_all_are_planned_for(
     limit: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

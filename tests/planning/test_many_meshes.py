@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from broad_cases import broad
 
 import autoparallel
 from autoparallel.planning import plan_model
 from autoparallel.train.models import GPT, GPTConfig
 
 
-@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("limited", [*broad(False), True])
 def test_many_ops_within_a_limit_are_planned_on_few_meshes(
     limited: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +23,13 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.planning.network_solver import NetworkSolver
-from autoparallel.planning.pipeline_choices import in_parts, shares_of
+from autoparallel.planning.pipeline_choices import in_parts
 from autoparallel.planning.pipeline_estimates import Estimator
 from autoparallel.planning.pipeline_meshes import best_mesh, best_order
 from autoparallel.planning.pipelines import pipeline_plan
 from autoparallel.planning.plan_model import trace_model
-from autoparallel.planning.short_chains import Asked
+from autoparallel.planning.schedule_figures import shares_of
+from autoparallel.planning.short_chains import Asked, ShortChains
 from autoparallel.planning.stage_chain import StageChain, most_saved
 from autoparallel.planning.stage_estimates import Estimate
 from autoparallel.planning.stage_work import StageBytes
@@ -48,7 +50,7 @@ def traced(model: nn.Module, inputs: Any, options: Options) -> Captured:
     return captured
 
 
-@pytest.mark.parametrize("limit", [None, "120MiB"], ids=str)
+@pytest.mark.parametrize("limit", [*broad(None), "120MiB"], ids=str)
 def test_estimates_are_near_plans(limit: str | None) -> None:
     """Seconds and bytes of 9 layers from those of 3, on stages that the layers do not divide into
     evenly."""
@@ -157,7 +159,7 @@ def test_stages_among_all_meshes() -> None:
     assert best_mesh(captured, 16, fast, float("inf")) is None  # it is refused
 
 
-@pytest.mark.parametrize(("layers", "chosen"), [(16, 4), (12, 3)])
+@pytest.mark.parametrize(("layers", "chosen"), [*broad((16, 4)), (12, 3)])
 def test_stages_on_each_rank_are_chosen(layers: int, chosen: int) -> None:
     """Several stages on each rank leave a smaller bubble, if blocks divide into them evenly; what
     was asked for is not chosen.
@@ -180,7 +182,7 @@ def test_stages_on_each_rank_are_chosen(layers: int, chosen: int) -> None:
     assert found[None][1] < found[1][1]
 
 
-@pytest.mark.parametrize("limit", [False, True])
+@pytest.mark.parametrize("limit", [*broad(False), True])
 def test_smaller_micro_batches_are_looked_at_where_not_all_is_kept(
     limit: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +243,8 @@ def test_nothing_more_is_kept_where_a_rank_has_no_room() -> None:
     assert marked(8.0) == [False, False]
 
 
-@pytest.mark.parametrize("each", [*broad(1), 2])
+@pytest.mark.broad
+@pytest.mark.parametrize("each", [1, 2])
 def test_some_blocks_are_recomputed(each: int) -> None:
     """Within a limit that some blocks exceed, only as many are recomputed as must be.
 
@@ -284,3 +287,24 @@ def test_some_blocks_are_recomputed(each: int) -> None:
     memory = memory_of_pipeline(plan)
     assert max(account.total for account in memory) <= limit
     assert plan.step == pytest.approx(some.seconds, rel=0.05)
+
+
+def test_chains_do_not_depend_on_those_before() -> None:
+    """Other stages on a rank share chains, and other schedules do not: what is done once a step and
+    what stays are those of the chain that was asked for, whatever was asked for before it.
+    """
+    model = gpt(8)
+    captured = in_parts(traced(model, model.example_inputs(batch=64, sequence=128), Options()))
+    options = Options(data_parallel=True, hardware="dgx-a100", memory_limit=2**30)
+    short = shortened(captured.graph)
+    assert short is not None
+    kinds = [("1f1b", 1), ("gpipe", 1), ("1f1b", 4)]
+    alone: dict[tuple[str, int, str], list[float]] = {}
+    for turn in (kinds, kinds[::-1]):
+        chains = ShortChains(captured, short, options)
+        for (order, each), way in itertools.product(turn, ("none", "full")):
+            asked = replace(options, schedule=order, stages_per_rank=each)
+            of = Asked(Mesh(dp=4), shares_of(2, 8, asked), 8, {}, asked)
+            chain = chains.chain(of, way, 0.1)
+            figures = [*chain.seconds.tolist(), *chain.once.tolist(), *chain.bytes.stays.tolist()]
+            assert alone.setdefault((order, each, way), figures) == figures

@@ -214,32 +214,45 @@ def test_the_chain_leads_to_what_costs_most(explainer: Explainer) -> None:
     assert chains
 
 
-@pytest.fixture(scope="module")
-def limited() -> Explainer:
+@pytest.fixture(scope="module", params=["Sequential", *broad("GPT")])
+def limited(request: pytest.FixtureRequest) -> Explainer:
     """Of a plan that has to give way to its memory limit."""
-    config = GPTConfig(layers=1, hidden=768, heads=12, vocabulary=6000, positions=128, dropout=0)
     with torch.device("meta"):
-        model = GPT(config)
+        if request.param == "GPT":
+            model = GPT(GPTConfig(1, 768, 12, vocabulary=6000, positions=128, dropout=0))
+            inputs, limit = model.example_inputs(8, 128), 100_000_000
+        else:
+            model, inputs, limit = three_layers(), torch.ones(64, 256), 2_700_000
     plan = make_plan(
         model,
         mesh=Mesh(dp=2, tp=2),
-        example_inputs=model.example_inputs(8, 128),
+        example_inputs=inputs,
         hardware="dgx-a100",
-        memory_limit=100_000_000,
+        memory_limit=limit,
     )
     assert plan.memory_price > 0
     assert Plan.from_json(plan.to_json()).memory_price == plan.memory_price
     return Explainer(plan)
 
 
-@pytest.mark.parametrize(
-    ("subject", "why_not"),
-    [("feed_forward.expand", "split 0 on tp"), *broad(("token_embedding.weight", "whole"))],
-)
-def test_at_the_price_of_memory(subject: str, why_not: str, limited: Explainer) -> None:
+def three_layers() -> nn.Module:
+    first, second, last = (nn.Linear(*pair) for pair in pairwise((256, 1024, 256, 64)))
+    return nn.Sequential(first, nn.GELU(), second, nn.LayerNorm(256), last)
+
+
+# What is asked of a model, and why it is not otherwise.
+ASKED = {
+    "Sequential": [("linear", "split 0 on tp"), ("0.weight", "whole")],
+    "GPT": [("feed_forward.expand", "split 0 on tp"), ("token_embedding.weight", "whole")],
+}
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_at_the_price_of_memory(number: int, limited: Explainer) -> None:
     """Nothing that is searched within the limit costs less than the bound; what costs less takes
     more bytes than there are.
     """
+    subject, why_not = ASKED[limited.plan.model][number]
     both = [limited.explain(subject, why_not=why_not, search=search) for search in (False, True)]
     quick, searched = (answer.asked for answer in both)
     charged = ["Memory is charged at" in str(answer) for answer in both]
@@ -266,8 +279,7 @@ def test_searched_alternatives_are_plans_within_the_limit() -> None:
     The limit leaves little beside the plan that takes least, so that some are within it.
     """
     with torch.device("meta"):
-        first, second, last = (nn.Linear(*pair) for pair in pairwise((256, 1024, 256, 64)))
-        model = nn.Sequential(first, nn.GELU(), second, nn.LayerNorm(256), last)
+        model = three_layers()
     asked = {"mesh": Mesh(dp=2, tp=2), "example_inputs": torch.ones(64, 256)}
     with pytest.raises(MemoryLimitError) as refused:
         make_plan(model, **asked, memory_limit=1000)
@@ -291,7 +303,8 @@ def test_costs_at_the_price_are_optima(limited: Explainer) -> None:
     forcing = limited.forcing
     problem = forcing.problem.weighed(limited.plan.memory_price)
     own = problem.cost(forcing.chosen)
-    for name in ("p_token_embedding_weight", "linear_2_product"):
+    weight = {"GPT": "p_token_embedding_weight", "Sequential": "p_2_weight"}
+    for name in (weight[limited.plan.model], "linear_2_product"):
         answer = limited.explain(name)
         variable = problem.variable(name)
         each = []

@@ -100,7 +100,7 @@ def planned(name: str, mesh: Mesh, sequence_parallel: bool) -> Plan:
     return search(plan.captured, plan.model, mesh, options)
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [True, *broad(False)])
 @pytest.mark.parametrize("mesh", [*broad(Mesh(dp=2), Mesh(tp=3)), Mesh(dp=2, tp=2)], ids=str)
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("name", LOSSES)

@@ -60,7 +60,7 @@ def short_calls(sample: Call) -> Iterator[tuple[Example, int]]:
         yield example, too_many_ranks(size)
 
 
-@pytest.mark.parametrize("sample", share_of(CALLS, 3), ids=str)
+@pytest.mark.parametrize("sample", share_of(CALLS, 5), ids=str)
 def test_no_number_of_a_stand_in_counts(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every strategy of every op that refuses nothing is right on ranks that hold nothing, also
     where each number of a stand-in is none: in results, pending sums and all gradients."""

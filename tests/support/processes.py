@@ -22,7 +22,7 @@ from garbage import collect_rarely
 from traces import sharing, traced_once
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """Start the process without threads of which ranks are forks, where there is none yet.
 
     It imports what imported_before.py names, and looks for modules where this process does.
@@ -59,7 +59,7 @@ def run_processes(
     """
     context = multiprocessing.get_context(start)
     if start == "forkserver":
-        _start_server()
+        start_server()
     with tempfile.TemporaryDirectory() as name:
         folder, environment = Path(name), dict(os.environ)
         given = (world_size, arguments, folder, timeout_seconds, environment, sharing())

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from broad_cases import broad
 
 from autoparallel.train.config import TrainingError
 from autoparallel.train.config_text import (
@@ -62,7 +63,7 @@ def test_help_lists_every_key(capsys):
         assert meaning
 
 
-@pytest.mark.parametrize("name", ["gpt2-355m", "bert-336m"])
+@pytest.mark.parametrize("name", ["gpt2-355m", *broad("bert-336m")])
 def test_a_dry_run_needs_nothing(name, capsys):
     """The plan, the figures and what would be logged, of a model that no memory here holds."""
     assert train_command([name, "--dry-run", "--ranks=8", "--json"]) == 0

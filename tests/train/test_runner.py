@@ -43,12 +43,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         *broad(((), 2, ("--parallel.mesh=tp",))),
         *broad(((), 2, ("--parallel.mesh=dp", "--training.accumulate=2"))),
-        (BERT, 4, ("--parallel.mesh=dp=2,tp", "--training.accumulate=4")),
+        *broad((BERT, 4, ("--parallel.mesh=dp=2,tp", "--training.accumulate=4"))),
+        (BERT, 2, ("--parallel.mesh=tp", "--training.accumulate=2")),
         *broad(
             (EXPERTS, 2, ("--parallel.mesh=ep", '--parallel.constraints=["*experts.* is split 0"]'))
         ),
     ],
-    ids=["tp", "dp", "bert-dp-tp", "experts"],
+    ids=["tp", "dp", "bert-dp-tp", "bert-tp", "experts"],
 )
 def test_ranks_train_what_one_process_trains(text, tmp_path, changes, ranks, split):
     """Losses, with dropout, after clipped updates, and the held-out loss; batches in passes."""
@@ -110,27 +111,30 @@ def test_a_run_goes_on_anywhere(text, tmp_path):
     shutil.rmtree(tmp_path / "run")
 
 
-def test_stages_train_what_one_process_trains(text, tmp_path):
-    """Two stages of two ranks, with passes and micro-batches; what they have saved goes on without
-    stages, on four ranks and on one, and generates.
+@pytest.mark.parametrize(
+    ("ranks", "mesh"), [(2, "pp=2"), *broad((4, "pp=2,tp=2"))], ids=["two", "two of two"]
+)
+def test_stages_train_what_one_process_trains(text, tmp_path, ranks, mesh):
+    """Two stages, with passes and micro-batches; what they have saved goes on without stages, on as
+    many ranks and on one, and generates.
     """
     changes = ("--training.accumulate=2", "--checkpoint.every=3")
     config = replace(small_config(text, *changes), folder=str(tmp_path / "run"))
     expected = run_on(1, replace(config, folder=str(tmp_path / "one")))
 
-    def until(steps: int, mesh: str, **options: object) -> object:
+    def until(steps: int, axes: str, **options: object) -> object:
         # The schedule is that of the whole run.
         return replace(
             config,
             training=replace(config.training, steps=steps),
             schedule=replace(config.schedule, decay_steps=6),
-            parallel=replace(config.parallel, mesh=mesh, **options),
+            parallel=replace(config.parallel, mesh=axes, **options),
         )
 
-    first = run_on(4, until(3, "pp=2,tp=2", microbatches=2))
+    first = run_on(ranks, until(3, mesh, microbatches=2))
     stages = metrics_of(config)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    second = run_on(4, until(6, "tp"))
+    second = run_on(ranks, until(6, "tp"))
     for found in (first[0] + second[0], first[0]):
         assert found == pytest.approx(expected[0][: len(found)], rel=1e-11)
     assert second[1] == pytest.approx(expected[1], rel=1e-11)

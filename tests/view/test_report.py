@@ -157,7 +157,7 @@ def plan_in_parts() -> Plan:
 
 
 @pytest.mark.parametrize(
-    "make", [*broad(plain_plan), mesh_plan, limited_plan, *broad(plan_in_parts)]
+    "make", [*broad(plain_plan), mesh_plan, *broad(limited_plan, plan_in_parts)]
 )
 def test_a_plan_that_was_read_prints_what_the_plan_printed(make: Callable[[], Plan]):
     """Nothing is computed while printing that needs the graph."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from torch import nn
 
 import autoparallel
@@ -122,7 +123,7 @@ def test_an_op_is_told_in_full() -> None:
         assert why
 
 
-@pytest.mark.parametrize("weight", [None, 1024.0])
+@pytest.mark.parametrize("weight", [*broad(None), 1024.0])
 def test_parameters_and_collectives_have_alternatives(weight: float | None) -> None:
     """The best of them are those that `explain` tells, and cost as much more.
 
