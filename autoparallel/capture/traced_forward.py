@@ -164,9 +164,9 @@ class FlatForward(nn.Module):
         others += self.wanted.outer.changed()
         if self.wanted.outer.compares_objects():
             # The next call may be given the object that this one was.
-            given = set(map(id, tensors))
+            inputs = set(map(id, tensors))
             pairs = zip(written.places, written.values, strict=True)
-            kept = [place for place, one in pairs if id(one) in given]
+            kept = [place for place, one in pairs if id(one) in inputs]
             others += [f"its attribute {join_path(at.path, str(at.route[0][1]))}" for at in kept]
         if others or written.unknown:
             unknown = (f"its attribute {name}" for name in written.unknown)
