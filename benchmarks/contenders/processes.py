@@ -87,3 +87,6 @@ class Processes:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()

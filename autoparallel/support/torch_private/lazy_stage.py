@@ -17,6 +17,8 @@ __all__ = ["LazyStage"]
 
 # Up to torch 2.14, a stage makes buffers for all micro-batches before the first one comes.
 _MAKES_BUFFERS = not hasattr(_RecvInfo, "allocate_buffer")
+# Torch 2.11 does not know whether an input has a gradient: the stage before waits for all of them.
+_SENDS_ALL = not hasattr(PipelineStage, "_get_grad_send_meta")
 
 
 class LazyStage(PipelineStage):
@@ -96,6 +98,23 @@ class LazyStage(PipelineStage):
         """Compute the gradients of a micro-batch."""
         super().backward_one_chunk(bwd_chunk_id, *args, **options)
         _empty(self.grad_recv_info.get(bwd_chunk_id, ()))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[Any]:
+        """Return what sends the gradients of a micro-batch to the stage before: zeros for what no
+        gradient came to, where that stage waits for it.
+        """
+        if _SENDS_ALL and bwd_chunk_id in self.bwd_cache:
+            pairs = zip(
+                self.bwd_cache[bwd_chunk_id], self.args_recv_info[bwd_chunk_id], strict=False
+            )
+            self.bwd_cache[bwd_chunk_id] = tuple(
+                torch.zeros_like(info.buffer, device=self.device, requires_grad=False)
+                if gradient is None and isinstance(info, _RecvInfo) and info.buffer is not None
+                else gradient
+                for gradient, info in pairs
+            )
+        ops: list[Any] = super().get_bwd_send_ops(bwd_chunk_id)
+        return ops
 
     def _fill(self, infos: Iterable[Any]) -> None:
         """Make buffers, where torch has made none."""
