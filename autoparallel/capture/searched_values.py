@@ -13,7 +13,13 @@ from torch import nn
 
 from autoparallel.capture.outside_answers import NOTATIONS
 from autoparallel.graph.attribute_read import SIMPLE, Contents
-from autoparallel.support.object_state import bytes_of, functions_in, is_bound, is_of_library
+from autoparallel.support.object_state import (
+    bytes_of,
+    functions_in,
+    is_bound,
+    is_of_library,
+    plain_attribute,
+)
 
 __all__ = [
     "builtins_of",
@@ -63,7 +69,7 @@ def is_setting(value: Any) -> bool:
 
 def name_of_function(function: Any) -> str:
     """Return the name of a function, for messages."""
-    return str(getattr(function, "__qualname__", type(function).__name__))
+    return str(plain_attribute(function, "__qualname__", type(function).__name__))
 
 
 def has_own(function: types.FunctionType) -> bool:

@@ -107,7 +107,12 @@ class VariableSearch(ValueSearch):
     def reads(self) -> tuple[AttributeRead, ...]:
         """Look at all functions that are to be looked at, and return what they may read."""
         while self.todo:
-            self.look(*self.todo.pop())
+            function, kind = self.todo.pop()
+            try:
+                self.look(function, kind)
+            except Exception as error:  # of an object that cannot be looked at
+                what = f"{type(error).__name__} is raised where it is looked at"
+                self.moving.append(f"what {function.__qualname__} refers to, but {what}")
         listed = self.listed()
         return (*self.found.values(), *listed)
 
