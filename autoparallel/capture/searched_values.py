@@ -23,6 +23,7 @@ from autoparallel.support.object_state import (
 
 __all__ = [
     "builtins_of",
+    "codes_in",
     "has_own",
     "is_added",
     "is_home_left_out",
@@ -89,9 +90,13 @@ def names_in_methods(kind: Any) -> tuple[str, ...]:
 
 def names_of(code: types.CodeType) -> tuple[str, ...]:
     """Return the names in some code, and in that of the functions that are written in it."""
+    return tuple(dict.fromkeys(name for each in codes_in(code) for name in each.co_names))
+
+
+def codes_in(code: types.CodeType) -> list[types.CodeType]:
+    """Return some code, and that of the functions that are written in it."""
     inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    names = (*code.co_names, *(name for each in inner for name in names_of(each)))
-    return tuple(dict.fromkeys(names))
+    return [code, *(each for one in inner for each in codes_in(one))]
 
 
 def is_left_out(module: str | None) -> bool:

@@ -207,7 +207,9 @@ class ValueSearch(FoundReads):
             return
         if own_code:
             self.entered[key] = value
-        if isinstance(value, (list, tuple, dict)):
+        steps: list[tuple[str, Any, Any]] = []
+        contains = isinstance(value, (list, tuple, dict))
+        if contains:
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
             if own_code and len(steps) == len(value) and not isinstance(value, tuple):
@@ -215,7 +217,8 @@ class ValueSearch(FoundReads):
                 self.found.setdefault((id(value), "items"), items)
         elif isinstance(value, nn.Module) or is_home_left_out(value):
             return
-        else:
+        # A container of a class of the user's has attributes as well.
+        if not contains or (hasattr(value, "__dict__") and is_own_kind(type(value))):
             own = getattr(value, "__dict__", None) or own_attributes(value)
             # Methods may be called, by name or not, and read what the object has.
             of: Any = value if isinstance(value, type) else type(value)
@@ -231,7 +234,7 @@ class ValueSearch(FoundReads):
             # What the way has passed already leads round in a circle, as a rule.
             passed = set() if own_code else {step for _, step in way}
             here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
-            steps = [("attribute", name, own[name]) for name in here if not name.startswith("__")]
+            steps += [("attribute", name, own[name]) for name in here if not name.startswith("__")]
             self.missing(root, way, value)
             classed = not isinstance(value, types.ModuleType) and "class" not in dict(way[-1:])
             if own_code and classed:

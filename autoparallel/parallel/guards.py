@@ -229,6 +229,8 @@ class Guards:
         self.contents(value, 0)
         plain = not isinstance(value, (type, nn.Module, torch.Tensor, types.FunctionType))
         seen = read.route or id(value) in self.opened
+        if isinstance(mapping, Answer):
+            self.returned(value)
         # Tensors may be read as numbers, and objects by their dictionaries.
         if is_of_library(value):
             self.keep(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import operator
 import sys
@@ -285,6 +286,47 @@ def remembered_contents() -> Any:
     return Model, change
 
 
+def of_a_class_that_gets_it() -> Any:
+    class Settings(Node):
+        pass
+
+    settings = Settings()
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return getattr(settings, "scale", 1.0)
+
+    return Model, lambda _, number: setattr(Settings, "scale", number)
+
+
+def of_a_container() -> Any:
+    class Settings(list[float]):
+        scale = 1.0
+
+    settings = Settings([1.0])
+    settings.own = 1.0  # type: ignore[attr-defined]
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return settings[0] * settings.own * settings.scale  # type: ignore[attr-defined]
+
+    def change(_: Any, number: float) -> None:
+        setattr(Settings if number == 2 else settings, "scale" if number < 4 else "own", number)
+
+    return Model, change
+
+
+def of_a_context() -> Any:
+    current = contextvars.ContextVar[Any]("current")
+    current.set(chain(1))
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return current.get().sub.scale
+
+    return Model, lambda _, number: setattr(last(current.get()), "scale", number)
+
+
 PLACES: dict[str, Place] = {
     place.__name__: place
     for place in (
@@ -292,6 +334,7 @@ PLACES: dict[str, Place] = {
         *(by_a_way_put_together, past_the_class, remembered_number, remembered_tensor),
         *(another_in_a_variable, another_in_an_object, in_a_class_of_a_class, in_a_set),
         *(open_settings, of_an_enclosed_module, remembered_contents),
+        *(of_a_class_that_gets_it, of_a_container, of_a_context),
     )
 }
 
