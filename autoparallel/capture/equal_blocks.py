@@ -273,7 +273,7 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
             token_of, paths=paths, depth=depth - 1, above=(*above, id(value))
         )
         # Not as a tuple: where nothing is opened any more, its identity is another each time.
-        inside = [deeper(item) for item in contents_of(value)]
+        inside = [deeper(item) for item in contents_of(value) if not _is_context(item)]
         return (type(value), id(value), *inside, *[deeper(item) for item in kept if item])
     slots = getattr(type(value), "__slots__", None)
     plain = slots or hasattr(value, "__dict__")
@@ -284,6 +284,13 @@ def token_of(value: Any, paths: dict[int, str], depth: int = 0, above: tuple[int
         inside = [(name, deeper(item)) for name, item in own_attributes(value).items()]
         return (type(value), id(value), *inside)
     return (type(value), id(value))
+
+
+def _is_context(value: Any) -> bool:
+    """Return whether a value is one of torch's contexts, which a decorator of torch's holds: it
+    notes at each entry what was set before, as `torch.autocast` does.
+    """
+    return hasattr(value, "__exit__") and type(value).__module__.partition(".")[0] == "torch"
 
 
 def state_of(block: nn.Module, depth: int = 2) -> Any:

@@ -12,6 +12,7 @@ from split_ranks import as_unsplit, programs_of
 from torch import nn
 from torch.nn import functional as F
 
+import autoparallel
 from autoparallel.support.torch_versions import RELEASE
 
 
@@ -90,3 +91,19 @@ def test_it_is_as_unsplit(model: Any, world_size: int) -> None:
     made = as_unsplit(model(), world_size, (IDS,), script(*kinds), close=close)
     # Torch 2.11 cannot try a product of symbolic sizes under autocast: then it stays Python.
     assert model is Broken or RELEASE < (2, 13) or made == 3
+
+
+class Decorated(Model):
+    """It enters autocast by a decorator, which holds the context for all calls."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, ids: torch.Tensor) -> Any:
+        return super().forward(ids)
+
+
+def test_a_decorated_forward_is_traced_whole() -> None:
+    """The context notes at each entry what was set before, which is no effect of the model's."""
+    module = autoparallel.autoparallelize(Decorated(), 1, example_inputs=IDS)
+    assert programs_of(module) == 1
+    expected, _ = Decorated()(IDS)
+    torch.testing.assert_close(module(IDS)[0], expected)
