@@ -162,6 +162,11 @@ class FoundReads:
             if name not in vars(value) and not (isinstance(value, type) and hasattr(value, name)):
                 read = AttributeRead("", route, name, Where.GLOBAL, ABSENT)
                 self.found.setdefault((root, way, name), read)
+                # A class may get it, too.
+                for owner in filter(is_own_kind, type(value).__mro__):
+                    route_of_class = (("cell", Namespace(owner)),)
+                    read = AttributeRead("", route_of_class, name, Where.NAMED, UNKNOWN)
+                    self.found.setdefault((owner, name, "missing"), read)
 
     def inherited(self, root: Root, way: Way, value: Any, names: Iterable[str]) -> None:
         """Note the attributes that an object takes from a class, in whose place it, or a class that

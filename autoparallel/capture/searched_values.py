@@ -13,10 +13,17 @@ from torch import nn
 
 from autoparallel.capture.outside_answers import NOTATIONS
 from autoparallel.graph.attribute_read import SIMPLE, Contents
-from autoparallel.support.object_state import bytes_of, functions_in, is_bound, is_of_library
+from autoparallel.support.object_state import (
+    bytes_of,
+    functions_in,
+    is_bound,
+    is_of_library,
+    plain_attribute,
+)
 
 __all__ = [
     "builtins_of",
+    "codes_in",
     "has_own",
     "is_added",
     "is_home_left_out",
@@ -63,7 +70,7 @@ def is_setting(value: Any) -> bool:
 
 def name_of_function(function: Any) -> str:
     """Return the name of a function, for messages."""
-    return str(getattr(function, "__qualname__", type(function).__name__))
+    return str(plain_attribute(function, "__qualname__", type(function).__name__))
 
 
 def has_own(function: types.FunctionType) -> bool:
@@ -83,9 +90,13 @@ def names_in_methods(kind: Any) -> tuple[str, ...]:
 
 def names_of(code: types.CodeType) -> tuple[str, ...]:
     """Return the names in some code, and in that of the functions that are written in it."""
+    return tuple(dict.fromkeys(name for each in codes_in(code) for name in each.co_names))
+
+
+def codes_in(code: types.CodeType) -> list[types.CodeType]:
+    """Return some code, and that of the functions that are written in it."""
     inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    names = (*code.co_names, *(name for each in inner for name in names_of(each)))
-    return tuple(dict.fromkeys(names))
+    return [code, *(each for one in inner for each in codes_in(one))]
 
 
 def is_left_out(module: str | None) -> bool:

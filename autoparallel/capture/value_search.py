@@ -41,6 +41,7 @@ from autoparallel.support.object_state import (
     is_closed,
     moves_on,
     own_attributes,
+    plain_attribute,
     random_state,
     special_methods,
 )
@@ -168,7 +169,7 @@ class ValueSearch(FoundReads):
     def held(self, value: Any, function: types.FunctionType, kind: type) -> None:
         """Look at an object that a function is given, or has, past all names."""
         own_code = is_own_code(str(function.__globals__.get("__name__")))
-        if not own_code or isinstance(value, (*SIMPLE, torch.Tensor, types.ModuleType)):
+        if not own_code or isinstance(value, (*SIMPLE, torch.Tensor)):
             return
         if not self.function(function, value, kind):
             self.inside(function, Held(value), (), value, names_of(function.__code__), kind)
@@ -206,7 +207,9 @@ class ValueSearch(FoundReads):
             return
         if own_code:
             self.entered[key] = value
-        if isinstance(value, (list, tuple, dict)):
+        steps: list[tuple[str, Any, Any]] = []
+        contains = isinstance(value, (list, tuple, dict))
+        if contains:
             pairs = value.items() if isinstance(value, dict) else enumerate(value)
             steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
             if own_code and len(steps) == len(value) and not isinstance(value, tuple):
@@ -214,7 +217,8 @@ class ValueSearch(FoundReads):
                 self.found.setdefault((id(value), "items"), items)
         elif isinstance(value, nn.Module) or is_home_left_out(value):
             return
-        else:
+        # A container of a class of the user's has attributes as well.
+        if not contains or (hasattr(value, "__dict__") and is_own_kind(type(value))):
             own = getattr(value, "__dict__", None) or own_attributes(value)
             # Methods may be called, by name or not, and read what the object has.
             of: Any = value if isinstance(value, type) else type(value)
@@ -225,10 +229,12 @@ class ValueSearch(FoundReads):
             by_user = is_own_code(value.__name__) if module else is_own_kind(of)
             if self.looks_up and by_user:
                 self.any_of(root, way, own)
+            if module and by_user:
+                self.value(own.get("__getattr__"), kind)  # asked for what is not there
             # What the way has passed already leads round in a circle, as a rule.
             passed = set() if own_code else {step for _, step in way}
             here = [name for name in dict.fromkeys(names) if name in own and name not in passed]
-            steps = [("attribute", name, own[name]) for name in here if not name.startswith("__")]
+            steps += [("attribute", name, own[name]) for name in here if not name.startswith("__")]
             self.missing(root, way, value)
             classed = not isinstance(value, types.ModuleType) and "class" not in dict(way[-1:])
             if own_code and classed:
@@ -278,7 +284,7 @@ class ValueSearch(FoundReads):
             hasattr(value, "__dict__")
             and not isinstance(value, (type, types.ModuleType, nn.Module))
             and not (isinstance(value, types.FunctionType) and not has_own(value))
-            and not is_left_out(getattr(value, "__module__", type(value).__module__))
+            and not is_left_out(plain_attribute(value, "__module__", type(value).__module__))
         ):
             self.objects.setdefault(name, value)
 

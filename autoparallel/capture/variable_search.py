@@ -16,15 +16,18 @@ from torch import nn
 
 from autoparallel.capture.found_reads import Way
 from autoparallel.capture.library_names import named
+from autoparallel.capture.library_questions import names_looked_up
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.capture.searched_values import (
     builtins_of,
+    codes_in,
     is_added,
     is_left_out,
     is_name,
     is_own_code,
     is_own_kind,
     is_setting,
+    names_of,
 )
 from autoparallel.capture.value_search import ValueSearch
 from autoparallel.graph.attribute_read import (
@@ -107,12 +110,21 @@ class VariableSearch(ValueSearch):
     def reads(self) -> tuple[AttributeRead, ...]:
         """Look at all functions that are to be looked at, and return what they may read."""
         while self.todo:
-            self.look(*self.todo.pop())
+            function, kind = self.todo.pop()
+            try:
+                self.look(function, kind)
+            except Exception as error:  # of an object that cannot be looked at
+                what = f"{type(error).__name__} is raised where it is looked at"
+                self.moving.append(f"what {function.__qualname__} refers to, but {what}")
         listed = self.listed()
         return (*self.found.values(), *listed)
 
     def look(self, function: types.FunctionType, kind: type) -> None:
         """Look at the code of a function, and at the functions that are written in it."""
+        own = is_own_code(str(function.__globals__.get("__name__")))
+        codes = codes_in(function.__code__)
+        self.absent = frozenset().union(*(names_looked_up(each)[0] for each in codes if own))
+        self.looks_up = own and not _LOOKING_UP.isdisjoint(names_of(function.__code__))
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         for value in defaults:
             self.keep(f"default of {function.__qualname__}", value)
@@ -121,17 +133,13 @@ class VariableSearch(ValueSearch):
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             self.enclosed(name, cell, function, kind)
-        codes = [function.__code__]
-        own = is_own_code(str(function.__globals__.get("__name__")))
-        while codes:
-            code = codes.pop()
+        for code in codes:
             self.codes[code] = function.__globals__
             self.absent, self.looks_up = frozenset(), False
             if own:
                 self.looks_up = not _LOOKING_UP.isdisjoint(code.co_names)
                 self.questions(function, code)
                 self.libraries(function, code)
-            codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
             # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
             texts = [item for item in code.co_consts if isinstance(item, str) and is_name(item)]
             # An operator.attrgetter is given several in one.

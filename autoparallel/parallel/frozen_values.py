@@ -88,7 +88,7 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
     if isinstance(value, dict):
         return (type(value), *_items(value, "item", value, own, inner))
     if isinstance(value, (set, frozenset)):
-        return (type(value), *sorted(map(repr, value)))
+        return (type(value), *map(inner, sorted(value, key=repr)))
     if isinstance(value, (bytearray, array.array)):
         return (type(value), bytes(value))
     if is_array(value):

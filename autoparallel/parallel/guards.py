@@ -24,7 +24,9 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import (
     ABSENT,
+    SIMPLE,
     UNKNOWN,
+    Answer,
     AttributeRead,
     Contents,
     Where,
@@ -153,6 +155,9 @@ class Guards:
             return
         if read.where is Where.NAMED:
             self.named(item if isinstance(item, Mapping) else vars(item), read.name)
+            # A name is followed by reads of its own; what a function returns is known by nothing.
+            if isinstance(item, Answer):
+                self.returned(item.get(read.name, ABSENT))
             return
         if read.where is Where.LISTED:
             self.lists.append((item, item.before))
@@ -166,8 +171,8 @@ class Guards:
         # Objects of classes with slots, and builtin functions, have no attributes of their own.
         own = getattr(item, "__dict__", None)
         if read.where in (Where.INSTANCE, Where.GLOBAL):
-            if own is None:
-                self.stale = True  # it is another object now
+            if not isinstance(own, Mapping):
+                self.stale = True  # it is another object now, or one that shows something else
             else:
                 self.place(own, read.name, own.get(read.name, ABSENT), read)
             return
@@ -209,6 +214,11 @@ class Guards:
             self.known[key] = value is not ABSENT
             self.watch(mapping, name, value, (value,))
 
+    def returned(self, value: Any) -> None:
+        """Guard what is in an object that a function has returned, and returns again."""
+        if not isinstance(value, (*SIMPLE, torch.Tensor, type, nn.Module, types.ModuleType)):
+            self.kept.append((value, self.frozen(value)))
+
     def place(self, mapping: Mapping[Any, Any], name: Any, value: Any, read: AttributeRead) -> None:
         """Guard the value at a key of a mapping."""
         expected = self.expected(value, read)
@@ -219,6 +229,8 @@ class Guards:
         self.contents(value, 0)
         plain = not isinstance(value, (type, nn.Module, torch.Tensor, types.FunctionType))
         seen = read.route or id(value) in self.opened
+        if isinstance(mapping, Answer):
+            self.returned(value)
         # Tensors may be read as numbers, and objects by their dictionaries.
         if is_of_library(value):
             self.keep(value)
@@ -257,6 +269,9 @@ class Guards:
         partly = any(owner == id(value) for owner, _ in self.own)
         changing = isinstance(value, _CHANGING) or is_array(value) or shows_bytes(value)
         changing = changing or is_bound(value)
+        # It does not change itself, and may hold what does.
+        if isinstance(value, frozenset):
+            changing = not all(isinstance(item, SIMPLE) for item in value)
         functions = None if partly or not enclosing else Functions.around(value)
         if functions is not None:
             self.lists.append((functions, list(functions)))
@@ -339,7 +354,8 @@ def _reached(module: nn.Module, read: AttributeRead) -> Any:
         elif step in ("_parameters", "_buffers") and kind == "attribute":
             item = HeldTensor(held_by(item) if step == "_parameters" else vars(item)[step])
         else:
-            item = own_attributes(item)[step] if kind == "attribute" else item[step]
+            own = vars if isinstance(item, type) else own_attributes
+            item = own(item)[step] if kind == "attribute" else item[step]
     return item
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "is_of_library",
     "moves_on",
     "own_attributes",
+    "plain_attribute",
     "put_attribute",
     "random_state",
     "second_of",
@@ -82,6 +83,22 @@ def own_attributes(value: Any) -> dict[str, Any]:
                     except AttributeError:  # nothing was put there yet
                         continue
     return result
+
+
+def plain_attribute(value: Any, name: str, default: Any = None) -> Any:
+    """Return an attribute that an object, or its class, has, past the class's own ways to find one.
+
+    Those may answer to any name, fail with an error of their own, or write something down.
+
+    >>> class Settings(dict):
+    ...     __getattr__ = dict.__getitem__
+    >>> plain_attribute(Settings(), "__qualname__", "none")
+    'none'
+    """
+    try:
+        return object.__getattribute__(value, name)
+    except AttributeError:
+        return default
 
 
 def put_attribute(owner: Any, name: str, value: Any) -> None:
@@ -216,7 +233,7 @@ def caches_in(value: Any) -> Iterator[Any]:
         else:
             if isinstance(value, functools._lru_cache_wrapper):
                 yield value
-            value = getattr(value, "__wrapped__", None)
+            value = plain_attribute(value, "__wrapped__")
 
 
 def special_methods(kind: type, made: bool) -> frozenset[str]:

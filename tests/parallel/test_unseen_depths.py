@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import operator
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -196,14 +198,151 @@ def another_in_an_object() -> Any:
     return Model, change
 
 
+def in_a_class_of_a_class() -> Any:
+    class Inner:
+        scale = 1.0
+        deep = chain(1)
+
+    class Settings:
+        inner = Inner
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return Settings.inner.scale * Settings.inner.deep.sub.scale
+
+    def change(_: Any, number: float) -> None:
+        Inner.scale = number
+        last(Inner.deep).scale = number
+
+    return Model, change
+
+
+def in_a_set() -> Any:
+    some, others = {chain(0)}, frozenset({chain(0)})
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return sum(each.scale for each in (*some, *others))
+
+    def change(_: Any, number: float) -> None:
+        for each in some if number % 2 else others:
+            each.scale = number
+
+    return Model, change
+
+
+class Open(dict[str, Any]):
+    """Its keys are attributes, and it fails otherwise than by AttributeError for all others."""
+
+    __getattr__ = dict.__getitem__
+
+
+def open_settings() -> Any:
+    settings = Open(inner=Open(scale=1.0))
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return settings.inner.scale
+
+    return Model, lambda _, number: settings.inner.update(scale=number)
+
+
+def of_an_enclosed_module() -> Any:
+    home = types.ModuleType("settings_of_a_test")
+    home.__file__ = __file__
+    home.kept = 1.0  # type: ignore[attr-defined]
+    home.__getattr__ = lambda name: home.kept  # type: ignore[method-assign, attr-defined]
+    sys.modules[home.__name__] = home
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return home.scale
+
+    return Model, lambda _, number: setattr(home, "kept", number)
+
+
+@functools.lru_cache
+def table_of(size: int) -> Any:
+    return {"numbers": [1.0] * size, "node": chain(2), "tensors": (torch.ones(size),) * 2}
+
+
+def remembered_contents() -> Any:
+    class Model(Scaled):
+        def factor(self) -> Any:
+            table = table_of(2)
+            number = sum(table["numbers"]) + table["node"].sub.sub.scale
+            return table["tensors"][1].sum() + number
+
+    def change(_: Any, number: float) -> None:
+        table = table_of(2)
+        if number == 2:
+            table["numbers"][0] = number
+        elif number == 3:
+            last(table["node"]).scale = number
+        else:
+            table["tensors"][1].fill_(number)
+
+    table_of.cache_clear()
+    return Model, change
+
+
+def of_a_class_that_gets_it() -> Any:
+    class Settings(Node):
+        pass
+
+    settings = Settings()
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return getattr(settings, "scale", 1.0)
+
+    return Model, lambda _, number: setattr(Settings, "scale", number)
+
+
+def of_a_container() -> Any:
+    class Settings(list[float]):
+        scale = 1.0
+
+    settings = Settings([1.0])
+    settings.own = 1.0  # type: ignore[attr-defined]
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return settings[0] * settings.own * settings.scale  # type: ignore[attr-defined]
+
+    def change(_: Any, number: float) -> None:
+        setattr(Settings if number == 2 else settings, "scale" if number < 4 else "own", number)
+
+    return Model, change
+
+
+def of_a_context() -> Any:
+    current = contextvars.ContextVar[Any]("current")
+    current.set(chain(1))
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return current.get().sub.scale
+
+    return Model, lambda _, number: setattr(last(current.get()), "scale", number)
+
+
 PLACES: dict[str, Place] = {
     place.__name__: place
     for place in (
         *(of_the_model, below_containers, of_a_variable, enclosed, by_a_name_put_together),
         *(by_a_way_put_together, past_the_class, remembered_number, remembered_tensor),
-        *(another_in_a_variable, another_in_an_object),
+        *(another_in_a_variable, another_in_an_object, in_a_class_of_a_class, in_a_set),
+        *(open_settings, of_an_enclosed_module, remembered_contents),
+        *(of_a_class_that_gets_it, of_a_container, of_a_context),
     )
 }
+
+
+def holds(split: Any) -> bool:
+    """Return whether the program that was planned is right for a call that is made now."""
+    ((entry,),) = state_of(split).entries.values()
+    return entry.guards.hold()
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -212,6 +351,7 @@ def test_it_is_followed(name: str) -> None:
     model = build()
     split = autoparallel.autoparallelize(build(), 1, example_inputs=X)
     for number in (1.0, 2.0, 3.0, 4.0):
+        assert number > 1 or holds(split), "what has not changed is right"
         results = []
         for each in (model, split):
             if number > 1:
@@ -255,3 +395,28 @@ def test_a_function_that_remembers_what_it_has_drawn() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     torch.testing.assert_close(found[0], after_backward(Noisy(), X))
     assert "draws random numbers" in str(state_of(split).plan.breaks[0])
+
+
+class Unshown:
+    """Fails where its attributes are asked for as a whole."""
+
+    scale = 1.0
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dict__":
+            raise RuntimeError("it shows nothing")
+        return object.__getattribute__(self, name)
+
+
+def test_an_object_that_cannot_be_looked_at() -> None:
+    kept = Unshown()
+
+    class Model(Scaled):
+        def factor(self) -> Any:
+            return kept.scale
+
+    model, split = Model(), autoparallel.autoparallelize(Model(), 1, example_inputs=X)
+    assert "RuntimeError is raised where it is looked at" in str(state_of(split).plan.breaks[0])
+    for number in (1.0, 2.0):
+        kept.scale = number
+        torch.testing.assert_close(after_backward(split, X), after_backward(model, X))
