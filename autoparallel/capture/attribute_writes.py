@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
-from autoparallel.graph.attribute_read import SIMPLE, AttributeRead
+from autoparallel.graph.attribute_read import ABSENT, LEFT, SIMPLE, AttributeRead, Where
 from autoparallel.graph.attribute_write import AttributeWrite, Step
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import own_attributes
@@ -60,18 +60,24 @@ class Written:
     ) -> Iterator[tuple[AttributeRead, tuple[Any, ...]]]:
         """Yield the reads on whose value a call depends, each with further values that do as well.
 
-        Those are what the forward sets there itself. What it sets to other things than numbers and
-        texts is no matter to a call. model: as it was before.
+        Those are what the forward sets there itself. An attribute of a module that it sets to other
+        things than numbers and texts is right as it was, and as a program leaves it; what it sets
+        deeper in objects and containers is no matter to a call. model: as it was before.
         """
         simple = {
             (place.path, place.route): value
             for place, value in zip(self.places, self.values, strict=True)
             if isinstance(value, SIMPLE)
         }
+        places = {(place.path, place.route) for place in self.places if len(place.route) == 1}
         for read in reads:
             route = (*read.route, ("attribute", read.name))
             if (read.path, route) in simple:
                 yield read, (simple[read.path, route],)
+            elif (read.path, route) in places and read.where in (Where.INSTANCE, Where.CLASS):
+                absent = read.where is Where.CLASS
+                at = replace(read, where=Where.INSTANCE, value=ABSENT) if absent else read
+                yield at, (LEFT,)
             elif not self._sets(read.path, route, model):
                 yield read, ()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 __all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "Answer", "AttributeRead", "Cell", "Contents"]
-__all__ += ["TensorRead", "Where", "kept_of", "name_of"]
+__all__ += ["LEFT", "TensorRead", "Where", "kept_of", "name_of"]
 
 # Values that are the same if they are equal and of one type.
 SIMPLE = (
@@ -35,6 +35,7 @@ class _Mark:
 
 
 ABSENT = _Mark("ABSENT")  # there is no attribute of this name
+LEFT = _Mark("LEFT")  # among `others`: whatever a program has left there last
 UNKNOWN = _Mark("UNKNOWN")  # it is no simple value, and is compared by what the object has
 
 

@@ -6,22 +6,72 @@ import gc
 import itertools
 import operator
 import types
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE, Contents
 from autoparallel.parallel.frozen_values import is_looked_into, variable_in
 from autoparallel.support.object_state import own_attributes
 
-__all__ = ["Attributes", "Functions", "HeldTensor", "Names", "Pairs", "dictionary_of"]
+__all__ = ["Attributes", "Functions", "HeldTensor", "LeftValues", "Names", "Pairs"]
+__all__ += ["dictionary_of"]
 
 _PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _OWN = object.__getattribute__
 _VARIABLE = operator.attrgetter("cell_contents")
 # Names that modules have from torch and from this project.
 _LEFT_OUT = {*vars(nn.Module()), "_autoparallel", "_generator"}
+
+
+class LeftValues:
+    """The values that programs have left last in attributes of modules, such as a mask that the
+    first call makes and others find.
+
+    >>> left, layer = LeftValues(), nn.Linear(2, 2)
+    >>> layer.mask = torch.ones(2)
+    >>> left.follow(vars(layer), "mask")
+    >>> left.note(vars(layer), "mask", layer.mask)
+    >>> before = left.are(vars(layer), "mask", layer.mask)
+    >>> layer.mask.zero_()
+    tensor([0., 0.])
+    >>> before, left.are(vars(layer), "mask", layer.mask)
+    (True, False)
+    """
+
+    def __init__(self) -> None:
+        # By the module's dictionary and the name: a function that returns the value, and how often
+        # it had been written to. A tensor is not kept alive: a whole graph may hang on it.
+        self.last: dict[tuple[int, str], tuple[Callable[[], Any], int]] = {}
+
+    def follow(self, own: Mapping[Any, Any], name: str) -> None:
+        """Note from now on what programs leave at this place. own: the attributes of a module."""
+        self.last.setdefault((id(own), name), (lambda: self, 0))
+
+    def note(self, own: Mapping[Any, Any], name: str, value: Any) -> None:
+        """Note what a program has left, if somebody follows it."""
+        if (id(own), name) in self.last:
+            is_tensor = isinstance(value, torch.Tensor)
+            kept = weakref.ref(value) if is_tensor else partial(_itself, value)
+            self.last[id(own), name] = kept, _writes_to(value)
+
+    def are(self, own: Mapping[Any, Any], name: str, value: Any) -> bool:
+        """Return whether a value is the one that was left there, as it was."""
+        last, writes = self.last[id(own), name]
+        return last() is value and _writes_to(value) == writes
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _writes_to(value: Any) -> int:
+    """Return how often something has been written to the memory of a value, if it is a tensor."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def dictionary_of(mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:

@@ -24,6 +24,7 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import (
     ABSENT,
+    LEFT,
     SIMPLE,
     UNKNOWN,
     Answer,
@@ -54,6 +55,7 @@ from autoparallel.parallel.guarded_contents import (
     Attributes,
     Functions,
     HeldTensor,
+    LeftValues,
     Names,
     Pairs,
     dictionary_of,
@@ -82,7 +84,8 @@ class Guards:
 
     module: the one that the program is of. reads: what was read. Other values than the trace had,
     where those are known, and places that the module does not have, make it stale from the start.
-    writes: the places that the program sets itself; what is there does not matter to it.
+    writes: the places that the program sets itself. left: what programs have left in attributes of
+    modules; it is as right there as what was there before.
 
     >>> layer = nn.Dropout(0.5)
     >>> guards = Guards(layer, [AttributeRead("", (), "p", Where.INSTANCE, 0.5)])
@@ -97,7 +100,10 @@ class Guards:
         module: nn.Module,
         reads: Iterable[AttributeRead],
         writes: Iterable[AttributeWrite] = (),
+        left: LeftValues | None = None,
     ) -> None:
+        self.left = LeftValues() if left is None else left
+        self.set: list[tuple[Mapping[Any, Any], str, Any]] = []
         # Of each value: the mapping and the key where it is, the one that was seen last, and all
         # that are right.
         self.places: list[tuple[Mapping[Any, Any], Any]] = []
@@ -222,6 +228,10 @@ class Guards:
     def place(self, mapping: Mapping[Any, Any], name: Any, value: Any, read: AttributeRead) -> None:
         """Guard the value at a key of a mapping."""
         expected = self.expected(value, read)
+        if LEFT in read.others:
+            self.set.append((mapping, name, expected))
+            self.left.follow(mapping, name)
+            return
         self.watch(mapping, name, value, (expected, *read.others))
         if not any(equal(value, one) for one in self.right[-1]):
             self.stale = True
@@ -303,6 +313,12 @@ class Guards:
         names += [
             name for item, name, one in self.asked if not equal(getattr(item, name, ABSENT), one)
         ]
+        names += [
+            name
+            for own, name, right in self.set
+            if not equal(value := own.get(name, ABSENT), right)
+            and not self.left.are(own, name, value)
+        ]
         return ", ".join(dict.fromkeys(names)) or "its attributes"
 
     def hold(self) -> bool:
@@ -322,6 +338,11 @@ class Guards:
         for container, contents in self.lists:
             same = len(container) == len(contents) and all(map(_SAME, container, contents))
             if not same and not equal(list(container), contents):
+                return False
+        for own, name, right in self.set:
+            value = own.get(name, ABSENT)
+            as_before = value is right or self.left.are(own, name, value)
+            if not as_before and not equal(value, right):
                 return False
         if any(not equal(self.frozen(value), before) for value, before in self.kept):
             return False

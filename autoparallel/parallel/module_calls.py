@@ -82,7 +82,7 @@ def make_entry(module: nn.Module, state: State, plan: Plan, program: Program) ->
         program,
         leaves,
         [node.result.shape for node in nodes if node.kind == "input"],
-        Guards(module, reads, captured.left),
+        Guards(module, reads, captured.left, state.tree.left),
         [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
     )
     programs[file_of(program.source, plan.model, state.ranks)] = entry
@@ -154,6 +154,8 @@ def run_program(
     result, left = entry.captured.together(returned, inputs)
     for place, value in zip(entry.captured.left, left, strict=True):
         place.put(module, value)
+        if len(place.route) == 1:
+            state.tree.left.note(vars(place.owner(module)), place.route[0][1], value)
     for numbers in entry.captured.numbers:
         numbers.put()
     return result

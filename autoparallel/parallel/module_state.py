@@ -21,6 +21,7 @@ from autoparallel.graph.graph import Sym
 from autoparallel.parallel.call_headers import CallHeaders
 from autoparallel.parallel.flat_calls import FlatCalls
 from autoparallel.parallel.frozen_values import equal, frozen
+from autoparallel.parallel.guarded_contents import LeftValues
 from autoparallel.parallel.guards import Guards
 from autoparallel.parallel.inner_hooks import InnerHooks
 from autoparallel.parallel.local_inputs import LocalInputs
@@ -177,7 +178,8 @@ class Tree:
     local: the inputs of which ranks bring parts of the batch. headers: the header that the ranks
     exchange in every call of the user's, None where they compare nothing. classes: those of split
     modules, by the user's classes and the prefixes of their names. lent: the values of parameters
-    that calls have returned, weakly, with their versions. pipeline: this rank's place in it, None
+    that calls have returned, weakly, with their versions. left: what programs have left in
+    attributes of modules. pipeline: this rank's place in it, None
     where there are no stages; `ranks` and `mesh` are then those of its stage.
     """
 
@@ -198,6 +200,7 @@ class Tree:
     attributes: Any = None
     elsewhere: dict[torch.device, nn.Module] = field(default_factory=dict)
     lent: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    left: LeftValues = field(default_factory=LeftValues)
     pipeline: PipelinePlace | None = None
 
     def take_up_parameters(self) -> None:
