@@ -290,7 +290,8 @@ def _is_context(value: Any) -> bool:
     """Return whether a value is one of torch's contexts, which a decorator of torch's holds: it
     notes at each entry what was set before, as `torch.autocast` does.
     """
-    return hasattr(value, "__exit__") and type(value).__module__.partition(".")[0] == "torch"
+    kind = type(value)  # the object itself may answer anything
+    return kind.__module__.partition(".")[0] == "torch" and hasattr(kind, "__exit__")
 
 
 def state_of(block: nn.Module, depth: int = 2) -> Any:

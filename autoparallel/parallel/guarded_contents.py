@@ -8,7 +8,6 @@ import operator
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,18 +54,13 @@ class LeftValues:
     def note(self, own: Mapping[Any, Any], name: str, value: Any) -> None:
         """Note what a program has left, if somebody follows it."""
         if (id(own), name) in self.last:
-            is_tensor = isinstance(value, torch.Tensor)
-            kept = weakref.ref(value) if is_tensor else partial(_itself, value)
+            kept = weakref.ref(value) if isinstance(value, torch.Tensor) else lambda: value
             self.last[id(own), name] = kept, _writes_to(value)
 
     def are(self, own: Mapping[Any, Any], name: str, value: Any) -> bool:
         """Return whether a value is the one that was left there, as it was."""
         last, writes = self.last[id(own), name]
         return last() is value and _writes_to(value) == writes
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 def _writes_to(value: Any) -> int:

@@ -81,7 +81,7 @@ def counts_of(names: tuple[str, ...]) -> dict[Case, Any]:
 
 
 def counted(name: str, sequence_parallel: bool) -> Any:
-    """What was counted of one family."""
+    """Return the counts of one family."""
     names = SOME if name in SOME else tuple(each for each in TRANSFORMERS if each not in SOME)
     return counts_of(names)[name, sequence_parallel]
 

@@ -146,7 +146,7 @@ def mask_of(size: int) -> torch.Tensor:
 
 
 def remembered(function: Any) -> Any:
-    """What it remembers stays what it was, until it is told to forget."""
+    """The function gives what it remembers, until it is told to forget."""
 
     class Model(Scaled):
         def factor(self) -> Any:
