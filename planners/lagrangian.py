@@ -16,6 +16,10 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
+from planners.alike_tables import Multiplier
 from planners.branch import Branch
 from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
 from planners.effort import current
@@ -24,7 +28,7 @@ from planners.fixing import forbid, possible_states
 from planners.greedy_orders import TooWideError
 from planners.integer_refinement import refine_by_integer_program
 from planners.local_improvement import improve_within_limit, repair_to_limit
-from planners.problem import Multiplier, Problem
+from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 
 __all__ = ["solve"]
@@ -356,10 +360,10 @@ class _Search:
         Gives up, and returns False, where one end's solution just takes the place of the other's.
         """
         places = _places(self.problem)
-        end = max(places, default=0) + 1
+        end = int(max(places, default=0)) + 1
 
         def usage_at(place: int) -> float:
-            charged = [first if table_place < place else second for table_place in places]
+            charged = np.where(places < place, first, second)
             return self.solved(node, charged).usage
 
         usages = {0: usage_at(0), end: usage_at(end)}
@@ -396,15 +400,17 @@ class _Search:
         for solution in over[:_MOST_REPAIRED]:
             if self.best is not None and solution.cost >= self.best.cost:
                 continue
-            repaired = repair_to_limit(self.problem, solution, within, node.multiplier)
+            repaired = repair_to_limit(self.problem, solution, within)
             if repaired is not None:
                 self.consider(repaired)
         if self.best is not None:
             others = within + over
-            self.consider(improve_within_limit(self.problem, self.best, others, node.multiplier))
+            self.consider(improve_within_limit(self.problem, self.best, others))
 
 
-def _places(problem: Problem) -> list[int]:
+def _places(problem: Problem) -> NDArray[np.intp]:
     """Return, per table (variables' first), the place of the last of its variables."""
-    count = len(problem.variables)
-    return [*range(count), *(max(scope) for scope in problem.scopes())]
+    places = np.zeros(len(problem.variables) + len(problem.factors), dtype=np.intp)
+    for group in problem.alike():
+        places[group.numbers] = group.scopes.max(axis=0)
+    return places

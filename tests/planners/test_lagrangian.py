@@ -209,11 +209,11 @@ def test_filling_keeps_the_limit_and_costs_no_more() -> None:
             for charge in (0.0, 0.05, 0.2, 1.0):
                 assignment = exact.solve(problem.weighed(charge)).assignment
                 others.append(Solution.of(problem, assignment, "charged", -math.inf, charge))
-            solution = filling.improve_within_limit(problem, start, others, 0.2)
+            solution = filling.improve_within_limit(problem, start, others)
             accounts_for(problem, solution)
             assert expected.cost - 1e-9 <= solution.cost <= start.cost
             cheaper += solution.cost < start.cost
-            saved = filling.repair_to_limit(problem, others[0], [start, *others], 0.2)
+            saved = filling.repair_to_limit(problem, others[0], [start, *others])
             if saved is not None:
                 accounts_for(problem, saved)
                 repair_to_limit += not problem.fits(others[0].usage)
