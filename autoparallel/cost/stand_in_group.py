@@ -24,8 +24,9 @@ class StandInGroup(Group):
 
     # What is run with equal ones is the same run.
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, StandInGroup)
-        return same and (self.rank, self.world_size) == (other.rank, other.world_size)
+        if not isinstance(other, StandInGroup):
+            return NotImplemented
+        return (self.rank, self.world_size) == (other.rank, other.world_size)
 
     def __hash__(self) -> int:
         return hash((self.rank, self.world_size))
