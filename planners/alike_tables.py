@@ -5,16 +5,16 @@ A deep model has thousands of tables and a hundred different ones, as its layers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.tables import Alternative, Table
+from planners.tables import Alternative, Table, read_only
 from planners.variables import Factor, Variable
 
-__all__ = ["Alike", "Multiplier", "Numbers", "alike_tables", "best_ways", "paid"]
+__all__ = ["Alike", "Multiplier", "Numbers", "alike_tables", "best_ways", "in_one_way", "paid"]
 
 # The cost of one unit of usage: the same for all tables, or one for each (variables come first).
 Multiplier = float | Table
@@ -146,3 +146,33 @@ def best_ways(
             best[better] = number
         chosen[group.numbers] = best
     return chosen
+
+
+def in_one_way(
+    groups: Sequence[Alike],
+    table_of: Callable[[Alike, float], Table | None],
+    multiplier: Multiplier,
+    count: int,
+) -> tuple[list[Table | None], list[Alike]]:
+    """Return another array for every table, None where it stays, and the groups of those.
+
+    table_of: gives one for tables that are alike and have the same multiplier, so that layers which
+    share their arrays share the new ones: that is how elimination recognizes equal layers without
+    comparing entries.
+
+    >>> groups = alike_tables([Variable("a", np.array([0.0, 1.0]))], [(0,)], 0)
+    >>> in_one_way(groups, lambda alike, price: price + alike.ways[0].cost, 2.0, 1)[0]
+    [array([2., 3.])]
+    """
+    tables: list[Table | None] = [None] * count
+    parts: list[Alike] = []
+    for group in groups:
+        for price, part in group.by_multiplier(multiplier):
+            table = table_of(part, price)
+            if table is not None:
+                table = read_only(table)
+                part = Alike((Alternative(table),), part.numbers, part.scopes)
+                for number in part.numbers.tolist():
+                    tables[number] = table
+            parts.append(part)
+    return tables, parts

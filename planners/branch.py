@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.charged_solutions import Charge
+from planners.charged_solutions import Told
 from planners.problem import Problem
 from planners.solution import Solution
 
@@ -36,7 +36,7 @@ class Branch:
     ends: tuple[Solution, ...] = field(default=())
     possible: dict[str, NDArray[np.bool_]] | None = None
     most: float = math.inf
-    charged: dict[Charge, Solution] = field(default_factory=dict)
+    charged: dict[Told, Solution] = field(default_factory=dict)
 
     def holds(self, solution: Solution) -> bool:
         """Say whether the branch has the solution's assignment."""

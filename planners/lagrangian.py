@@ -15,14 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
-from planners.alike_tables import Multiplier
 from planners.branch import Branch
-from planners.charged_solutions import Charge, ChargedSolutions
+from planners.charged_solutions import (
+    Charge,
+    ChargedSolutions,
+    Told,
+    charged_solution,
+    last_places,
+)
 from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
 from planners.effort import current
 from planners.exact_or_conditioned import ExactOrConditioned
@@ -131,7 +132,7 @@ class _Search:
         self.limit = math.inf if problem.limit is None else problem.limit
         self.solutions: list[Solution] = []
         self.seen: dict[tuple[tuple[int, ...], ...], None] = {}
-        self.charged: dict[Charge, Solution] = {}
+        self.charged: dict[Told, Solution] = {}
 
     def run(self) -> Solution:
         """Explore branches, the one of the lowest bound first; return the best with the bound."""
@@ -219,15 +220,6 @@ class _Search:
         self.search(node)
         self.fill(node)
 
-    @cached_property
-    def places(self) -> NDArray[np.intp]:
-        """Per table (variables' first), the place of the last of its variables."""
-        problem = self.problem
-        places = np.zeros(len(problem.variables) + len(problem.factors), dtype=np.intp)
-        for group in problem.alike():
-            places[group.numbers] = group.scopes.max(axis=0)
-        return places
-
     @property
     def is_rough(self) -> bool:
         """True if the solver's bounds are, so that a prover may have better ones."""
@@ -246,47 +238,24 @@ class _Search:
     def solved(
         self,
         node: Branch,
-        charge: float | tuple[float, float, int],
+        charge: Charge,
         solver: Solver | None = None,
     ) -> Solution:
         """Return the solution with usage charged; lower_bound is of cost and charge together.
 
-        charge: one multiplier, or one up to a place, another one behind it, and that place. solver:
-        another than the search's own.
+        solver: another than the search's own.
         """
         self.solves += 1
         # Where two lines meet may be told with another rounding, and is the same multiplier.
         told = charge if isinstance(charge, tuple) else float(f"{charge:.12e}")
         key = told, solver is not None
         if key not in node.charged:
-            node.charged[key] = self.newly_solved(node.problem, charge, solver or self.solver)
+            node.charged[key] = charged_solution(node.problem, charge, solver or self.solver)
         solution = node.charged[key]
         if isinstance(self.solver, ExactOrConditioned) and not self.solver.is_quick:
             self.most_solves = min(self.most_solves, _MOST_WIDE_SOLVES)
         self.method = solution.method
         return self.consider(solution)
-
-    def newly_solved(
-        self, problem: Problem, charge: float | tuple[float, float, int], solver: Solver
-    ) -> Solution:
-        """Return the solution of a problem with usage charged, see `solved`."""
-        charged: Multiplier
-        if isinstance(charge, tuple):
-            first, second, place = charge
-            charged = np.where(self.places < place, first, second)
-        else:
-            charged = charge
-        plain = solver(problem.weighed(charged))
-        spent = problem.spent(plain.assignment, charged)
-        return Solution(
-            plain.assignment,
-            spent.cost,
-            plain.lower_bound,
-            plain.method,
-            spent.usage,
-            spent.variable_alternatives,
-            spent.factor_alternatives,
-        )
 
     def consider(self, solution: Solution) -> Solution:
         """Remember the solution, and adopt it as the best if it is; return it."""
@@ -397,7 +366,7 @@ class _Search:
 
         Gives up, and returns False, where one end's solution just takes the place of the other's.
         """
-        end = int(self.places.max(initial=0)) + 1
+        end = int(last_places(self.problem).max(initial=0)) + 1
 
         def usage_at(place: int) -> float:
             ends = {0: second, end: first}

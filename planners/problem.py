@@ -13,8 +13,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.alike_tables import Alike, Multiplier, Numbers, alike_tables, best_ways, paid
-from planners.tables import Alternative, Checker, Prices, Table
+from planners.alike_tables import (
+    Alike,
+    Multiplier,
+    Numbers,
+    alike_tables,
+    best_ways,
+    in_one_way,
+    paid,
+)
+from planners.tables import Alternative, Checker, Prices, Table, read_only
 from planners.variables import Factor, Variable, checked_factor, checked_variable, title
 
 __all__ = ["Problem", "Spent"]
@@ -238,20 +246,8 @@ class Problem:
 
         table_of: of such tables and the multiplier that they have in common; None where they stay.
         """
-        # Layers that repeat share their arrays: one new table keeps it so, which is how
-        # elimination recognizes equal layers without comparing entries.
         split = len(self.variables)
-        tables: list[Table | None] = [None] * (split + len(self.factors))
-        parts: tuple[list[Alike], list[Alike]] = ([], [])
-        for group in self.alike():
-            for price, part in group.by_multiplier(multiplier):
-                table = table_of(part, price)
-                if table is not None:
-                    table = _read_only(table)
-                    part = Alike((Alternative(table),), part.numbers, part.scopes)
-                    for number in part.numbers.tolist():
-                        tables[number] = table
-                parts[int(part.numbers[0] >= split)].append(part)
+        tables, groups = in_one_way(self.alike(), table_of, multiplier, split + len(self.factors))
         problem = self.with_tables(
             tuple(
                 v if t is None else Variable(v.name, t)
@@ -262,7 +258,8 @@ class Problem:
                 for f, t in zip(self.factors, tables[split:], strict=True)
             ),
         )
-        problem._alike[:] = map(tuple, parts)
+        of_variables = [group for group in groups if group.numbers[0] < split]
+        problem._alike[:] = tuple(of_variables), tuple(groups[len(of_variables) :])
         return problem
 
     def with_tables(
@@ -324,7 +321,7 @@ class Problem:
             def least(table: Table) -> Table:
                 key = (id(table), id(kept))
                 if key not in tables:
-                    tables[key] = _read_only(np.where(kept, table, np.inf))
+                    tables[key] = read_only(np.where(kept, table, np.inf))
                 return tables[key]
 
             ways = tuple(Alternative(least(way.cost), way.usage) for way in variable.alternatives)
@@ -353,10 +350,10 @@ class Problem:
             # caller.
             variables[self.index(name)] = Variable(
                 name,
-                _read_only(np.where(others, np.inf, variable.unary)),
+                read_only(np.where(others, np.inf, variable.unary)),
                 variable.usage,
                 tuple(
-                    Alternative(_read_only(np.where(others, np.inf, way.cost)), way.usage)
+                    Alternative(read_only(np.where(others, np.inf, way.cost)), way.usage)
                     for way in variable.alternatives
                 ),
             )
@@ -389,7 +386,7 @@ class Problem:
                     selections[name][0] if name in selections else np.arange(size)
                     for name, size in zip(scope, array.shape, strict=True)
                 ]
-                parts_of_tables[key] = _read_only(array[np.ix_(*indices)])
+                parts_of_tables[key] = read_only(array[np.ix_(*indices)])
             return parts_of_tables[key]
 
         def parts(
@@ -447,11 +444,3 @@ class Problem:
                 f"state {state} of {variable.name!r} is out of range: it has {variable.size}"
             )
         return state
-
-
-def _read_only(table: Table) -> Table:
-    if not table.flags.writeable:
-        return table
-    table = table.view()
-    table.flags.writeable = False
-    return table
