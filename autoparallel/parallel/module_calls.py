@@ -31,6 +31,9 @@ from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["add_entry", "make_entry", "run_program"]
 
+_AS_IT_IS = contextlib.nullcontext()
+_CPU = torch.device("cpu")
+
 
 def add_entry(module: nn.Module, state: State, plan: Plan) -> Entry:
     """Emit a plan's program for this rank, and keep it for calls that it fits."""
@@ -103,10 +106,9 @@ def run_program(
     on another device than the parameters.
     """
     program = entry.program
-    copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
     stream = computing_stream()
     with without_function_overrides():
-        refresh(copies, state.ranks)
+        refresh(entry.parameters.copies, state.ranks)
         parameters = entry.parameters.get(stream)
     buffers = [module.get_buffer(path) for path in program.buffers]
     if program.mutations:
@@ -116,7 +118,7 @@ def run_program(
             buffer.clone() if path in written_to else buffer
             for path, buffer in zip(program.buffers, buffers, strict=True)
         ]
-    device = parameters[0].device if parameters else torch.device("cpu")
+    device = parameters[0].device if parameters else _CPU
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
     # Devices are looked at only when the program has failed: most calls are right.
     try:
@@ -164,5 +166,5 @@ def run_program(
 def _without_autocast(entry: Entry, device: torch.device) -> Any:
     """Return a context for a program that has the casts of autocast written out."""
     if entry.captured.surroundings.autocast is None:
-        return contextlib.nullcontext()
+        return _AS_IT_IS
     return torch.autocast(device.type, enabled=False)
