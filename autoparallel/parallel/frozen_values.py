@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE
-from autoparallel.support.object_state import bytes_of, is_bound, own_attributes
+from autoparallel.support.object_state import bytes_of, is_bound, own_attributes, plain_value
 
 __all__ = ["ALL", "DEEPEST", "equal", "frozen", "is_array", "is_looked_into", "shows_bytes"]
 __all__ += ["variable_in"]
@@ -114,10 +114,10 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
         return value
     if shows_bytes(value):
         return (type(value), bytes_of(value))
-    attributes = own_attributes(value)
-    if not attributes and not hasattr(value, "__dict__"):
+    attributes, plain = own_attributes(value), plain_value(value)
+    if not attributes and not hasattr(value, "__dict__") and plain is None:
         return value
-    return (type(value), *_items(attributes, "attribute", value, own, inner))
+    return (type(value), plain, *_items(attributes, "attribute", value, own, inner))
 
 
 def is_looked_into(value: Any) -> bool:

@@ -15,9 +15,9 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE, Contents
 from autoparallel.parallel.frozen_values import is_looked_into, variable_in
-from autoparallel.support.object_state import own_attributes
+from autoparallel.support.object_state import container_kind, own_attributes
 
-__all__ = ["Attributes", "Functions", "HeldTensor", "LeftValues", "Names", "Pairs"]
+__all__ = ["Attributes", "Functions", "HeldTensor", "Inside", "LeftValues", "Names"]
 __all__ += ["dictionary_of"]
 
 _PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
@@ -154,17 +154,20 @@ class Functions:
             return itertools.chain(parts, map(variable_in, self.cells))
 
 
-class Pairs:
-    """The keys and values of a dict, one behind the other, as a list has them."""
+class Inside:
+    """The items of a list, or the keys and then the values of a dict, whatever its class says."""
 
-    def __init__(self, mapping: dict[Any, Any]) -> None:
-        self.mapping = mapping
+    def __init__(self, container: Any) -> None:
+        self.container, self.kind = container, container_kind(container)
+        self.pairs = isinstance(container, dict)
 
     def __len__(self) -> int:
-        return 2 * len(self.mapping)
+        count: int = self.kind.__len__(self.container)
+        return 2 * count if self.pairs else count
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.chain(self.mapping, self.mapping.values())
+        keys: Iterator[Any] = self.kind.__iter__(self.container)
+        return itertools.chain(keys, self.kind.values(self.container)) if self.pairs else keys
 
 
 class Attributes:

@@ -35,6 +35,7 @@ from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.read_holders import (
     ClassParts,
     FunctionParts,
+    GivenNames,
     Held,
     Items,
     Methods,
@@ -53,13 +54,18 @@ from autoparallel.parallel.guarded_contents import (
     Attributes,
     Functions,
     HeldTensor,
+    Inside,
     LeftValues,
     Names,
-    Pairs,
     dictionary_of,
 )
 from autoparallel.parallel.shown_parameters import held_by
-from autoparallel.support.object_state import is_bound, is_of_library, own_attributes
+from autoparallel.support.object_state import (
+    is_bound,
+    is_of_library,
+    own_attributes,
+    plain_contents,
+)
 from autoparallel.support.seen_places import SeenPlaces
 
 __all__ = ["Guards"]
@@ -72,7 +78,7 @@ _CHANGING = (
     *(functools.partial, types.MethodType, weakref.ref, types.MappingProxyType),
 )
 # Holders that list as much as they did, of which the length need not be asked.
-_OF_ONE_LENGTH = (ClassParts, FunctionParts, Functions, Methods, ObjectKinds)
+_OF_ONE_LENGTH = (ClassParts, FunctionParts, GivenNames, Functions, Methods, ObjectKinds)
 
 
 class Guards:
@@ -283,11 +289,12 @@ class Guards:
             return
         if depth > DEEPEST or not isinstance(value, (list, tuple, dict)):
             return
-        if isinstance(value, dict):
-            self.lists.append((Pairs(value), [*value.keys(), *value.values()]))
-        elif isinstance(value, list):
+        if type(value) is list:  # it lists its items itself
             self.lists.append((value, list(value)))
-        for item in value.values() if isinstance(value, dict) else value:
+        elif not isinstance(value, tuple):
+            inside = Inside(value)
+            self.lists.append((inside, list(inside)))
+        for item in plain_contents(value):
             self.contents(item, depth + 1)
 
     def frozen(self, value: Any) -> Any:
