@@ -35,6 +35,7 @@ __all__ = [
     "name_of_function",
     "names_in_methods",
     "names_of",
+    "own_kinds_of",
 ]
 
 # Packages whose own settings are not looked at; the standard library is none either.
@@ -120,6 +121,18 @@ def is_home_left_out(value: Any) -> bool:
 def is_name(text: str) -> bool:
     """Return whether a text may be the name of a variable, an attribute or a Python module."""
     return all(map(str.isidentifier, text.split(".")))
+
+
+def own_kinds_of(kind: Any) -> list[type]:
+    """Return the classes of the user's own that a class is an instance of.
+
+    What the class itself does not have, these may have for it.
+
+    >>> own_kinds_of(int)
+    []
+    """
+    above: Any = type(kind).__mro__
+    return [each for each in above if is_own_kind(each)]
 
 
 def is_own_kind(kind: type) -> bool:

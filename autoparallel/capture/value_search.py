@@ -24,6 +24,7 @@ from autoparallel.capture.searched_values import (
     name_of_function,
     names_in_methods,
     names_of,
+    own_kinds_of,
 )
 from autoparallel.graph.attribute_read import (
     SIMPLE,
@@ -248,9 +249,7 @@ class ValueSearch(FoundReads):
             # Methods may be called, by name or not, and read what the object has.
             of: Any = value if isinstance(value, type) else type(value)
             names = (*names, *names_in_methods(of))
-            # What a class does not have, its own class may have for it.
-            above = type(value).__mro__ if isinstance(value, type) and own_code else ()
-            above = tuple(each for each in above if is_own_kind(each))
+            above = own_kinds_of(value) if isinstance(value, type) and own_code else []
             for each in above[:1]:
                 names = (*names, *names_in_methods(each))
             for each in above:

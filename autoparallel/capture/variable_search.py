@@ -27,6 +27,7 @@ from autoparallel.capture.searched_values import (
     is_own_kind,
     is_setting,
     names_of,
+    own_kinds_of,
 )
 from autoparallel.capture.value_search import ValueSearch
 from autoparallel.graph.attribute_read import (
@@ -186,7 +187,7 @@ class VariableSearch(ValueSearch):
                     if setting and name not in names and not name.startswith("__"):
                         self.settings.setdefault(name, []).append((kind, owner))
                     names.add(name)
-            for owner in filter(is_own_kind, type(kind).__mro__):
+            for owner in own_kinds_of(kind):
                 for name, value in vars(owner).items():
                     setting = isinstance(value, SIMPLE) or Contents.fit(value)
                     if setting and name not in names and not name.startswith("__"):
@@ -206,7 +207,8 @@ class VariableSearch(ValueSearch):
         for place, owner in self.settings.get(name, ()):
             value = vars(owner)[name]
             if isinstance(value, SIMPLE) or Contents.fit(value):
-                kept, route = kept_of(value), (("class", name_of(owner)),)
+                kept = kept_of(value)
+                route: Way = (("class", name_of(owner)),)
                 read = AttributeRead(self.places[place], route, name, Where.INSTANCE, kept)
                 if owner not in place.__mro__:  # the class of the class has it
                     route = (("cell", Namespace(owner)),)

@@ -157,7 +157,9 @@ def plain_items(value: Any) -> list[Any]:
 
 
 def plain_contents(value: Any) -> list[Any]:
-    """Return the items of a list, tuple, set or the like, or the values of a dict. See `plain_items`.
+    """Return the items of a list, tuple, set or the like, or the values of a dict.
+
+    See `plain_items`.
 
     >>> plain_contents((1, 2)), plain_contents({"a": 1})
     ([1, 2], [1])
