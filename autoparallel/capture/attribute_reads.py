@@ -20,14 +20,9 @@ from autoparallel.capture.equal_blocks import Group
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where, kept_of
+from autoparallel.support.bare_values import plain_items
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.object_state import (
-    is_closed,
-    moves_on,
-    own_attributes,
-    plain_items,
-    random_state,
-)
+from autoparallel.support.object_state import is_closed, moves_on, own_attributes, random_state
 
 __all__ = ["AttributeReads", "alike_reads", "moving_error"]
 

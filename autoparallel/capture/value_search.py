@@ -35,6 +35,7 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.graph.read_holders import Held, Items, Namespace
+from autoparallel.support.bare_values import plain_contents, plain_items
 from autoparallel.support.object_state import (
     bytes_of,
     caches_in,
@@ -44,8 +45,6 @@ from autoparallel.support.object_state import (
     moves_on,
     own_attributes,
     plain_attribute,
-    plain_contents,
-    plain_items,
     random_state,
     special_methods,
 )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoparallel.capture.found_reads import Way
 from autoparallel.capture.library_names import named
 from autoparallel.capture.library_questions import names_looked_up
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE
-from autoparallel.support.object_state import bytes_of, is_bound, own_attributes, plain_value
+from autoparallel.support.bare_values import plain_value
+from autoparallel.support.object_state import bytes_of, is_bound, own_attributes
 
 __all__ = ["ALL", "DEEPEST", "equal", "frozen", "is_array", "is_looked_into", "shows_bytes"]
 __all__ += ["variable_in"]

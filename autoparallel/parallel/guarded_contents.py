@@ -15,7 +15,8 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE, Contents
 from autoparallel.parallel.frozen_values import is_looked_into, variable_in
-from autoparallel.support.object_state import container_kind, own_attributes
+from autoparallel.support.bare_values import container_kind
+from autoparallel.support.object_state import own_attributes
 
 __all__ = ["Attributes", "Functions", "HeldTensor", "Inside", "LeftValues", "Names"]
 __all__ += ["dictionary_of"]

@@ -60,12 +60,8 @@ from autoparallel.parallel.guarded_contents import (
     dictionary_of,
 )
 from autoparallel.parallel.shown_parameters import held_by
-from autoparallel.support.object_state import (
-    is_bound,
-    is_of_library,
-    own_attributes,
-    plain_contents,
-)
+from autoparallel.support.bare_values import plain_contents
+from autoparallel.support.object_state import is_bound, is_of_library, own_attributes
 from autoparallel.support.seen_places import SeenPlaces
 
 __all__ = ["Guards"]

@@ -15,16 +15,9 @@ import torch
 from torch import nn
 
 from autoparallel.errors import CaptureError
+from autoparallel.support.bare_values import container_kind, plain_contents, plain_items
 from autoparallel.support.memory_writes import Watch, memory_of, place_of
-from autoparallel.support.object_state import (
-    container_kind,
-    moves_on,
-    own_attributes,
-    plain_contents,
-    plain_items,
-    random_state,
-    second_of,
-)
+from autoparallel.support.object_state import moves_on, own_attributes, random_state, second_of
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import global_call_hooks
 

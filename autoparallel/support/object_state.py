@@ -21,7 +21,6 @@ from typing import Any
 __all__ = [
     "bytes_of",
     "caches_in",
-    "container_kind",
     "contents_of",
     "functions_in",
     "is_bound",
@@ -30,9 +29,6 @@ __all__ = [
     "moves_on",
     "own_attributes",
     "plain_attribute",
-    "plain_contents",
-    "plain_items",
-    "plain_value",
     "put_attribute",
     "random_state",
     "second_of",
@@ -89,30 +85,6 @@ def own_attributes(value: Any) -> dict[str, Any]:
     return result
 
 
-def plain_value(value: Any) -> Any:
-    """Return the number or text that an object of a class of the user's is, as that of the
-    interpreter's class; None for objects that are none.
-
-    It asks past what the class says of itself.
-
-    >>> class Length(float):
-    ...     def __float__(self):
-    ...         return 0.0
-    >>> plain_value(Length(1.5)), plain_value([])
-    (1.5, None)
-    """
-    return next((plain(value) for kind, plain in _PLAIN_VALUES if isinstance(value, kind)), None)
-
-
-_PLAIN_VALUES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
-    (int, int.__int__),
-    (float, float.__float__),
-    (complex, complex.__pos__),
-    (str, str.__str__),
-    (bytes, lambda value: bytes.__getitem__(value, slice(None))),
-)
-
-
 def plain_attribute(value: Any, name: str, default: Any = None) -> Any:
     """Return an attribute that an object, or its class, has, past the class's own ways to find one.
 
@@ -127,45 +99,6 @@ def plain_attribute(value: Any, name: str, default: Any = None) -> Any:
         return object.__getattribute__(value, name)
     except AttributeError:
         return default
-
-
-def container_kind(value: Any) -> Any:
-    """Return the interpreter's class that a container is of, or the class of its own inherits from.
-
-    >>> class Closed(list):
-    ...     def __len__(self):
-    ...         raise TypeError
-    >>> container_kind(Closed())
-    <class 'list'>
-    """
-    return next(kind for kind in type(value).__mro__ if not kind.__flags__ & _HEAP_TYPE)
-
-
-def plain_items(value: Any) -> list[Any]:
-    """Return the items of a list, tuple, set or the like, or the pairs of a dict.
-
-    It asks past what the class says of itself.
-
-    >>> class Closed(list):
-    ...     def __len__(self):
-    ...         raise TypeError
-    >>> plain_items(Closed([1, 2])), plain_items({"a": 1})
-    ([1, 2], [('a', 1)])
-    """
-    kind = container_kind(value)
-    return list(kind.items(value) if issubclass(kind, dict) else kind.__iter__(value))
-
-
-def plain_contents(value: Any) -> list[Any]:
-    """Return the items of a list, tuple, set or the like, or the values of a dict.
-
-    See `plain_items`.
-
-    >>> plain_contents((1, 2)), plain_contents({"a": 1})
-    ([1, 2], [1])
-    """
-    items = plain_items(value)
-    return [item for _, item in items] if isinstance(value, dict) else items
 
 
 def put_attribute(owner: Any, name: str, value: Any) -> None:
