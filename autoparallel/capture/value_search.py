@@ -164,7 +164,8 @@ class ValueSearch(FoundReads):
 
     def help_class(self, kind: type, made: bool) -> None:
         """Note a class of objects that code may call. made: it may make an object, too."""
-        known = self.helpers.get(kind, kind in self.places and not made)
+        known = not made and (kind in self.helpers or kind in self.places)
+        known = known or self.helpers.get(kind, False)
         if kind.__flags__ & _HEAP_TYPE and not known and not is_left_out(kind.__module__):
             self.helpers[kind] = made
             if is_own_kind(kind):
