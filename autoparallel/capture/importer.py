@@ -18,6 +18,7 @@ from autoparallel.capture.block_regions import Regions, base_of
 from autoparallel.capture.branch_ways import BRANCH
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
+from autoparallel.capture.constant_keys import constant_keys
 from autoparallel.capture.custom_functions import function_op
 from autoparallel.capture.differentiable_results import differentiable_results
 from autoparallel.capture.function_calls import FunctionCalls
@@ -167,16 +168,15 @@ class Importer:
         # Equal blocks make equal constants, of which the traced ones stand for all: constants go by
         # what they are, not by how many there are.
         added: dict[Any, Ref] = {}
-        for hole, target in signature.inputs_to_lifted_tensor_constants.items():
-            value = self.program.constants[target]
+        lifted = signature.inputs_to_lifted_tensor_constants
+        values = {target: self.program.constants[target] for target in lifted.values()}
+        contents = constant_keys(self.model, values)
+        for hole, target in lifted.items():
+            value, content = values[target], contents[target]
             self.require_constant(value)
             path = target.removeprefix("model.")
-            place, _, last = path.rpartition("lifted_tensor_")
-            content: Any = path
-            # A meta tensor has no numbers to go by.
-            if last.isdigit() and not value.is_meta:
-                content = (value.dtype, tuple(value.shape), value.device, str(value.tolist()))
-                path = f"{place}lifted_tensor_{len(added)}"
+            if content != path:
+                path = f"{path.rpartition('lifted_tensor_')[0]}lifted_tensor_{len(added)}"
             if content not in added:
                 added[content] = Ref(
                     self.builder.stored("constant", path, seen[hole].meta["val"], False)

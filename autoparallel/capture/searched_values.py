@@ -36,6 +36,7 @@ __all__ = [
     "names_in_methods",
     "names_of",
     "own_kinds_of",
+    "words_of",
 ]
 
 # Packages whose own settings are not looked at; the standard library is none either.
@@ -92,6 +93,18 @@ def names_in_methods(kind: Any) -> tuple[str, ...]:
 def names_of(code: types.CodeType) -> tuple[str, ...]:
     """Return the names in some code, and in that of the functions that are written in it."""
     return tuple(dict.fromkeys(name for each in codes_in(code) for name in each.co_names))
+
+
+def words_of(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names in some code, and the texts that may be names: of attributes, say.
+
+    >>> words_of((lambda settings: getattr(settings.inner, "scale.x", 1)).__code__)
+    ('getattr', 'inner', 'scale.x', 'scale', 'x')
+    """
+    texts = [item for item in code.co_consts if isinstance(item, str) and is_name(item)]
+    # An operator.attrgetter is given several in one.
+    texts += [part for text in texts if "." in text for part in text.split(".")]
+    return (*code.co_names, *texts)
 
 
 def codes_in(code: types.CodeType) -> list[types.CodeType]:

@@ -16,6 +16,7 @@ from torch import nn
 from autoparallel.capture.found_reads import CALLABLE, FoundReads, Root, Way
 from autoparallel.capture.library_questions import asked_by_identity
 from autoparallel.capture.searched_values import (
+    codes_in,
     has_own,
     is_home_left_out,
     is_left_out,
@@ -23,8 +24,8 @@ from autoparallel.capture.searched_values import (
     is_own_kind,
     name_of_function,
     names_in_methods,
-    names_of,
     own_kinds_of,
+    words_of,
 )
 from autoparallel.graph.attribute_read import (
     SIMPLE,
@@ -197,7 +198,9 @@ class ValueSearch(FoundReads):
         if not own_code or isinstance(value, (*SIMPLE, torch.Tensor)):
             return
         if not self.function(function, value, kind):
-            self.inside(function, Held(value), (), value, names_of(function.__code__), kind)
+            codes = codes_in(function.__code__)
+            words = tuple(dict.fromkeys(word for each in codes for word in words_of(each)))
+            self.inside(function, Held(value), (), value, words, kind)
 
     def handed(self, value: Any, kind: type) -> None:
         """Look at the objects that a method or a partial function hands to its function."""

@@ -23,12 +23,12 @@ from autoparallel.capture.searched_values import (
     codes_in,
     is_added,
     is_left_out,
-    is_name,
     is_own_code,
     is_own_kind,
     is_setting,
     names_of,
     own_kinds_of,
+    words_of,
 )
 from autoparallel.capture.value_search import ValueSearch
 from autoparallel.graph.attribute_read import (
@@ -146,10 +146,7 @@ class VariableSearch(ValueSearch):
                 self.questions(function, code)
                 self.libraries(function, code)
             # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
-            texts = [item for item in code.co_consts if isinstance(item, str) and is_name(item)]
-            # An operator.attrgetter is given several in one.
-            texts += [part for text in texts if "." in text for part in text.split(".")]
-            names = (*code.co_names, *texts)
+            names = words_of(code)
             composed = self.looks_up and {"modules", "__name__"} <= set(code.co_names)
             if own and (composed or not _NAMESPACES.isdisjoint(code.co_names)):
                 around = function.__globals__

@@ -26,6 +26,7 @@ __all__ = ["ALL", "DEEPEST", "equal", "frozen", "is_array", "is_looked_into", "s
 __all__ += ["variable_in"]
 
 DEEPEST = 5  # containers inside of containers whose contents are compared
+_MOST_NUMBERS = 16
 ALL = None  # in place of a step into a container: all that it holds
 _LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # They keep caches of their own.
@@ -95,7 +96,7 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
     if is_array(value):
         return (type(value), str(value.dtype), str(value.shape), value.tobytes())
     if isinstance(value, torch.Tensor) and not value.is_inference():
-        return (value, value._version)
+        return (value, value._version, _numbers(value))
     if isinstance(value, weakref.ref):
         return (type(value), inner(value()))
     if isinstance(value, functools.partial):
@@ -119,6 +120,16 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
     if not attributes and not hasattr(value, "__dict__") and plain is None:
         return value
     return (type(value), plain, *_items(attributes, "attribute", value, own, inner))
+
+
+def _numbers(tensor: torch.Tensor) -> Any:
+    """Return the numbers of a small tensor, None for others.
+
+    What is written to `tensor.data` raises no version, and Python may have read them.
+    """
+    if type(tensor) is not torch.Tensor or tensor.numel() > _MOST_NUMBERS or not tensor.is_cpu:
+        return None
+    return tensor.tolist()
 
 
 def is_looked_into(value: Any) -> bool:

@@ -57,10 +57,12 @@ from autoparallel.parallel.guarded_contents import (
     Inside,
     LeftValues,
     Names,
+    attributes_now,
     dictionary_of,
 )
 from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.support.bare_values import plain_contents
+from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.object_state import is_bound, is_of_library, own_attributes
 from autoparallel.support.seen_places import SeenPlaces
 
@@ -83,7 +85,8 @@ class Guards:
     module: the one that the program is of. reads: what was read. Other values than the trace had,
     where those are known, and places that the module does not have, make it stale from the start.
     writes: the places that the program sets itself. left: what programs have left in attributes of
-    modules; it is as right there as what was there before.
+    modules; it is as right there as what was there before. constants: tensors that the program
+    reads themselves. Others in containers are guarded: a copy of the module has its own.
 
     >>> layer = nn.Dropout(0.5)
     >>> guards = Guards(layer, [AttributeRead("", (), "p", Where.INSTANCE, 0.5)])
@@ -99,7 +102,9 @@ class Guards:
         reads: Iterable[AttributeRead],
         writes: Iterable[AttributeWrite] = (),
         left: LeftValues | None = None,
+        constants: Iterable[torch.Tensor] = (),
     ) -> None:
+        self.constants = frozenset(map(memory_of, constants))
         self.left = LeftValues() if left is None else left
         self.set: list[tuple[Mapping[Any, Any], str, Any]] = []
         # Of each value: the mapping and the key where it is, the one that was seen last, and all
@@ -154,7 +159,7 @@ class Guards:
             self.lists.append((names, list(names)))
             return
         if read.where is Where.NAMED:
-            self.named(item if isinstance(item, Mapping) else vars(item), read.name)
+            self.named(item if isinstance(item, Mapping) else attributes_now(item), read.name)
             # A name is followed by reads of its own; what a function returns is known by nothing.
             if isinstance(item, Answer):
                 self.returned(item.get(read.name, ABSENT))
@@ -169,7 +174,7 @@ class Guards:
             self.place(item, read.name, item.get(read.name, ABSENT), read)
             return
         # Objects of classes with slots, and builtin functions, have no attributes of their own.
-        own = getattr(item, "__dict__", None)
+        own = attributes_now(item)
         if read.where in (Where.INSTANCE, Where.GLOBAL):
             if not isinstance(own, Mapping):
                 self.stale = True  # it is another object now, or one that shows something else
@@ -269,6 +274,8 @@ class Guards:
         """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
         if (id(value), ALL) in self.own:
             return
+        if depth > 0 and type(value) is torch.Tensor and memory_of(value) not in self.constants:
+            self.keep(value)
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
         partly = any(owner == id(value) for owner, _ in self.own)
         changing = isinstance(value, _CHANGING) or is_array(value) or shows_bytes(value)

@@ -85,7 +85,7 @@ def make_entry(module: nn.Module, state: State, plan: Plan, program: Program) ->
         program,
         leaves,
         [node.result.shape for node in nodes if node.kind == "input"],
-        Guards(module, reads, captured.left, state.tree.left),
+        Guards(module, reads, captured.left, state.tree.left, captured.constants.values()),
         [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
     )
     programs[file_of(program.source, plan.model, state.ranks)] = entry

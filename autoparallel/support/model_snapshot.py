@@ -21,7 +21,7 @@ from autoparallel.support.object_state import moves_on, own_attributes, random_s
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import global_call_hooks
 
-__all__ = ["lent", "same_globals", "untouched"]
+__all__ = ["lent", "memories_of", "same_globals", "untouched"]
 
 _DEEPEST = 6  # levels of containers and objects inside of others that are looked into
 
@@ -55,6 +55,19 @@ def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[
                 yield
         finally:
             reached.put_back()
+
+
+def memories_of(*owners: Any) -> set[int]:
+    """Return the memories of the tensors that can be reached from modules and other objects.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> memory_of(layer.weight) in memories_of([layer])
+    True
+    """
+    reached = _Snapshot()
+    for owner in owners:
+        reached.look(owner)
+    return reached.memories
 
 
 class _Snapshot(Watch):
