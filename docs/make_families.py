@@ -59,8 +59,8 @@ What breaks are left, by what makes them:
   prepared outside of the model is better there.
 - The forward reads the sizes of images out of a tensor, others in each batch (qwen2-vl).
 - Python draws which layers are left out, anew in each call (musicgen).
-- The forward writes to a parameter (gemma3n clamps one) or counts in an object (funnel). Where it
-  registers a buffer in its first call (x-alibi), call it once before it is split.
+- The forward counts in an object (funnel). Where it registers a buffer in its first call
+  (x-alibi), call it once before it is split.
 - An autograd Function runs modules (reformer) or numpy (ibert) in its passes.
 
 """

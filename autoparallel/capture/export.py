@@ -50,6 +50,7 @@ from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.graph.attribute_read import AttributeRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
+from autoparallel.graph.settled_parameters import without_settling
 from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, emptied, flatten, with_constants
@@ -210,8 +211,11 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
             raise unsteady(model, ran.changes)
         reads = _lasting(model, ran.written, (*reads, *second_reads))
     aliases = first_paths(model)
+    graph = _by_first_name(graph, aliases)
+    # Python around a part may hold a copy of the parameter, from before the write.
+    graph, settled = (graph, ()) if wanted.part else without_settling(graph)
     return Captured(
-        _by_first_name(graph, aliases),
+        graph,
         emptied(flatten(dict(wanted.bound.arguments))[1]),
         ran.outputs,
         aliases,
@@ -228,6 +232,7 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
         ran.own,
         wanted.ways,
         ran.numbers,
+        settled,
     )
 
 

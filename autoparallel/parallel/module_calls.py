@@ -103,6 +103,11 @@ def run_program(
     on another device than the parameters.
     """
     program = entry.program
+    for write in entry.captured.settled:
+        for leaf in entry.leaves:  # a stage of a pipeline has not all of them
+            if leaf.path == write.path:
+                write.settle(leaf.held)
+    # A write that has changed a number came after an optimizer's step: a copy is gathered anew.
     copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
     stream = computing_stream()
     with without_function_overrides():
