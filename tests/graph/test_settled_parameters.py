@@ -1,4 +1,4 @@
-"""Writes to parameters that come before a forward reads them: which are taken out, and which not."""
+"""Writes to parameters before a forward reads them: which are taken out, and which are not."""
 
 from __future__ import annotations
 
