@@ -18,7 +18,7 @@ from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
 from autoparallel.graph.settled_parameters import SettledParameter
 from autoparallel.support.pytree import Skeleton, leaf_paths, rebuild, with_constants
-from autoparallel.support.rng_state import PythonNumbers
+from autoparallel.support.rng_state import PythonDraw, PythonNumbers
 
 __all__ = ["Captured", "Modes", "SizeNumber", "Surroundings", "autocast_type", "modes_of"]
 
@@ -106,7 +106,8 @@ class Captured:
     the model returns a tensor that it holds itself, a parameter or any other. ways: the answers
     that its branches on values got, by the lines that ask; the graph checks each of them.
     numbers: the states in which the forward leaves Python's and numpy's generators, where it seeds
-    them. settled: the writes to parameters that come before the program.
+    them, and what it draws of others to no effect. settled: the writes to parameters that come
+    before the program.
     """
 
     graph: Graph
@@ -125,7 +126,7 @@ class Captured:
     given: tuple[TensorRead, ...] = ()
     own: tuple[tuple[int, str], ...] = ()
     ways: Mapping[tuple[str, int, str], tuple[Any, ...]] = field(default_factory=dict)
-    numbers: tuple[PythonNumbers, ...] = ()
+    numbers: tuple[PythonNumbers | PythonDraw, ...] = ()
     settled: tuple[SettledParameter, ...] = ()
 
     def together(
