@@ -203,7 +203,9 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
             ran, importer, graph = _exported(wanted, folding, one_by_one)
     reads = ran.reads
     # What a forward leaves behind may change its next call, which the graph would not know.
-    if ran.changes:
+    if ran.changes and len(ran.changes) == len(ran.written.places) and ran.written.is_unread(reads):
+        reads = _lasting(model, ran.written, reads)
+    elif ran.changes:
         second_reads = _read_twice(wanted, folding)
         if second_reads is None and folding.groups:
             second_reads = _read_twice(wanted, _unfolded())
