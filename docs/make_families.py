@@ -57,8 +57,7 @@ What breaks are left, by what makes them:
   counted by `.tolist()` (jetmoe), patches that are drawn among those of a mask (vilt), delays that
   are read as whole numbers (autoformer). What can be prepared outside of the model is better there.
 - The forward reads the sizes of images out of a tensor, others in each batch (qwen2-vl).
-- The forward counts in an object (funnel). Where it registers a buffer in its first call
-  (x-alibi), call it once before it is split.
+- The forward registers a buffer in its first call (x-alibi): call it once before it is split.
 - An autograd Function runs modules (reformer) or numpy (ibert) in its passes.
 
 """

@@ -91,7 +91,7 @@ class Written:
         seen = {(read.path, *read.route, ("attribute", read.name)) for read in reads}
         named = {read.path for read in reads if read.where is Where.NAMES}
         return not self.unknown and all(
-            isinstance(value, SIMPLE)
+            isinstance(value, (*SIMPLE, *SYMBOLIC))
             and len(place.route) == 1
             and place.path not in named
             and (place.path, *place.route) not in seen

@@ -303,3 +303,43 @@ def test_what_is_set_before_it_is_read_needs_no_second_trace(
         with pytest.raises(CaptureError, match="goes another way"):
             capture(Noting(first), (torch.ones(2, 4),), {})
     assert any(twice) != first
+
+
+class Structure(nn.Module):
+    """Says how long the words are, and how often they were joined; begins anew at each call."""
+
+    def begin(self, x: torch.Tensor) -> None:
+        self.length, self.joined = x.shape[1], 1
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        self.joined *= 2
+        return x[:, : self.length // self.joined] / self.joined
+
+
+class Joining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.structure, self.layers = Structure(), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.structure.begin(x)
+        for layer in self.layers:
+            x = self.structure.join(layer(x))
+        return x.square().mean()
+
+
+def test_sizes_that_are_set_anew_and_changed_are_those_of_each_call() -> None:
+    """They are in the program, and are left where they are in a call of the user's own."""
+
+    def script(model: nn.Module) -> Any:
+        for length in (8, 12):
+            loss = model(torch.linspace(-1, 1, 2 * length * 8).double().reshape(2, length, 8))
+            loss.backward()
+            yield loss, torch.tensor([model.structure.length, model.structure.joined])
+
+    torch.manual_seed(0)
+    model = Joining()
+    as_unsplit(model, 2, (torch.linspace(-1, 1, 128).double().reshape(2, 8, 8),), script)
+    plan = autoparallel.make_plan(Joining(), 2, example_inputs=torch.ones(2, 8, 8).double())
+    assert not plan.breaks
