@@ -261,8 +261,8 @@ def behaviours(rank: int) -> None:
 
 
 def test_a_training_script_sees_no_difference() -> None:
-    """On two gloo processes, each started by itself, as a launcher does."""
-    run_processes(behaviours, 2, timeout_seconds=300, start="spawn")
+    """On two gloo processes."""
+    run_processes(behaviours, 2, timeout_seconds=300)
 
 
 def test_the_guards_of_a_program_are_asked_once_for_calls_alike(

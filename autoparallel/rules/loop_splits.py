@@ -343,8 +343,11 @@ def is_possible(rule: ShardingRule, tile: LoopSplit, world_size: int) -> bool:
     parts that the op takes.
 
     A symbolic dim may turn out shorter than the number of ranks; the last ones then get nothing.
-    Nor is it known what its parts are multiples of, so that a loop with a grain is not split.
+    Nor is it known what its parts are multiples of, so that a loop with a grain is not split. A
+    kernel knows where its part begins from the rank alone, so that it takes plain splits only.
     """
+    if tile.loop in rule.kernels and not tile.is_plain:
+        return False
     size = rule.sizes[tile.loop]
     grain = rule.grain.get(tile.loop, 1)
     if isinstance(size, Sym):

@@ -129,13 +129,9 @@ def strategies(
     if any(operand_grads) and rule.replicates:
         unique[Strategy(tuple(map(rep, operand_grads)), tuple(map(rep, result_grads)))] = None
     for tile in tiles:
+        if tile.loop in rule.whole or not is_possible(rule, tile, world_size):
+            continue
         kernel = rule.kernels.get(tile.loop)
-        # A kernel knows where its part begins from the rank alone, so that it takes plain splits
-        # only.
-        if tile.loop in rule.whole or (kernel is not None and not tile.is_plain):
-            continue
-        if not is_possible(rule, tile, world_size):
-            continue
         try:
             operands = tuple(
                 place(rule, dims, tile, world_size) or rep(grad)

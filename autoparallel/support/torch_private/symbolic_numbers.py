@@ -53,8 +53,15 @@ def is_fixed(size: torch.SymInt) -> bool:
 
 
 def guards_of(size: torch.SymInt) -> tuple[Any, ...]:
-    """Return the expressions in sizes that the tracer of a size took for true, in order."""
-    return tuple(guard.expr for guard in size.node.shape_env.guards)
+    """Return the expressions in sizes that the tracer of a size took for true, in order.
+
+    They are in the symbols that the tracer knows at its end: of sizes that it has found equal, one
+    symbol is left, also where it took something for true of another one before.
+    """
+    known: Any = size.node.shape_env
+    replaced = (known.replace(guard.expr) for guard in known.guards)
+    # That two sizes are equal says nothing more when they are one symbol.
+    return tuple(guard for guard in replaced if guard.free_symbols)
 
 
 @contextmanager
