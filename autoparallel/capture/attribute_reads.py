@@ -23,6 +23,7 @@ from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, Attribute
 from autoparallel.support.bare_values import plain_items
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import is_closed, moves_on, own_attributes, random_state
+from autoparallel.support.pytree import SYMBOLIC
 
 __all__ = ["AttributeReads", "alike_reads", "moving_error"]
 
@@ -141,7 +142,7 @@ class AttributeReads:
         value: Any = ABSENT
         if name in own:
             where, value = Where.INSTANCE, own[name]
-            if key in self.set and isinstance(value, SIMPLE):
+            if key in self.set and isinstance(value, (*SIMPLE, *SYMBOLIC)):
                 return  # whatever it was before
             if key not in self.set:
                 self.look(value, path, (*route, ("attribute", name)))

@@ -81,6 +81,23 @@ class Written:
             elif not self._sets(read.path, route, model):
                 yield read, ()
 
+    def is_unread(self, reads: Sequence[AttributeRead]) -> bool:
+        """Return whether a forward reads nothing that it has not set itself before, so that a call
+        that comes after another one does the same.
+
+        reads: all that it has read of attributes; of those that it has set to numbers and texts,
+        none is among them. Of other things that it sets, nothing is known.
+        """
+        seen = {(read.path, *read.route, ("attribute", read.name)) for read in reads}
+        named = {read.path for read in reads if read.where is Where.NAMES}
+        return not self.unknown and all(
+            isinstance(value, (*SIMPLE, *SYMBOLIC))
+            and len(place.route) == 1
+            and place.path not in named
+            and (place.path, *place.route) not in seen
+            for place, value in zip(self.places, self.values, strict=True)
+        )
+
     def _sets(self, path: str, route: Sequence[Step], model: nn.Module) -> bool:
         """Return whether the forward sets something on the way to a place, or the place itself."""
         if not self.reached:

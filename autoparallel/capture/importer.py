@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -270,8 +271,8 @@ class Importer:
         unknown = not isinstance(example, int) and hint_of(example) is None
         if unknown and all(str(user.target) in _CHECKS for user in node.users):
             return  # such as that a number of true values is not negative
-        # A size is known to the tensor that has it, and perhaps to nothing else.
-        if unknown and str(node.target) != "aten.sym_size.int":
+        # A size is known to the tensor that has it, and so is what is computed of sizes alone.
+        if unknown and not self.of_sizes(node):
             origins = self.builder.origins
             path, line = origins.path(node), origins.line(node)
             raise CaptureError(
@@ -281,6 +282,14 @@ class Importer:
                 fix="keep it a tensor of no dims, which broadcasts as a number does",
             )
         self.builder.translated[node] = self.builder.scalar(example)
+
+    def of_sizes(self, node: Any) -> bool:
+        """Return whether a number is a tensor's size, or computed of such sizes alone."""
+        if str(node.target) == "aten.sym_size.int":
+            return True
+        return isinstance(node.target, types.BuiltinFunctionType) and all(
+            map(self.of_sizes, node.all_input_nodes)
+        )
 
     def operator(self, node: Any, grad: bool) -> None:
         """Translate the call of an op on tensors into a node.

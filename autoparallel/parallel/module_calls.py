@@ -106,6 +106,11 @@ def run_program(
     on another device than the parameters.
     """
     program = entry.program
+    for write in entry.captured.settled:
+        for leaf in entry.leaves:  # a stage of a pipeline has not all of them
+            if leaf.path == write.path:
+                # It came after an optimizer's step: a copy is gathered anew below.
+                write.settle(leaf.held)
     stream = computing_stream()
     with without_function_overrides():
         refresh(entry.parameters.copies, state.ranks)
