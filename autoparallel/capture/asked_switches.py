@@ -20,6 +20,7 @@ from autoparallel.graph.attribute_read import ABSENT, UNKNOWN, Answer, Attribute
 __all__ = [
     "SWITCHES",
     "Switches",
+    "asked_by_user",
     "is_traced",
     "note_question",
     "refusing_contexts",
@@ -32,11 +33,14 @@ _records: dict[int, list[list[str]]] = {}
 _original = torch.is_grad_enabled
 
 
-def _by_user(depth: int) -> str:
+def asked_by_user(depth: int) -> str:
     """Return the name of the module whose code asks, nothing where torch or this project does.
 
     Torch asks for purposes of its own: its fast paths for inference compute the same. depth: of the
     frame that asks, seen from the caller.
+
+    >>> eval("asked(0)", {"asked": asked_by_user, "__name__": "a_model"})
+    'a_model'
     """
     name = str(sys._getframe(depth + 1).f_globals.get("__name__", ""))
     return "" if name.partition(".")[0] in ("torch", "autoparallel") else name
@@ -46,7 +50,7 @@ def _asked() -> bool:
     """Return what torch.is_grad_enabled does, and note who has asked."""
     records = _records.get(threading.get_ident())
     if records:
-        name = _by_user(1)
+        name = asked_by_user(1)
         if name:
             records[-1].append(name)
     return _original()
@@ -182,7 +186,7 @@ def _answering(name: str) -> Callable[[], Any]:
 
     def answer() -> Any:
         switches = _watching.switches
-        if switches is None or not _by_user(1):
+        if switches is None or not asked_by_user(1):
             return _functions[name]()
         return switches.answer(name)
 
@@ -197,7 +201,7 @@ def _variable(environment: Any, name: str) -> Any:
         depth = 1
         while str(sys._getframe(depth).f_globals.get("__name__", "")) in _WAYS:
             depth += 1
-        if _by_user(depth):
+        if asked_by_user(depth):
             try:
                 value = _get_variable(environment, name)
             except KeyError:
@@ -327,7 +331,7 @@ def _inference(self: Any) -> None:
 
 def _hooks(self: Any) -> None:
     """Enter torch.autograd.graph.saved_tensors_hooks, whose hooks a graph would not have."""
-    if _by_user(1):
+    if asked_by_user(1):
         _refuse("torch.autograd.graph.saved_tensors_hooks", "enter it around the call of the model")
     _enter_hooks(self)
 

@@ -46,6 +46,7 @@ from autoparallel.capture.side_effects import (
     refuse_effects,
     written_arguments,
 )
+from autoparallel.capture.size_texts import numbers_in_texts
 from autoparallel.capture.tensor_facts import TensorFacts
 from autoparallel.capture.traced_calls import TracedCalls
 from autoparallel.errors import CaptureError
@@ -240,6 +241,7 @@ class FlatForward(nn.Module):
             draws,
             idle_conversions(),
             unprinted(type(self.model).__name__),
+            numbers_in_texts(),
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         if not self.twice:

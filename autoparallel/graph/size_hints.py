@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
@@ -106,9 +107,9 @@ def _counts(node: Node) -> Iterator[Sym]:
 
 def _resized(graph: Graph, sizes: dict[Any, int]) -> Graph | None:
     """Return the program with hints for these sizes of the inputs; None where a size comes out
-    negative.
+    negative, or without end.
 
-    Sizes that add up to a fixed one cannot all grow.
+    Sizes that add up to a fixed one cannot all grow, and torch takes a large power for infinity.
     """
     resized: dict[Any, Sym] = {}
 
@@ -116,7 +117,8 @@ def _resized(graph: Graph, sizes: dict[Any, int]) -> Graph | None:
         if not isinstance(leaf, Sym):
             return leaf
         if leaf.expr not in resized:
-            resized[leaf.expr] = Sym(leaf.expr, int(leaf.expr.subs(sizes)))
+            size = leaf.expr.subs(sizes)
+            resized[leaf.expr] = Sym(leaf.expr, int(size) if size <= sys.maxsize else -1)
         return resized[leaf.expr]
 
     grown = graph.map_leaves(resize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,14 @@ CASES: dict[str, tuple[int, Forward]] = {
     "of twice as many": (2, lambda x, y: torch.cat([scaled(x, y.size(0) > 8), x]) + y),
     "of half as many": (2, lambda x, y: torch.cat([scaled(x, x.size(0) > 4), x]) + y),
     "of an odd number": (1, lambda x, y: scaled(x, x.size(0) % 2 == 1) + y),
+    # Torch writes the name of a symbol into a text, and has no hash of it.
+    "written out": (1, lambda x, y: scaled(x, str(x.size(0)) == "3") + y),
+    "in a text": (1, lambda x, y: x * TABLE.get(f"{tuple(y.shape)}", 1.0) + y),
+    "with zeros": (1, lambda x, y: x * TABLE.get(f"{y.size(0):03d}", 1.0) + y),
+    "looked up": (1, lambda x, y: x * TABLE.get(y.size(0), 1.0) + y),
+    "in a set": (1, lambda x, y: scaled(x, len({3, x.size(0)}) == 1) + y),
 }
+TABLE: dict[object, float] = {"(3, 4)": 2.0, "003": 3.0, 3: 4.0}
 
 
 class Branches(nn.Module):
@@ -93,7 +101,7 @@ def check(model: nn.Module, times: int, world_size: int) -> None:
             torch.testing.assert_close(split(*given), model(*given))
 
 
-KEPT = ("of the first", "of elements", "of twice as many")
+KEPT = ("of the first", "of elements", "of twice as many", "in a text", "looked up")
 
 
 @pytest.mark.parametrize("name", one_of_each(CASES, lambda name: name in KEPT))
@@ -104,3 +112,34 @@ def test_a_program_is_not_for_sizes_that_go_another_way(name: str) -> None:
 
 def test_equal_blocks_with_a_branch_in_each() -> None:
     check(Blocks(), 1, 3)
+
+
+def test_a_power_of_a_size_is_planned_for() -> None:
+    """Plans are for larger sizes than those of examples, of which this one would have no end."""
+    model = Branches(lambda x, y: x * 2 ** y.size(0) + y)
+    check(model, 1, 2)
+
+
+def test_texts_of_torch_s_own_have_symbols() -> None:
+    """And so have all texts, in other threads and afterwards."""
+    seen: list[str] = []
+
+    class Shown(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and isinstance(result.shape[0], torch.SymInt):
+                thread = threading.Thread(target=lambda: seen.append(str(result.shape[0])))
+                thread.start()
+                thread.join()
+            return result
+
+    with Shown():
+        model = Branches(lambda x, y: x + y)
+        plan = autoparallel.make_plan(model, 1, example_inputs=(torch.ones(3, 4),) * 2)
+    assert plan.captured is not None
+    assert plan.captured.fits([torch.ones(5, 4)] * 2)
+    assert seen
+    assert not any(text.isdigit() for text in seen)
+    assert "__format__" not in vars(torch.SymInt)
