@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from planners.charged_solutions import Told
 from planners.problem import Problem
 from planners.solution import Solution
 
@@ -24,7 +25,8 @@ class Branch:
     pins: their states, by name. bound: no assignment of the branch costs less. multiplier: the best
     one known for the branch. ends: the solutions whose lines meet at that multiplier, one over and
     one within the limit. possible: per variable, the states that are not forbidden; None for all.
-    most: no bound of the branch exceeds this, as states that cost more may be forbidden.
+    most: no bound of the branch exceeds this, as states that cost more may be forbidden. charged:
+    solutions of the problem with usage charged.
     """
 
     problem: Problem
@@ -34,6 +36,7 @@ class Branch:
     ends: tuple[Solution, ...] = field(default=())
     possible: dict[str, NDArray[np.bool_]] | None = None
     most: float = math.inf
+    charged: dict[Told, Solution] = field(default_factory=dict)
 
     def holds(self, solution: Solution) -> bool:
         """Say whether the branch has the solution's assignment."""

@@ -17,6 +17,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from planners.branch import Branch
+from planners.charged_solutions import (
+    Charge,
+    ChargedSolutions,
+    Told,
+    charged_solution,
+    last_places,
+)
 from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
 from planners.effort import current
 from planners.exact_or_conditioned import ExactOrConditioned
@@ -24,7 +31,7 @@ from planners.fixing import forbid, possible_states
 from planners.greedy_orders import TooWideError
 from planners.integer_refinement import refine_by_integer_program
 from planners.local_improvement import improve_within_limit, repair_to_limit
-from planners.problem import Multiplier, Problem
+from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 
 __all__ = ["solve"]
@@ -58,6 +65,7 @@ def solve(
     most_solves: int = MOST_SOLVES,
     enough: float = ENOUGH,
     known: list[Solution] | None = None,
+    charged: ChargedSolutions | None = None,
 ) -> Solution:
     """Return the best assignment that was found within the limit, and a proven lower bound.
 
@@ -68,7 +76,8 @@ def solve(
     for a multiplier. most_solves: of plain problems, about; a fifth of them to find a multiplier.
     enough: the search ends at this gap, as a share of the cost. known: solutions of the same
     problem within other limits, or with other states forbidden, to begin with; those that are found
-    are added. Deterministic, but for an interrupt (Ctrl-C): that returns the best so far, if there
+    are added. charged: what the same solver has found with usage charged, of any problems.
+    Deterministic, but for an interrupt (Ctrl-C): that returns the best so far, if there
     is one with a bound. So does the end of the effort that is allowed.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
     within the limit.
@@ -83,6 +92,8 @@ def solve(
     (4.6, 16.0)
     """
     search = _Search(problem, solver or ExactOrConditioned(), prover, enough, most_solves)
+    if charged is not None:
+        search.charged = charged.of(problem)
     for solution in known or ():
         # Bounds are of the limit that they were found within, and of the states allowed then.
         if math.isfinite(problem.cost(solution.assignment)):
@@ -121,10 +132,11 @@ class _Search:
         self.limit = math.inf if problem.limit is None else problem.limit
         self.solutions: list[Solution] = []
         self.seen: dict[tuple[tuple[int, ...], ...], None] = {}
+        self.charged: dict[Told, Solution] = {}
 
     def run(self) -> Solution:
         """Explore branches, the one of the lowest bound first; return the best with the bound."""
-        root = Branch(self.problem, {}, -math.inf)
+        root = Branch(self.problem, {}, -math.inf, charged=self.charged)
         nodes, leaves = [root], list[Branch]()
         for _ in range(_MOST_BRANCHES):
             node = min(nodes, key=lambda node: node.bound)
@@ -203,7 +215,7 @@ class _Search:
         except TooWideError:
             return
         node.most = min(node.most, most)
-        node.problem = forbid(node.problem, node.possible)
+        node.problem, node.charged = forbid(node.problem, node.possible), {}
         # Fewer states take another multiplier, and prove more at it.
         self.search(node)
         self.fill(node)
@@ -223,28 +235,27 @@ class _Search:
         over = self.effort.is_over and self.best is not None and node.bound > -math.inf
         return over or self.is_enough(node)
 
-    def solved(self, node: Branch, charged: Multiplier, solver: Solver | None = None) -> Solution:
+    def solved(
+        self,
+        node: Branch,
+        charge: Charge,
+        solver: Solver | None = None,
+    ) -> Solution:
         """Return the solution with usage charged; lower_bound is of cost and charge together.
 
-        charged: one multiplier, or one per table. solver: another than the search's own.
+        solver: another than the search's own.
         """
         self.solves += 1
-        plain = (solver or self.solver)(node.problem.weighed(charged))
+        # Where two lines meet may be told with another rounding, and is the same multiplier.
+        told = charge if isinstance(charge, tuple) else float(f"{charge:.12e}")
+        key = told, solver is not None
+        if key not in node.charged:
+            node.charged[key] = charged_solution(node.problem, charge, solver or self.solver)
+        solution = node.charged[key]
         if isinstance(self.solver, ExactOrConditioned) and not self.solver.is_quick:
             self.most_solves = min(self.most_solves, _MOST_WIDE_SOLVES)
-        self.method = plain.method
-        spent = node.problem.spent(plain.assignment, charged)
-        return self.consider(
-            Solution(
-                plain.assignment,
-                spent.cost,
-                plain.lower_bound,
-                plain.method,
-                spent.usage,
-                spent.variable_alternatives,
-                spent.factor_alternatives,
-            )
-        )
+        self.method = solution.method
+        return self.consider(solution)
 
     def consider(self, solution: Solution) -> Solution:
         """Remember the solution, and adopt it as the best if it is; return it."""
@@ -355,12 +366,11 @@ class _Search:
 
         Gives up, and returns False, where one end's solution just takes the place of the other's.
         """
-        places = _places(self.problem)
-        end = max(places, default=0) + 1
+        end = int(last_places(self.problem).max(initial=0)) + 1
 
         def usage_at(place: int) -> float:
-            charged = [first if table_place < place else second for table_place in places]
-            return self.solved(node, charged).usage
+            ends = {0: second, end: first}
+            return self.solved(node, ends.get(place, (first, second, place))).usage
 
         usages = {0: usage_at(0), end: usage_at(end)}
         over = 0 if first > second else end
@@ -396,15 +406,9 @@ class _Search:
         for solution in over[:_MOST_REPAIRED]:
             if self.best is not None and solution.cost >= self.best.cost:
                 continue
-            repaired = repair_to_limit(self.problem, solution, within, node.multiplier)
+            repaired = repair_to_limit(self.problem, solution, within)
             if repaired is not None:
                 self.consider(repaired)
         if self.best is not None:
             others = within + over
-            self.consider(improve_within_limit(self.problem, self.best, others, node.multiplier))
-
-
-def _places(problem: Problem) -> list[int]:
-    """Return, per table (variables' first), the place of the last of its variables."""
-    count = len(problem.variables)
-    return [*range(count), *(max(scope) for scope in problem.scopes())]
+            self.consider(improve_within_limit(self.problem, self.best, others))

@@ -7,27 +7,29 @@ another way. Changes are applied greedily, the best ratio of cost to usage first
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from planners.alike_tables import Numbers, paid
 from planners.problem import Problem
 from planners.solution import Solution
-from planners.variables import Factor, Variable
+from planners.tables import Table
 
 __all__ = ["improve_within_limit", "repair_to_limit"]
 
 
-def improve_within_limit(
-    problem: Problem, start: Solution, others: Sequence[Solution], multiplier: float
-) -> Solution:
+def improve_within_limit(problem: Problem, start: Solution, others: Sequence[Solution]) -> Solution:
     """Return a solution within the limit that costs no more than `start`, which is within it.
 
     The differences to another solution fall into groups that no table connects, so that each group
     can be adopted by itself; so can each table's way to pay. others: the solutions to adopt from,
-    the best first. multiplier: decides the way in which a table is paid where its entry is in
-    neither solution.
+    the best first.
     """
-    editor = _Filling(problem, start, multiplier)
+    editor = _Filling(problem, start)
     for other in reversed(others):
         editor.adopt_changes(other)
     editor.switch_alternatives()
@@ -35,177 +37,210 @@ def improve_within_limit(
 
 
 def repair_to_limit(
-    problem: Problem, start: Solution, others: Sequence[Solution], multiplier: float
+    problem: Problem, start: Solution, others: Sequence[Solution]
 ) -> Solution | None:
     """Return a solution within the limit near one that is over it.
 
     others: solutions that use less. Returns None where changes as in `improve_within_limit` do not
     suffice.
     """
-    editor = _Filling(problem, start, multiplier)
+    editor = _Filling(problem, start)
     editor.save(others)
     return editor.solution(start) if editor.left >= 0.0 else None
 
 
+@dataclass(slots=True)
+class _Entries:
+    """The states of all variables, the ways in which all tables are paid, and what these take."""
+
+    states: Numbers
+    ways: Numbers
+    costs: Table
+    usages: Table
+
+    @staticmethod
+    def of(problem: Problem, states: Numbers, ways: Numbers) -> _Entries:
+        """Return the entries with what they take."""
+        return _Entries(states, ways, *paid(problem.alike(), states, ways, len(ways)))
+
+    @staticmethod
+    def of_solution(problem: Problem, solution: Solution) -> _Entries:
+        """Return the entries of a solution."""
+        ways = (*solution.variable_alternatives, *solution.factor_alternatives)
+        states = problem.states(solution.assignment)
+        return _Entries.of(problem, states, np.array(ways, dtype=np.intp))
+
+    def adopt(self, after: _Entries, places: Numbers, numbers: Numbers) -> None:
+        """Take the states of some variables, and what some tables take, from other entries."""
+        self.states[places] = after.states[places]
+        self.ways[numbers] = after.ways[numbers]
+        self.costs[numbers] = after.costs[numbers]
+        self.usages[numbers] = after.usages[numbers]
+
+
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A change of an assignment: cost and usage that it adds, new states, new ways to pay.
+    """A change of an assignment: the cost and the usage that it adds, and what becomes as `after`.
 
-    states: by index of the variable. ways: by number of the table (variables' tables first).
+    places: of the variables that take other states. numbers: of the tables that are paid otherwise.
     """
 
     cost: float
     usage: float
-    states: dict[int, int]
-    ways: dict[int, int]
+    places: Numbers
+    numbers: Numbers
+    after: _Entries
+
+    @property
+    def price(self) -> float:
+        """The cost of a unit of usage; what saves both comes before all that must be bought."""
+        return self.cost / self.usage if self.usage > 0 else -math.inf
 
 
 class _Filling:
     """An assignment under change.
 
-    states: of each variable. ways: by which each table is paid. paid: (cost, usage) of each table.
-    touched: tables that the changes of this round were applied to: what a change costs was computed
-    before them. left: the part of the limit that is not used, negative when over it.
+    now: what it is. touched: tables that the changes of this round were applied to: what a change
+    costs was computed before them. left: the part of the limit that is not used, negative when over
+    it.
     """
 
-    def __init__(self, problem: Problem, start: Solution, multiplier: float) -> None:
-        self.problem, self.multiplier = problem, multiplier
-        self.states = [start.assignment[name] for name in problem.names]
-        self.ways = [*start.variable_alternatives, *start.factor_alternatives]
-        self.items: list[Variable | Factor] = [*problem.variables, *problem.factors]
-        self.scopes = [(place,) for place in range(len(self.states))] + problem.scopes()
-        self.touching: list[list[int]] = [[] for _ in self.states]
-        for number, scope in enumerate(self.scopes):
-            for place in scope:
-                self.touching[place].append(number)
-        self.paid = [
-            self.price(number, self.entry(number, {}), way) for number, way in enumerate(self.ways)
-        ]
-        self.touched: dict[int, None] = {}
-        self.left = problem.most - math.fsum(usage for _, usage in self.paid)
-
-    def price(self, number: int, entry: tuple[int, ...], way: int) -> tuple[float, float]:
-        """Return cost and usage of a table's entry, paid in that way."""
-        item = self.items[number]
-        if way:
-            alternative = item.alternatives[way - 1]
-            table, usage = alternative.cost, alternative.usage
-        else:
-            table, usage = item.unary if isinstance(item, Variable) else item.table, item.usage
-        return float(table[entry]), 0.0 if usage is None else float(usage[entry])
-
-    def entry(self, number: int, changed: dict[int, int]) -> tuple[int, ...]:
-        """Return the entry of a table under the present states, but for the changed ones."""
-        return tuple([changed.get(place, self.states[place]) for place in self.scopes[number]])
+    def __init__(self, problem: Problem, start: Solution) -> None:
+        self.problem, self.scopes = problem, _Scopes(problem)
+        self.now = _Entries.of_solution(problem, start)
+        self.touched = np.zeros(len(self.now.ways), np.bool_)
+        self.left = problem.most - math.fsum(self.now.usages.tolist())
 
     def adopt_changes(self, other: Solution) -> None:
         """Adopt what saves cost and fits, most cost per usage first."""
-        self.touched = {}
+        self.touched[:] = False
         worthwhile = [change for change in self.changes(other) if change.cost < 0.0]
-        # Changes that save both cost and usage come before all that must be bought.
-        worthwhile.sort(key=lambda c: c.cost / c.usage if c.usage > 0 else -math.inf)
-        self.apply(worthwhile)
+        self.apply(sorted(worthwhile, key=lambda change: change.price))
 
     def save(self, others: Sequence[Solution]) -> None:
         """Adopt what saves usage until enough is saved, least cost per usage first."""
-        changes = [change for other in others for change in self.changes(other)]
-        saving = [c for c in [*changes, *self.payments()] if c.usage < 0.0 and c.cost < math.inf]
+        saving = [change for other in others for change in self.changes(other) if change.usage < 0]
+        saving += self.payments(lambda costs, usages: (usages < 0.0) & (costs < np.inf))
         saving.sort(key=lambda change: -change.cost / change.usage)
         for change in saving:
             if self.left >= 0.0:
                 return
             self.apply([change])
 
-    def changes(self, other: Solution) -> list[_Change]:
-        """Return all differences to another solution, in groups that no table connects."""
-        wanted = [other.assignment[name] for name in self.problem.names]
-        ways = [*other.variable_alternatives, *other.factor_alternatives]
-        different = [
-            p
-            for p, (present, new) in enumerate(zip(self.states, wanted, strict=True))
-            if present != new
-        ]
-        return [self.change(group, wanted, ways) for group in self.groups(different)]
+    def changes(self, other: Solution) -> Iterator[_Change]:
+        """Yield the possible differences to another solution, in groups that no table connects.
 
-    def groups(self, places: list[int]) -> Iterable[list[int]]:
-        """Yield the variables in groups that tables connect with each other."""
-        pending = dict.fromkeys(places)
-        while pending:
-            group = [next(iter(pending))]
-            del pending[group[0]]
-            for place in group:
-                for number in self.touching[place]:
-                    for other in self.scopes[number]:
-                        if other in pending:
-                            del pending[other]
-                            group.append(other)
-            yield group
-
-    def change(self, group: list[int], wanted: list[int], ways: list[int]) -> _Change:
-        """Return the change that gives a group of variables the wanted states.
-
-        ways: of the other solution; a table whose whole entry is the other's is paid as there.
+        All that differs in the scope of a table is in one group, so that the table's whole entry
+        becomes the other's, and is paid as there.
         """
-        states = {place: wanted[place] for place in group}
-        numbers = dict.fromkeys(n for place in group for n in self.touching[place])
-        costs, usages, chosen = [], [], {}
-        for number in numbers:
-            entry = self.entry(number, states)
-            item = self.items[number]
-            way = 0
-            if item.alternatives:
-                entry_is_wanted = all(
-                    wanted[place] == s for place, s in zip(self.scopes[number], entry, strict=True)
-                )
-                way = ways[number] if entry_is_wanted else item.prices.pick(entry, self.multiplier)
-            cost, usage = self.price(number, entry, way)
-            chosen[number] = way
-            costs += [cost, -self.paid[number][0]]
-            usages += [usage, -self.paid[number][1]]
-        if math.inf in costs:
-            return _Change(math.inf, 0.0, {}, {})
-        return _Change(math.fsum(costs), math.fsum(usages), states, chosen)
+        after, now = _Entries.of_solution(self.problem, other), self.now
+        costs, usages = (
+            [before.tolist(), then.tolist()]
+            for before, then in ((-now.costs, after.costs), (-now.usages, after.usages))
+        )
+        for places, numbers in self.scopes.groups(after.states != now.states):
+            each = numbers.tolist()
+            cost, usage = (
+                math.fsum([table[number] for table in tables for number in each])
+                for tables in (costs, usages)
+            )
+            if cost < math.inf:
+                yield _Change(cost, usage, places, numbers, after)
 
     def switch_alternatives(self) -> None:
         """Pay single tables in another way, most cost per usage first."""
-        worthwhile = [change for change in self.payments() if change.cost < 0.0]
-        worthwhile.sort(key=lambda c: c.cost / c.usage if c.usage > 0 else -math.inf)
-        self.touched = {}
-        self.apply(worthwhile)
+        self.touched[:] = False
+        worthwhile = self.payments(lambda costs, _: costs < 0.0)
+        self.apply(sorted(worthwhile, key=lambda change: change.price))
 
-    def payments(self) -> list[_Change]:
-        """Return all changes of one table's way to pay, states as they are."""
-        changes = []
-        for number, item in enumerate(self.items):
-            cost, usage = self.paid[number]
-            for way in range(1 + len(item.alternatives) if item.alternatives else 0):
-                new_cost, new_usage = self.price(number, self.entry(number, {}), way)
-                changes.append(_Change(new_cost - cost, new_usage - usage, {}, {number: way}))
-        return changes
+    def payments(self, chosen: Callable[[Table, Table], NDArray[np.bool_]]) -> list[_Change]:
+        """Return changes of one table's way to pay, states as they are, by number of table and way.
 
-    def apply(self, changes: list[_Change]) -> None:
+        chosen: says by the costs and the usages that tables add which of them are returned.
+        """
+        now, nowhere = self.now, np.zeros(0, dtype=np.intp)
+        counts = np.ones(len(now.ways), dtype=np.intp)
+        for group in self.problem.alike():
+            counts[group.numbers] = len(group.ways)
+        changes: list[tuple[int, int, _Change]] = []
+        for way in range(counts.max(initial=1)) if counts.max(initial=1) > 1 else ():
+            ways = np.where(counts > way, way, now.ways)
+            after = _Entries.of(self.problem, now.states, ways)
+            costs, usages = after.costs - now.costs, after.usages - now.usages
+            for number in np.flatnonzero(chosen(costs, usages)).tolist():
+                numbers = np.array([number], dtype=np.intp)
+                change = _Change(
+                    float(costs[number]), float(usages[number]), nowhere, numbers, after
+                )
+                changes.append((number, way, change))
+        return [change for _, _, change in sorted(changes, key=lambda each: each[:2])]
+
+    def apply(self, changes: Sequence[_Change]) -> None:
         """Apply, one after the other, the changes that fit; at most one for each table."""
         for change in changes:
-            if change.usage > max(self.left, 0.0):
+            if change.usage > max(self.left, 0.0) or self.touched[change.numbers].any():
                 continue
-            if any(number in self.touched for number in change.ways):
-                continue
-            self.touched.update(dict.fromkeys(change.ways))
+            self.touched[change.numbers] = True
             self.left -= change.usage
-            for place, state in change.states.items():
-                self.states[place] = state
-            for number, way in change.ways.items():
-                self.ways[number] = way
-                self.paid[number] = self.price(number, self.entry(number, {}), way)
+            self.now.adopt(change.after, change.places, change.numbers)
 
     def solution(self, start: Solution) -> Solution:
         """Return the changed assignment; bound, method and multiplier are those of `start`."""
-        count = len(self.states)
+        now, ways = self.now, tuple(self.now.ways.tolist())
+        count = len(now.states)
         return replace(
             start,
-            assignment=dict(zip(self.problem.names, self.states, strict=True)),
-            cost=math.fsum(cost for cost, _ in self.paid),
-            usage=math.fsum(usage for _, usage in self.paid),
-            variable_alternatives=tuple(self.ways[:count]),
-            factor_alternatives=tuple(self.ways[count:]),
+            assignment=dict(zip(self.problem.names, now.states.tolist(), strict=True)),
+            cost=math.fsum(now.costs.tolist()),
+            usage=math.fsum(now.usages.tolist()),
+            variable_alternatives=ways[:count],
+            factor_alternatives=ways[count:],
         )
+
+
+class _Scopes:
+    """The scopes of all tables of a problem.
+
+    tables, places: parallel, a table's number with each of its variables. ends: the variables of
+    every pair that some table connects.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        groups = problem.alike()
+        self.tables = np.concatenate([np.tile(g.numbers, len(g.scopes)) for g in groups])
+        self.places = np.concatenate([group.scopes.ravel() for group in groups])
+        pairs = [pair for group in groups for pair in combinations(group.scopes, 2)]
+        none = np.zeros(0, dtype=np.intp)
+        self.ends = tuple(np.concatenate([none, *(pair[end] for pair in pairs)]) for end in (0, 1))
+
+    def groups(self, differs: NDArray[np.bool_]) -> Iterator[tuple[Numbers, Numbers]]:
+        """Yield variables that differ, in groups that no table connects, with the tables of each.
+
+        differs: by place of the variable. The group of the first variable comes first.
+        """
+        labels = np.arange(len(differs))
+        inside = differs[self.ends[0]] & differs[self.ends[1]]
+        one, two = (end[inside] for end in self.ends)
+        # Each takes the least label around it, and then the label of that, until all agree.
+        while (labels[one] != labels[two]).any():
+            least = np.minimum(labels[one], labels[two])
+            for end in (one, two):
+                np.minimum.at(labels, labels[end], least)
+                np.minimum.at(labels, end, least)
+            labels = labels[labels]
+        here = differs[self.places]
+        of_table = np.full(len(self.tables), -1)
+        of_table[self.tables[here]] = labels[self.places[here]]
+        return zip(_by_label(np.where(differs, labels, -1)), _by_label(of_table), strict=True)
+
+
+def _by_label(labels: Numbers) -> list[Numbers]:
+    """Return the places of equal labels, by label; those of negative ones are left out.
+
+    >>> [places.tolist() for places in _by_label(np.array([5, -1, 2, 5]))]
+    [[2], [0, 3]]
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    ends = np.flatnonzero(np.diff(labels[order])) + 1
+    return np.split(order, ends) if len(order) else []

@@ -6,21 +6,27 @@ usages. The solvers look for an assignment of least cost whose usage is within t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planners.tables import Alternative, Checker, Prices, Table
+from planners.alike_tables import (
+    Alike,
+    AlikeTables,
+    Multiplier,
+    Numbers,
+    best_ways,
+    in_one_way,
+    paid,
+)
+from planners.tables import Alternative, Checker, Prices, Table, read_only
 from planners.variables import Factor, Variable, checked_factor, checked_variable, title
 
-__all__ = ["Multiplier", "Problem", "Spent"]
+__all__ = ["Problem", "Spent"]
 
-
-# The cost of one unit of usage: the same for all tables, or one for each (variables come first).
-Multiplier = float | Sequence[float]
 
 # A sum of usages may exceed the limit by this share of it: usages are sums of thousands of floats.
 _ROUNDING = 1e-9
@@ -64,6 +70,7 @@ class Problem:
     factors: tuple[Factor, ...] = ()
     limit: float | None = None
     _index: dict[str, int] = field(init=False, repr=False, compare=False)
+    _alike: AlikeTables = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.limit is not None and math.isnan(self.limit):
@@ -88,6 +95,7 @@ class Problem:
         object.__setattr__(self, "variables", tuple(variables))
         object.__setattr__(self, "factors", tuple(factors))
         object.__setattr__(self, "_index", index)
+        object.__setattr__(self, "_alike", AlikeTables(self.variables, self.factors, index))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -149,13 +157,11 @@ class Problem:
 
     def terms(self, assignment: Mapping[str, int]) -> list[float]:
         """Return the summand of every table (unary ones first); errors as in `cost`."""
-        terms = []
-        for item, entry in self._entries(assignment):
-            table = item.unary if isinstance(item, Variable) else item.table
-            if item.alternatives:
-                terms.append(min(cost for cost, _ in item.prices.at(entry)))
-            else:
-                terms.append(float(table[entry]))
+        states, groups = self.states(assignment), self.alike()
+        count = len(self.variables) + len(self.factors)
+        # Without a charge for usage, the best way is the cheapest.
+        costs, _ = paid(groups, states, best_ways(groups, states, 0.0, count), count)
+        terms: list[float] = costs.tolist()
         return terms
 
     def spent(self, assignment: Mapping[str, int], multiplier: Multiplier = 0.0) -> Spent:
@@ -168,39 +174,34 @@ class Problem:
         >>> Problem((kept,)).spent({"activation": 0}, multiplier=1.0)
         Spent(cost=2.0, usage=0.0, variable_alternatives=(1,), factor_alternatives=())
         """
-        costs, usages, ways = [], [], []
-        entries = self._entries(assignment)
-        for (item, entry), price in zip(entries, self._multipliers(multiplier), strict=True):
-            if item.alternatives:
-                prices = item.prices
-                way = prices.pick(entry, price)
-                table, usage = prices.ways[way].cost, prices.ways[way].usage
-            else:
-                way, usage = 0, item.usage
-                table = item.unary if isinstance(item, Variable) else item.table
-            ways.append(way)
-            costs.append(float(table[entry]))
-            if usage is not None:
-                usages.append(float(usage[entry]))
-        split = len(self.variables)
-        return Spent(math.fsum(costs), math.fsum(usages), tuple(ways[:split]), tuple(ways[split:]))
+        states, groups = self.states(assignment), self.alike()
+        split, count = len(self.variables), len(self.variables) + len(self.factors)
+        chosen = best_ways(groups, states, multiplier, count)
+        costs, usages = paid(groups, states, chosen, count)
+        ways = tuple(chosen.tolist())
+        return Spent(
+            math.fsum(costs.tolist()), math.fsum(usages.tolist()), ways[:split], ways[split:]
+        )
 
-    def _entries(
-        self, assignment: Mapping[str, int]
-    ) -> list[tuple[Variable | Factor, tuple[int, ...]]]:
-        """Return every variable and factor with the entry that the assignment takes."""
+    def states(self, assignment: Mapping[str, int]) -> Numbers:
+        """Return the states of all variables, by place; errors as in `cost`."""
         # A name too many is found here; a name too few is found below.
         if len(assignment) != len(self._index):
             for name in assignment:
                 self.index(name)
-        entries: list[tuple[Variable | Factor, tuple[int, ...]]] = []
-        for variable in self.variables:
-            if variable.name not in assignment:
-                raise ValueError(f"the assignment lacks variable {variable.name!r}")
-            entries.append((variable, (self._state(variable, assignment[variable.name]),)))
-        for factor in self.factors:
-            entries.append((factor, tuple([assignment[name] for name in factor.scope])))
-        return entries
+        try:
+            states = np.array([assignment[name] for name in self._index], dtype=np.intp)
+        except KeyError as error:
+            raise ValueError(f"the assignment lacks variable {error.args[0]!r}") from None
+        for group in self._alike.of_variables:
+            own = states[group.numbers]
+            for place in group.numbers[(own < 0) | (own >= len(group.ways[0].cost))][:1]:
+                self._state(self.variables[place], int(states[place]))
+        return states
+
+    def alike(self) -> tuple[Alike, ...]:
+        """Return all tables in groups of the same arrays, unary ones first."""
+        return self._alike.of_variables + self._alike.of_factors
 
     def weighed(self, multiplier: Multiplier) -> "Problem":
         """Return the plain problem whose tables are the least of cost + multiplier * usage.
@@ -213,59 +214,61 @@ class Problem:
         >>> Problem((layer,)).weighed(1.0).variables[0].unary
         array([5., 3.])
         """
-        multipliers = self._multipliers(multiplier)
-        weighed_tables: dict[tuple[tuple[int, ...], float], Table] = {}
 
-        def table(item: Variable | Factor, price: float) -> Table:
-            prices = item.prices
-            # Layers that repeat share their arrays: summing them once keeps the new tables shared
-            # too, which is how elimination recognizes equal layers without comparing entries.
-            key = (prices.key, price)
-            if key not in weighed_tables:
-                weighed_tables[key] = _read_only(prices.weighed(price))
-            return weighed_tables[key]
+        def weighed(group: Alike, price: float) -> Table | None:
+            if len(group.ways) == 1 and group.ways[0].usage is None:
+                return None
+            return Prices(group.ways).weighed(price)
 
-        return self._replaced(
-            tuple(
-                Variable(v.name, table(v, price)) if v.usage is not None or v.alternatives else v
-                for v, price in zip(self.variables, multipliers, strict=False)
-            ),
-            tuple(
-                Factor(f.scope, table(f, price)) if f.usage is not None or f.alternatives else f
-                for f, price in zip(self.factors, multipliers[len(self.variables) :], strict=True)
-            ),
-        )
+        return self._in_one_way(weighed, multiplier)
 
     def usage_alone(self) -> "Problem":
         """Return the plain problem of least usage; forbidden entries stay forbidden."""
-        usage_tables: dict[tuple[int, ...], Table] = {}
+        return self._in_one_way(lambda group, _: Prices(group.ways).usages(), 0.0)
 
-        def table(prices: Prices) -> Table:
-            key = prices.key
-            if key not in usage_tables:
-                usage_tables[key] = _read_only(prices.usages())
-            return usage_tables[key]
+    def _in_one_way(
+        self, table_of: Callable[[Alike, float], Table | None], multiplier: Multiplier
+    ) -> "Problem":
+        """Return the plain problem with another table for each of those that are alike.
 
-        return self._replaced(
-            tuple(Variable(v.name, table(v.prices)) for v in self.variables),
-            tuple(Factor(f.scope, table(f.prices)) for f in self.factors),
+        table_of: of such tables and the multiplier that they have in common; None where they stay.
+        """
+        split = len(self.variables)
+        tables, groups = in_one_way(self.alike(), table_of, multiplier, split + len(self.factors))
+        problem = self.with_tables(
+            tuple(
+                v if t is None else Variable(v.name, t)
+                for v, t in zip(self.variables, tables, strict=False)
+            ),
+            tuple(
+                f if t is None else Factor(f.scope, t)
+                for f, t in zip(self.factors, tables[split:], strict=True)
+            ),
         )
+        of_variables = [group for group in groups if group.numbers[0] < split]
+        problem._alike.of_variables = tuple(of_variables)
+        problem._alike.of_factors = tuple(groups[len(of_variables) :])
+        return problem
 
-    def _multipliers(self, multiplier: Multiplier) -> Sequence[float]:
-        """Return one multiplier for every table, variables' tables first."""
-        if isinstance(multiplier, float | int):
-            return [multiplier] * (len(self.variables) + len(self.factors))
-        return multiplier
+    def with_tables(
+        self, variables: tuple[Variable, ...], factors: tuple[Factor, ...]
+    ) -> "Problem":
+        """Return the problem without a limit and with other tables, which need no checking.
 
-    def _replaced(self, variables: tuple[Variable, ...], factors: tuple[Factor, ...]) -> "Problem":
-        """Return the problem without a limit and with other tables, which need no checking."""
+        variables, factors: of the same names, numbers of states and scopes, with tables such as a
+        problem that was checked has.
+        """
         # The constructor would examine all tables again.
         problem = object.__new__(Problem)
+        alike = AlikeTables(variables, factors, self._index)
+        if factors is self.factors:
+            alike.of_factors = self._alike.of_factors
         for name, value in (
             ("variables", variables),
             ("factors", factors),
             ("limit", None),
             ("_index", self._index),
+            ("_alike", alike),
         ):
             object.__setattr__(problem, name, value)
         return problem
@@ -309,13 +312,13 @@ class Problem:
             def least(table: Table) -> Table:
                 key = (id(table), id(kept))
                 if key not in tables:
-                    tables[key] = _read_only(np.where(kept, table, np.inf))
+                    tables[key] = read_only(np.where(kept, table, np.inf))
                 return tables[key]
 
             ways = tuple(Alternative(least(way.cost), way.usage) for way in variable.alternatives)
             return Variable(variable.name, least(variable.unary), variable.usage, ways)
 
-        problem = self._replaced(tuple(map(forbid, self.variables)), self.factors)
+        problem = self.with_tables(tuple(map(forbid, self.variables)), self.factors)
         object.__setattr__(problem, "limit", self.limit)
         return problem
 
@@ -338,14 +341,16 @@ class Problem:
             # caller.
             variables[self.index(name)] = Variable(
                 name,
-                np.where(others, np.inf, variable.unary),
+                read_only(np.where(others, np.inf, variable.unary)),
                 variable.usage,
                 tuple(
-                    Alternative(np.where(others, np.inf, way.cost), way.usage)
+                    Alternative(read_only(np.where(others, np.inf, way.cost)), way.usage)
                     for way in variable.alternatives
                 ),
             )
-        return replace(self, variables=tuple(variables))
+        problem = self.with_tables(tuple(variables), self.factors)
+        object.__setattr__(problem, "limit", self.limit)
+        return problem
 
     def restricted(self, states: Mapping[str, NDArray[np.intp]]) -> "Problem":
         """Return the same problem with only some states of some variables, in the order given.
@@ -372,7 +377,7 @@ class Problem:
                     selections[name][0] if name in selections else np.arange(size)
                     for name, size in zip(scope, array.shape, strict=True)
                 ]
-                parts_of_tables[key] = _read_only(array[np.ix_(*indices)])
+                parts_of_tables[key] = read_only(array[np.ix_(*indices)])
             return parts_of_tables[key]
 
         def parts(
@@ -388,7 +393,7 @@ class Problem:
             return usage, ways
 
         # A part of a checked table needs no checking, and neither does its usage.
-        problem = self._replaced(
+        problem = self.with_tables(
             tuple(
                 Variable(v.name, part(v.unary, (v.name,)), *parts(v, (v.name,)))
                 for v in self.variables
@@ -430,9 +435,3 @@ class Problem:
                 f"state {state} of {variable.name!r} is out of range: it has {variable.size}"
             )
         return state
-
-
-def _read_only(table: Table) -> Table:
-    table = table.view()
-    table.flags.writeable = False
-    return table

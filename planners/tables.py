@@ -19,6 +19,15 @@ def same(first: Table | None, second: Table | None) -> bool:
     return first is second or np.array_equal(first, second)
 
 
+def read_only(table: Table) -> Table:
+    """Return the table, or a view of it that cannot be written: the caller's flags stay."""
+    if not table.flags.writeable:
+        return table
+    table = table.view()
+    table.flags.writeable = False
+    return table
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Alternative:
     """Another way to pay for every entry of a table, of the table's shape.
@@ -173,11 +182,7 @@ class Checker:
             raise ValueError(f"{what} holds -inf")
         if finite and np.isinf(table).any():
             raise ValueError(f"{what} holds inf: forbid entries in the cost table")
-        # A view is marked read-only, not the caller's array: the caller's own flags stay as they
-        # were.
-        if table.flags.writeable:
-            table = table.view()
-            table.flags.writeable = False
+        table = read_only(table)
         self._known[id(array), finite] = table
         # The array is kept alive, so that its id is not given to another array.
         self._alive.append(array)

@@ -7,11 +7,11 @@ So a solver for one usage bounds the cost of all that keeps both (a surrogate co
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
 
+from planners.alike_tables import paid
 from planners.problem import Problem
 from planners.solution import Solution
 from planners.tables import Alternative, Table
@@ -55,15 +55,17 @@ def mean_usage(first: Problem, second: Problem, share: float) -> Problem:
         pairs = zip(one.alternatives, two.alternatives, strict=True)
         return tuple(Alternative(a.cost, mean(a.usage, b.usage)) for a, b in pairs)
 
-    variables = tuple(
-        replace(one, usage=mean(one.usage, two.usage), alternatives=ways(one, two))
-        for one, two in zip(first.variables, second.variables, strict=True)
-    )
-    factors = tuple(
-        replace(one, usage=mean(one.usage, two.usage), alternatives=ways(one, two))
-        for one, two in zip(first.factors, second.factors, strict=True)
-    )
-    return Problem(variables, factors, first.limit)
+    # Tables are those of checked problems: no problem needs to be checked again.
+    return first.with_tables(
+        tuple(
+            Variable(one.name, one.unary, mean(one.usage, two.usage), ways(one, two))
+            for one, two in zip(first.variables, second.variables, strict=True)
+        ),
+        tuple(
+            Factor(one.scope, one.table, mean(one.usage, two.usage), ways(one, two))
+            for one, two in zip(first.factors, second.factors, strict=True)
+        ),
+    ).within(first.limit)
 
 
 def require_same_ways(first: Problem, second: Problem) -> None:
@@ -76,20 +78,27 @@ def require_same_ways(first: Problem, second: Problem) -> None:
         ...
     ValueError: usages of different problems: table 0 is a of 2 in 1 ways, and b of 2 in 1 ways
     """
-    pairs = zip_longest(_tables(first), _tables(second))
+    pairs = zip_longest(_tables(first), _tables(second), fillvalue=_NO_TABLE)
     for place, (one, two) in enumerate(pairs):
         if one != two:
-            raise ValueError(f"usages of different problems: table {place} is {one}, and {two}")
+            raise ValueError(
+                f"usages of different problems: table {place} is {_text(*one)}, and {_text(*two)}"
+            )
 
 
-def _tables(problem: Problem) -> list[str]:
+_Told = tuple[tuple[str, ...], tuple[int, ...], int]
+_NO_TABLE: _Told = ((), (), 0)
+
+
+def _tables(problem: Problem) -> list[_Told]:
     """Return, per table of a problem, its variables, its shape and the number of its ways."""
-    ways = [(v.name, v.unary, v.alternatives) for v in problem.variables]
-    ways += [(", ".join(f.scope), f.table, f.alternatives) for f in problem.factors]
-    return [
-        f"{names} of {'x'.join(map(str, table.shape))} in {1 + len(others)} ways"
-        for names, table, others in ways
-    ]
+    tables = [((v.name,), v.unary.shape, 1 + len(v.alternatives)) for v in problem.variables]
+    return [*tables, *((f.scope, f.table.shape, 1 + len(f.alternatives)) for f in problem.factors)]
+
+
+def _text(names: tuple[str, ...], shape: tuple[int, ...], ways: int) -> str:
+    """Return the words by which an error tells what a table is."""
+    return f"{', '.join(names)} of {'x'.join(map(str, shape))} in {ways} ways" if ways else "none"
 
 
 def usage_of(problem: Problem, solution: Solution) -> float:
@@ -103,14 +112,8 @@ def usage_of(problem: Problem, solution: Solution) -> float:
     >>> usage_of(problem, Solution({"a": 1}, 0.0, 0.0, ""))
     5.0
     """
-    index = problem.index
-    places = [(index(variable.name),) for variable in problem.variables] + problem.scopes()
-    chosen = [solution.assignment[variable.name] for variable in problem.variables]
-    paid = (*solution.variable_alternatives, *solution.factor_alternatives) or (0,) * len(places)
-    usages = []
-    items: tuple[Variable | Factor, ...] = (*problem.variables, *problem.factors)
-    for item, scope, way in zip(items, places, paid, strict=True):
-        usage = item.alternatives[way - 1].usage if way else item.usage
-        if usage is not None:
-            usages.append(float(usage[tuple(chosen[place] for place in scope)]))
-    return math.fsum(usages)
+    states = problem.states(solution.assignment)
+    ways = (*solution.variable_alternatives, *solution.factor_alternatives)
+    count = len(problem.variables) + len(problem.factors)
+    chosen = np.array(ways or (0,) * count, dtype=np.intp)
+    return math.fsum(paid(problem.alike(), states, chosen, count)[1].tolist())

@@ -270,11 +270,11 @@ def observe(
     most, or "meta" first where that tells the same, which is a quarter of the work. backward:
     whether to run its backward too.
     Where no device works, the call is assumed to save all operands and results. Never raises.
-    Torch's own ops are run once for all plans: what they save follows from these arguments. Others
-    may be defined anew under the same name.
+    Torch's own ops and our kernels are run once for all plans: what they save follows from these
+    arguments. Others may be defined anew under the same name.
     """
     key = None
-    if isinstance(function, OpOverload) and function.namespace == "aten":
+    if _is_known(function):
         written = skeleton(args), skeleton(tuple(kwargs.items()))
         key = (
             function,
@@ -293,6 +293,13 @@ def observe(
             _known.clear()
         _known[key] = seen
     return seen
+
+
+def _is_known(function: Callable[..., Any]) -> bool:
+    """Return whether a function is always the same one: an op of torch's, or a kernel of ours."""
+    if isinstance(function, OpOverload):
+        return bool(function.namespace == "aten")
+    return getattr(kernels, getattr(function, "__name__", ""), None) is function
 
 
 def _settings() -> tuple[Any, ...]:

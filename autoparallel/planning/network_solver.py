@@ -12,6 +12,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from planners import Problem, Solution, TooWideError, conditioning, exact
 from planners import coarsening as coarse
 from planners import lagrangian as limited
+from planners.charged_solutions import ChargedSolutions
 from planners.exact_or_conditioned import ExactOrConditioned
 from planners.table_memo import Memo
 
@@ -47,6 +48,7 @@ class NetworkSolver(ExactOrConditioned):
         self.groupings: tuple[dict[str, NDArray[np.intp]], ...] | None = None
         # Solutions within limits, each of use within another one.
         self.known: list[Solution] = []
+        self.charged = ChargedSolutions()
 
     def __call__(self, problem: Problem) -> Solution:
         """Return the best solution, or a good one with a proven lower bound on the best."""
@@ -101,7 +103,13 @@ class NetworkSolver(ExactOrConditioned):
         Raises InfeasibleError where the problem has no solution, OverLimitError where none is
         within the limit.
         """
-        within = partial(limited.solve, problem, enough=self.network.options.gap, known=self.known)
+        within = partial(
+            limited.solve,
+            problem,
+            enough=self.network.options.gap,
+            known=self.known,
+            charged=self.charged,
+        )
         if not self.many:
             self.is_searching = True
             try:

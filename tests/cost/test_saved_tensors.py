@@ -220,6 +220,26 @@ def test_the_users_random_numbers_stay_as_they_are() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_kernel_is_run_once_for_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over as many ranks, that is: meshes whose axes have other names and places ask again."""
+    runs: list[str] = []
+    run = fake_run._run
+
+    def counted(function: Any, *rest: Any) -> Any:
+        runs.append(str(function))
+        return run(function, *rest)
+
+    monkeypatch.setattr(fake_run, "_run", counted)
+    monkeypatch.setattr(fake_run, "_known", {})
+    sample = call("cross_entropy_loss.default", x(6, 10), ints(6, high=10))
+    first = known(sample).of_kernel("y", "c", 5)
+    once = len(runs)
+    assert known(sample).of_kernel("y", "c", 5) == first
+    assert len(runs) == once
+    known(sample).of_kernel("y", "c", 2)
+    assert len(runs) > once
+
+
 def test_an_op_of_torch_is_run_once_for_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same tensors, under the same settings; what others define is run each time."""
     runs: list[str] = []

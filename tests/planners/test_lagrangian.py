@@ -25,6 +25,7 @@ from planners import (
 )
 from planners import lagrangian as limited
 from planners import local_improvement as filling
+from planners.charged_solutions import ChargedSolutions
 from planners.integer_refinement import refine_by_integer_program
 
 seeds = st.integers(0, 2**32 - 1)
@@ -209,11 +210,11 @@ def test_filling_keeps_the_limit_and_costs_no_more() -> None:
             for charge in (0.0, 0.05, 0.2, 1.0):
                 assignment = exact.solve(problem.weighed(charge)).assignment
                 others.append(Solution.of(problem, assignment, "charged", -math.inf, charge))
-            solution = filling.improve_within_limit(problem, start, others, 0.2)
+            solution = filling.improve_within_limit(problem, start, others)
             accounts_for(problem, solution)
             assert expected.cost - 1e-9 <= solution.cost <= start.cost
             cheaper += solution.cost < start.cost
-            saved = filling.repair_to_limit(problem, others[0], [start, *others], 0.2)
+            saved = filling.repair_to_limit(problem, others[0], [start, *others])
             if saved is not None:
                 accounts_for(problem, saved)
                 repair_to_limit += not problem.fits(others[0].usage)
@@ -425,3 +426,30 @@ def test_the_search_ends_at_the_gap_that_is_asked_for() -> None:
         counts.append(solves)
     assert counts == sorted(counts)
     assert counts[0] < counts[-1]
+
+
+def test_no_charge_is_solved_twice_for_other_limits() -> None:
+    """Searches within limits that are near each other end at the same charge, with equal plans."""
+    free = chain_problem(24)
+    most, least = exact.solve(free).usage, exact.solve(free.usage_alone()).cost
+    solves = []
+    for charged in (None, ChargedSolutions()):
+        asked: list[Problem] = []
+
+        def counted(plain: Problem, asked: list[Problem] = asked) -> Solution:
+            asked.append(plain)
+            return exact.solve(plain)
+
+        known: list[Solution] = []
+        found = [
+            limited.solve(
+                free.within(least + share * (most - least)),
+                solver=counted,
+                known=known,
+                charged=charged,
+            )
+            for share in (0.4, 0.39, 0.38)
+        ]
+        solves.append((found, len(asked)))
+    assert solves[0][0] == solves[1][0]
+    assert solves[1][1] < solves[0][1]
