@@ -12,7 +12,14 @@ from torch import nn
 
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
-from autoparallel.graph.attribute_read import ABSENT, CONSTANTS, LEFT, AttributeRead, Where
+from autoparallel.graph.attribute_read import (
+    ABSENT,
+    CONSTANTS,
+    LEFT,
+    SIMPLE,
+    AttributeRead,
+    Where,
+)
 from autoparallel.graph.attribute_write import AttributeWrite, Step
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import own_attributes
