@@ -54,13 +54,10 @@ the first is for 2 ranks and the second for 3.
 What breaks are left, by what makes them:
 
 - How many rows there are, or how far they are moved, follows from values: experts whose tokens are
-  counted by `.tolist()` (jetmoe), edges that a mask drops (graph-convolution, graph-attention),
-  patches that a mask drops (vilt), delays that are read as whole numbers (autoformer). What can be
-  prepared outside of the model is better there.
+  counted by `.tolist()` (jetmoe), patches that are drawn among those of a mask (vilt), delays that
+  are read as whole numbers (autoformer). What can be prepared outside of the model is better there.
 - The forward reads the sizes of images out of a tensor, others in each batch (qwen2-vl).
-- Python draws which layers are left out, anew in each call (musicgen).
-- The forward writes to a parameter (gemma3n clamps one) or counts in an object (funnel). Where it
-  registers a buffer in its first call (x-alibi), call it once before it is split.
+- The forward registers a buffer in its first call (x-alibi): call it once before it is split.
 - An autograd Function runs modules (reformer) or numpy (ibert) in its passes.
 
 """

@@ -5,8 +5,9 @@ A deep model has thousands of tables and a hundred different ones, as its layers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,16 @@ from numpy.typing import NDArray
 from planners.tables import Alternative, Table, read_only
 from planners.variables import Factor, Variable
 
-__all__ = ["Alike", "Multiplier", "Numbers", "alike_tables", "best_ways", "in_one_way", "paid"]
+__all__ = [
+    "Alike",
+    "AlikeTables",
+    "Multiplier",
+    "Numbers",
+    "alike_tables",
+    "best_ways",
+    "in_one_way",
+    "paid",
+]
 
 # The cost of one unit of usage: the same for all tables, or one for each (variables come first).
 Multiplier = float | Table
@@ -79,6 +89,30 @@ def alike_tables(
         )
         for numbers in members.values()
     )
+
+
+class AlikeTables:
+    """The tables of a problem in groups of the same arrays, found when they are asked for.
+
+    index: the place of every variable, by name.
+    """
+
+    def __init__(
+        self, variables: Sequence[Variable], factors: Sequence[Factor], index: Mapping[str, int]
+    ) -> None:
+        self.variables, self.factors, self.index = variables, factors, index
+
+    @cached_property
+    def of_variables(self) -> tuple[Alike, ...]:
+        """The unary tables."""
+        scopes = [(place,) for place in range(len(self.variables))]
+        return alike_tables(self.variables, scopes, 0)
+
+    @cached_property
+    def of_factors(self) -> tuple[Alike, ...]:
+        """The tables over several variables, whose numbers come behind those of the unary ones."""
+        scopes = [tuple([self.index[name] for name in each.scope]) for each in self.factors]
+        return alike_tables(self.factors, scopes, len(self.variables))
 
 
 def paid(

@@ -128,7 +128,7 @@ def _over_first(arrays: list[Table], shape: tuple[int, ...]) -> Table:
 
     arrays: in the order in which they are summed.
     """
-    result = np.full(shape[1:], np.inf)
+    result = np.empty(shape[1:])
     height = max(1, _RESULT_ENTRIES // math.prod(shape[2:]))
     memory = np.empty((min(height, shape[1]), *shape[2:]))
     for start in range(0, shape[1], height):
@@ -137,11 +137,15 @@ def _over_first(arrays: list[Table], shape: tuple[int, ...]) -> Table:
         sums = memory[: len(least)]
         parts = [array[:, rows] if array.shape[1] > 1 else array for array in arrays]
         for state in range(shape[0]):
+            into = sums if state else least
             total, *rest = (part[state if len(part) > 1 else 0] for part in parts)
             for part in rest:
                 whole = np.broadcast_shapes(total.shape, part.shape) == sums.shape
-                total = np.add(total, part, out=sums if whole else None)
-            np.minimum(least, total, out=least)
+                total = np.add(total, part, out=into if whole else None)
+            if state:
+                np.minimum(least, total, out=least)
+            elif total is not least:
+                least[...] = total
     return result
 
 

@@ -49,7 +49,7 @@ def repair_to_limit(
     return editor.solution(start) if editor.left >= 0.0 else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entries:
     """The states of all variables, the ways in which all tables are paid, and what these take."""
 

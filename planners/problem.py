@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from planners.alike_tables import (
     Alike,
+    AlikeTables,
     Multiplier,
     Numbers,
-    alike_tables,
     best_ways,
     in_one_way,
     paid,
@@ -70,8 +70,7 @@ class Problem:
     factors: tuple[Factor, ...] = ()
     limit: float | None = None
     _index: dict[str, int] = field(init=False, repr=False, compare=False)
-    # Of variables and of factors, once they were asked for; shared by what has the same ones.
-    _alike: list[tuple[Alike, ...] | None] = field(init=False, repr=False, compare=False)
+    _alike: AlikeTables = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.limit is not None and math.isnan(self.limit):
@@ -96,7 +95,7 @@ class Problem:
         object.__setattr__(self, "variables", tuple(variables))
         object.__setattr__(self, "factors", tuple(factors))
         object.__setattr__(self, "_index", index)
-        object.__setattr__(self, "_alike", [None, None])
+        object.__setattr__(self, "_alike", AlikeTables(self.variables, self.factors, index))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -194,7 +193,7 @@ class Problem:
             states = np.array([assignment[name] for name in self._index], dtype=np.intp)
         except KeyError as error:
             raise ValueError(f"the assignment lacks variable {error.args[0]!r}") from None
-        for group in self._alike_variables():
+        for group in self._alike.of_variables:
             own = states[group.numbers]
             for place in group.numbers[(own < 0) | (own >= len(group.ways[0].cost))][:1]:
                 self._state(self.variables[place], int(states[place]))
@@ -202,19 +201,7 @@ class Problem:
 
     def alike(self) -> tuple[Alike, ...]:
         """Return all tables in groups of the same arrays, unary ones first."""
-        factors = self._alike[1]
-        if factors is None:
-            factors = alike_tables(self.factors, self.scopes(), len(self.variables))
-            self._alike[1] = factors
-        return self._alike_variables() + factors
-
-    def _alike_variables(self) -> tuple[Alike, ...]:
-        """Return the unary tables in groups of the same arrays."""
-        variables = self._alike[0]
-        if variables is None:
-            scopes = [(place,) for place in range(len(self.variables))]
-            variables = self._alike[0] = alike_tables(self.variables, scopes, 0)
-        return variables
+        return self._alike.of_variables + self._alike.of_factors
 
     def weighed(self, multiplier: Multiplier) -> "Problem":
         """Return the plain problem whose tables are the least of cost + multiplier * usage.
@@ -259,7 +246,8 @@ class Problem:
             ),
         )
         of_variables = [group for group in groups if group.numbers[0] < split]
-        problem._alike[:] = tuple(of_variables), tuple(groups[len(of_variables) :])
+        problem._alike.of_variables = tuple(of_variables)
+        problem._alike.of_factors = tuple(groups[len(of_variables) :])
         return problem
 
     def with_tables(
@@ -272,12 +260,15 @@ class Problem:
         """
         # The constructor would examine all tables again.
         problem = object.__new__(Problem)
+        alike = AlikeTables(variables, factors, self._index)
+        if factors is self.factors:
+            alike.of_factors = self._alike.of_factors
         for name, value in (
             ("variables", variables),
             ("factors", factors),
             ("limit", None),
             ("_index", self._index),
-            ("_alike", [None, self._alike[1] if factors is self.factors else None]),
+            ("_alike", alike),
         ):
             object.__setattr__(problem, name, value)
         return problem

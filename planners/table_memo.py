@@ -26,6 +26,12 @@ Orders = dict[tuple[Form, tuple[str, ...]], tuple[list[int], int]]
 Operand = tuple[int, tuple[int, ...]]
 
 
+# Larger tables are compared entry by entry with those that have about so many entries in common:
+# most are new, and a digest of all of a table takes as long as to make it.
+_SAMPLED_ENTRIES = 2**15
+_SAMPLE = 512
+
+
 @dataclass(frozen=True, slots=True)
 class Pieces:
     """A table restricted to allowed states, taken apart: offset plus tables over some axes.
@@ -66,6 +72,7 @@ class Memo:
         self._alive: list[Table] = []
         self._by_object: dict[int, int] = {}
         self._by_content: dict[tuple[tuple[int, ...], bytes], int] = {}
+        self._large: dict[tuple[tuple[int, ...], bytes], list[int]] = {}
         self._domain_by_content: dict[bytes, int] = {}
         self._finite_domain: dict[int, int] = {}
         self._revised: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
@@ -163,7 +170,12 @@ class Memo:
         arrays = self.aligned(operands, len(shape))
         result = contract(arrays, shape, tuple(sorted(kept_axes)))
         order = [sorted(kept_axes).index(axis) for axis in kept_axes]
-        numbered = self._normalized(result.transpose(order))
+        offset = float(result.min())
+        if result.flags.writeable and math.isfinite(offset):
+            result -= offset  # it is nobody else's, and may be large
+            numbered = self._intern(result.transpose(order)), offset
+        else:
+            numbered = self._normalized(result.transpose(order))
         self._contracted[key] = numbered
         return numbered
 
@@ -186,6 +198,8 @@ class Memo:
     def _intern(self, table: Table) -> int:
         """Return the number of the table's content, a new one if it was not seen before."""
         table = np.ascontiguousarray(table)
+        if table.size > _SAMPLED_ENTRIES:
+            return self._intern_large(table)
         data = table.tobytes()
         # Small tables are their own digest; 32 bytes of BLAKE2 make a collision implausible.
         digest = data if len(data) <= 64 else hashlib.blake2b(data, digest_size=32).digest()
@@ -197,6 +211,18 @@ class Memo:
             self.tables.append(table)
             self.has_infinity.append(bool(np.isinf(table).any()))
         return number
+
+    def _intern_large(self, table: Table) -> int:
+        """Do the same for a large table, of which some entries tell what it may be equal to."""
+        sample = table.reshape(-1)[:: table.size // _SAMPLE].tobytes()
+        alike = self._large.setdefault((table.shape, sample), [])
+        for number in alike:
+            if np.array_equal(self.tables[number], table):
+                return number
+        alike.append(len(self.tables))
+        self.tables.append(table)
+        self.has_infinity.append(bool(np.isinf(table).any()))
+        return alike[-1]
 
     def _normalized(self, table: Table) -> tuple[int, float]:
         """Return the table's number after its smallest entry was subtracted, and that entry.

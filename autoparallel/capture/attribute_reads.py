@@ -20,8 +20,10 @@ from autoparallel.capture.equal_blocks import Group
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where, kept_of
+from autoparallel.support.bare_values import plain_items
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import is_closed, moves_on, own_attributes, random_state
+from autoparallel.support.pytree import SYMBOLIC
 
 __all__ = ["AttributeReads", "alike_reads", "moving_error"]
 
@@ -99,13 +101,17 @@ class AttributeReads:
         """
         if isinstance(value, SIMPLE) or depth > _DEEPEST or id(value) in self.objects:
             return
+        contains = isinstance(value, (dict, list, tuple))
         if isinstance(value, dict):
-            for key, item in list(value.items()):
+            for key, item in plain_items(value):
                 self.look(item, path, (*route, ("item", key)), depth + 1)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
+        elif contains:
+            for index, item in enumerate(plain_items(value)):
                 self.look(item, path, (*route, ("item", index)), depth + 1)
-        elif not isinstance(value, (nn.Module, *_OPAQUE)) and _plain(type(value)):
+        # Containers of a class of the user's may have attributes as well.
+        if contains and not hasattr(value, "__dict__"):
+            return
+        if not isinstance(value, (nn.Module, *_OPAQUE)) and _plain(type(value)):
             self.objects[id(value)] = (value, path, route)
             if self.watched is not None:
                 self.watched.enter_context(_watched((type(value),)))
@@ -136,7 +142,7 @@ class AttributeReads:
         value: Any = ABSENT
         if name in own:
             where, value = Where.INSTANCE, own[name]
-            if key in self.set and isinstance(value, SIMPLE):
+            if key in self.set and isinstance(value, (*SIMPLE, *SYMBOLIC)):
                 return  # whatever it was before
             if key not in self.set:
                 self.look(value, path, (*route, ("attribute", name)))

@@ -12,7 +12,14 @@ from torch import nn
 
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
-from autoparallel.graph.attribute_read import ABSENT, LEFT, SIMPLE, AttributeRead, Where
+from autoparallel.graph.attribute_read import (
+    ABSENT,
+    CONSTANTS,
+    LEFT,
+    SIMPLE,
+    AttributeRead,
+    Where,
+)
 from autoparallel.graph.attribute_write import AttributeWrite, Step
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import own_attributes
@@ -28,7 +35,7 @@ _Key = tuple[int, Any]  # a container, and which place in it; None for all that 
 def _is_object(value: Any) -> bool:
     """Return whether the value is an object of a user's with attributes of its own."""
     holds = hasattr(value, "__dict__") or getattr(type(value), "__slots__", None)
-    others = (type, nn.Module, torch.Tensor, *SIMPLE, *SYMBOLIC)
+    others = (type, nn.Module, torch.Tensor, *CONSTANTS, *SYMBOLIC)
     return bool(holds) and not isinstance(value, others)
 
 
@@ -67,7 +74,7 @@ class Written:
         simple = {
             (place.path, place.route): value
             for place, value in zip(self.places, self.values, strict=True)
-            if isinstance(value, SIMPLE)
+            if isinstance(value, CONSTANTS)
         }
         places = {(place.path, place.route) for place in self.places if len(place.route) == 1}
         for read in reads:
@@ -80,6 +87,23 @@ class Written:
                 yield at, (LEFT,)
             elif not self._sets(read.path, route, model):
                 yield read, ()
+
+    def is_unread(self, reads: Sequence[AttributeRead]) -> bool:
+        """Return whether a forward reads nothing that it has not set itself before, so that a call
+        that comes after another one does the same.
+
+        reads: all that it has read of attributes; of those that it has set to numbers and texts,
+        none is among them. Of other things that it sets, nothing is known.
+        """
+        seen = {(read.path, *read.route, ("attribute", read.name)) for read in reads}
+        named = {read.path for read in reads if read.where is Where.NAMES}
+        return not self.unknown and all(
+            isinstance(value, (*SIMPLE, *SYMBOLIC))
+            and len(place.route) == 1
+            and place.path not in named
+            and (place.path, *place.route) not in seen
+            for place, value in zip(self.places, self.values, strict=True)
+        )
 
     def _sets(self, path: str, route: Sequence[Step], model: nn.Module) -> bool:
         """Return whether the forward sets something on the way to a place, or the place itself."""
@@ -258,7 +282,7 @@ def _is_plain(value: Any) -> bool:
     """Return whether a value can be made again at each call: tensors, numbers and texts, and lists,
     tuples and dicts of them.
     """
-    if isinstance(value, (torch.Tensor, *SIMPLE, *SYMBOLIC)):
+    if isinstance(value, (torch.Tensor, *CONSTANTS, *SYMBOLIC)):
         return True
     items = value.values() if isinstance(value, dict) else value
     return isinstance(value, (list, tuple, dict)) and all(map(_is_plain, items))

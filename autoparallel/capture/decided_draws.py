@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["ConstantComparisons"]
+__all__ = ["ConstantComparisons", "DrawnNumber"]
 
 _Comparison = Callable[[float], bool | None]
 # By comparison: the answer for every number in [0, 1), None where it depends on the number.
@@ -20,6 +20,46 @@ _DECIDED: dict[str, _Comparison] = {
     "eq": lambda bound: False if bound < 0 or bound >= 1 else None,
     "ne": lambda bound: True if bound < 0 or bound >= 1 else None,
 }
+
+
+class DrawnNumber:
+    """A number that Python or numpy has drawn from [0, 1), of which only the range may be used.
+
+    refuse: is called for every other use, and raises an error.
+
+    >>> drawn = DrawnNumber(lambda: None)
+    >>> drawn < 0.0, 1.0 > drawn
+    (False, True)
+    """
+
+    def __init__(self, refuse: Callable[[], Any]) -> None:
+        self.refuse = refuse
+
+
+def _comparison(name: str) -> Callable[[DrawnNumber, Any], Any]:
+    """Return the method that compares a number as far as its range decides it."""
+
+    def compare(self: DrawnNumber, bound: Any) -> Any:
+        """Return what the comparison is for every number, or refuse it."""
+        plain = isinstance(bound, (bool, int, float))
+        verdict = _DECIDED[name](float(bound)) if plain else None
+        return self.refuse() if verdict is None else verdict
+
+    return compare
+
+
+def _refused(self: DrawnNumber, *_: Any) -> Any:
+    """Refuse a use of a number."""
+    return self.refuse()
+
+
+for _name in _DECIDED:
+    setattr(DrawnNumber, f"__{_name}__", _comparison(_name))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    setattr(DrawnNumber, f"__{_name}__", _refused)
+    setattr(DrawnNumber, f"__r{_name}__", _refused)
+for _name in (*("float", "int", "bool", "index", "neg", "abs", "round"), *("hash", "repr")):
+    setattr(DrawnNumber, f"__{_name}__", _refused)
 
 
 class ConstantComparisons(TorchFunctionMode):

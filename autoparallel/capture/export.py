@@ -50,6 +50,7 @@ from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.graph.attribute_read import AttributeRead
 from autoparallel.graph.captured import Captured, SizeNumber, Surroundings, autocast_type, modes_of
 from autoparallel.graph.graph import Graph
+from autoparallel.graph.settled_parameters import without_settling
 from autoparallel.support.fake_tensors import start_autograd
 from autoparallel.support.model_snapshot import untouched
 from autoparallel.support.pytree import SYMBOLIC, emptied, flatten, with_constants
@@ -202,7 +203,9 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
             ran, importer, graph = _exported(wanted, folding, one_by_one)
     reads = ran.reads
     # What a forward leaves behind may change its next call, which the graph would not know.
-    if ran.changes:
+    if ran.changes and len(ran.changes) == len(ran.written.places) and ran.written.is_unread(reads):
+        reads = _lasting(model, ran.written, reads)
+    elif ran.changes:
         second_reads = _read_twice(wanted, folding)
         if second_reads is None and folding.groups:
             second_reads = _read_twice(wanted, _unfolded())
@@ -210,8 +213,11 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
             raise unsteady(model, ran.changes)
         reads = _lasting(model, ran.written, (*reads, *second_reads))
     aliases = first_paths(model)
+    graph = _by_first_name(graph, aliases)
+    # Python around a part may hold a copy of the parameter, from before the write.
+    graph, settled = (graph, ()) if wanted.part else without_settling(graph)
     return Captured(
-        _by_first_name(graph, aliases),
+        graph,
         emptied(flatten(dict(wanted.bound.arguments))[1]),
         ran.outputs,
         aliases,
@@ -228,6 +234,7 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
         ran.own,
         wanted.ways,
         ran.numbers,
+        settled,
     )
 
 

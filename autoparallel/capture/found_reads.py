@@ -36,7 +36,14 @@ from autoparallel.graph.attribute_read import (
     kept_of,
     name_of,
 )
-from autoparallel.graph.read_holders import ClassParts, FunctionParts, Held, Namespace, ObjectKinds
+from autoparallel.graph.read_holders import (
+    ClassParts,
+    FunctionParts,
+    GivenNames,
+    Held,
+    Namespace,
+    ObjectKinds,
+)
 from autoparallel.support.object_state import functions_in
 
 __all__ = ["CALLABLE", "FoundReads", "Root", "Way"]
@@ -70,7 +77,7 @@ class FoundReads:
         self.instances: dict[int, Any] = {}
         self.moving: list[str] = []
         self.absent: frozenset[str] = frozenset()
-        self.asks_gradients = False
+        self.asks_gradients = self.asks_names = False
 
     def listed(self) -> tuple[AttributeRead, ...]:
         """Return the reads of what functions, classes and objects are, beside what they hold."""
@@ -86,6 +93,7 @@ class FoundReads:
             FunctionParts(own),
             ClassParts(helpers),
             ObjectKinds(self.instances.values()),
+            GivenNames([*own, *helpers, *self.places] if self.asks_names else ()),
         )
         # A trace has calls of its own in the place of nn.Module's.
         owners = dict.fromkeys(owner for kind in self.places for owner in kind.__mro__)

@@ -18,8 +18,13 @@ from torch import nn
 
 from autoparallel.capture.library_questions import compares_objects
 from autoparallel.capture.outside_answers import asking_code
-from autoparallel.capture.remembered_calls import Remembering, remembers
-from autoparallel.capture.searched_values import is_own_code
+from autoparallel.capture.remembered_calls import (
+    Remembering,
+    in_its_place,
+    remembering_methods,
+    remembers,
+)
+from autoparallel.capture.searched_values import is_own_code, is_own_kind
 from autoparallel.capture.variable_search import searched
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, Answer, AttributeRead
 from autoparallel.support.model_snapshot import lent, untouched
@@ -56,8 +61,8 @@ class OuterVariables:
     be read past what is called when an attribute is read, as by `object.__getattribute__`; "" for
     all of them.
     variables: all that have a value, each with what has it. codes, helpers, kept,
-    asks_gradients: see VariableSearch. found: what global_reads returns. imported: how many Python
-    modules there were.
+    asks_gradients: see VariableSearch. methods: those of classes that remember. found: what
+    global_reads returns. imported: how many Python modules there were.
 
     >>> OuterVariables(nn.Linear(2, 2)).objects
     {}
@@ -71,6 +76,10 @@ class OuterVariables:
         self.unwatched, self.variables = walk.unwatched, tuple(walk.variables.values())
         self.codes, self.helpers, self.kept = walk.codes, walk.helpers, walk.kept
         self.asks_gradients = walk.asks_gradients
+        owners = dict.fromkeys(
+            each for kind in (*walk.places, *walk.helpers) for each in kind.__mro__
+        )
+        self.methods = remembering_methods(filter(is_own_kind, owners))
         self.remembering: dict[int, Remembering] = {}  # by the function, what stands in its place
         # Names of code that are no variables may become some.
         self.names = [
@@ -165,10 +174,14 @@ class OuterVariables:
         That may be tensors of a trace. Those of the user's own are called for real meanwhile.
         """
         standing_in = {id(v): Remembering(v) for _, _, v in self.variables if remembers(v)}
+        methods = [(kind, name, Remembering(cache)) for kind, name, cache in self.methods]
         self.remembering.update(standing_in)
+        self.remembering.update((id(other.cache), other) for _, _, other in methods)
         before = list(map(self.computed, self.caches))
         try:
-            with self.others(standing_in):
+            with self.others(standing_in), contextlib.ExitStack() as within:
+                for method in methods:
+                    within.enter_context(in_its_place(*method))
                 yield
         finally:
             for cache, misses in zip(self.caches, before, strict=True):

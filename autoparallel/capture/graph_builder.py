@@ -20,6 +20,7 @@ from autoparallel.errors import CaptureError
 from autoparallel.graph.aliasing import owner_of, shares_memory
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, leaves
 from autoparallel.graph.operators import operator_of, packet_of
+from autoparallel.graph.passes.masked_rows import unknown_symbols
 from autoparallel.support.torch_private import expression_of, hint_of, is_fixed, schema_of
 
 __all__ = ["GraphBuilder", "has_unknown_sizes", "require_known_sizes", "written_by"]
@@ -230,15 +231,8 @@ class GraphBuilder:
 
 
 def has_unknown_sizes(graph: Graph) -> bool:
-    """Return whether a tensor has sizes that depend on the values of another."""
-    known: set[sympy.Symbol] = set()
-    for node in graph.nodes:
-        for size in node.result.shape if node.kind == "input" else ():
-            known |= size.expr.free_symbols if isinstance(size, Sym) else set()
-    sizes = {
-        size for value in graph.values.values() for size in value.shape if isinstance(size, Sym)
-    }
-    return any(size.expr.free_symbols - known for size in sizes)
+    """Return whether a size or a number depends on the values of a tensor."""
+    return bool(unknown_symbols(graph))
 
 
 def require_known_sizes(graph: Graph) -> None:

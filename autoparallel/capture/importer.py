@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from autoparallel.capture.block_regions import Regions, base_of
 from autoparallel.capture.branch_ways import BRANCH
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
+from autoparallel.capture.constant_keys import constant_keys
 from autoparallel.capture.custom_functions import function_op
 from autoparallel.capture.differentiable_results import differentiable_results
 from autoparallel.capture.function_calls import FunctionCalls
@@ -167,16 +169,15 @@ class Importer:
         # Equal blocks make equal constants, of which the traced ones stand for all: constants go by
         # what they are, not by how many there are.
         added: dict[Any, Ref] = {}
-        for hole, target in signature.inputs_to_lifted_tensor_constants.items():
-            value = self.program.constants[target]
+        lifted = signature.inputs_to_lifted_tensor_constants
+        values = {target: self.program.constants[target] for target in lifted.values()}
+        contents = constant_keys(self.model, values)
+        for hole, target in lifted.items():
+            value, content = values[target], contents[target]
             self.require_constant(value)
             path = target.removeprefix("model.")
-            place, _, last = path.rpartition("lifted_tensor_")
-            content: Any = path
-            # A meta tensor has no numbers to go by.
-            if last.isdigit() and not value.is_meta:
-                content = (value.dtype, tuple(value.shape), value.device, str(value.tolist()))
-                path = f"{place}lifted_tensor_{len(added)}"
+            if content != path:
+                path = f"{path.rpartition('lifted_tensor_')[0]}lifted_tensor_{len(added)}"
             if content not in added:
                 added[content] = Ref(
                     self.builder.stored("constant", path, seen[hole].meta["val"], False)
@@ -270,8 +271,8 @@ class Importer:
         unknown = not isinstance(example, int) and hint_of(example) is None
         if unknown and all(str(user.target) in _CHECKS for user in node.users):
             return  # such as that a number of true values is not negative
-        # A size is known to the tensor that has it, and perhaps to nothing else.
-        if unknown and str(node.target) != "aten.sym_size.int":
+        # A size is known to the tensor that has it, and so is what is computed of sizes alone.
+        if unknown and not self.of_sizes(node):
             origins = self.builder.origins
             path, line = origins.path(node), origins.line(node)
             raise CaptureError(
@@ -281,6 +282,14 @@ class Importer:
                 fix="keep it a tensor of no dims, which broadcasts as a number does",
             )
         self.builder.translated[node] = self.builder.scalar(example)
+
+    def of_sizes(self, node: Any) -> bool:
+        """Return whether a number is a tensor's size, or computed of such sizes alone."""
+        if str(node.target) == "aten.sym_size.int":
+            return True
+        return isinstance(node.target, types.BuiltinFunctionType) and all(
+            map(self.of_sizes, node.all_input_nodes)
+        )
 
     def operator(self, node: Any, grad: bool) -> None:
         """Translate the call of an op on tensors into a node.

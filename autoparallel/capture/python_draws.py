@@ -1,7 +1,9 @@
 """Random numbers that a forward draws with Python or numpy, which a graph has as they were drawn.
 
-They are right in every call where the forward seeds the generator itself before it draws. What it
-leaves in the generator, which the user's next draws begin with, is left there by the program too.
+They are right in every call where the forward seeds the generator itself before it draws, and where
+it only compares them with a number that all are below or above, as where layers are dropped with
+probability 0. What it leaves in the generator, which the user's next draws begin with, is left
+there by the program too.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.overrides import TorchFunctionMode
 
+from autoparallel.capture.decided_draws import DrawnNumber
 from autoparallel.errors import CaptureError
-from autoparallel.support.rng_state import PythonNumbers, python_numbers
+from autoparallel.support.rng_state import PythonDraw, PythonNumbers, python_numbers
 
 __all__ = ["PythonDraws"]
 
@@ -36,7 +39,7 @@ class PythonDraws(TorchFunctionMode):
     """A mode of a trace that raises CaptureError for random numbers that are others in each call.
 
     name: of the module that is traced, for the error. left: the states in which the forward leaves
-    generators that it seeds, after `finish`.
+    generators that it seeds, and the draws from others, after `finish`.
 
     Example: `with PythonDraws("GPT") as draws: model(x)`, then `draws.finish()`.
     """
@@ -46,21 +49,30 @@ class PythonDraws(TorchFunctionMode):
         self.name, self.calls = name, 0
         self.before = python_numbers()
         self.seeded: set[str] = set()
-        self.left: tuple[PythonNumbers, ...] = ()
+        self.drawn: dict[str, int] = {}
+        self.left: tuple[PythonNumbers | PythonDraw, ...] = ()
         self.replaced: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Any:
         for generator, (owner, setters) in _setters().items():
             for setter in setters:
-                original = getattr(owner, setter)
-                self.replaced.append((owner, setter, original))
-                setattr(owner, setter, functools.partial(self._set, generator, setter, original))
+                self._replace(owner, setter, functools.partial(self._set, generator, setter))
+            for name in ("random", "uniform"):
+                self._replace(owner, name, functools.partial(self._draw, generator))
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
         while self.replaced:
             setattr(*self.replaced.pop())
+        if self.drawn and isinstance(error, TypeError):
+            self.refuse()  # torch takes no such number
+
+    def _replace(self, owner: Any, name: str, new: Callable[..., Any]) -> None:
+        """Put a function in the place of another one, which it is given."""
+        original = getattr(owner, name)
+        self.replaced.append((owner, name, original))
+        setattr(owner, name, functools.partial(new, original))
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -74,12 +86,16 @@ class PythonDraws(TorchFunctionMode):
     def check(self) -> None:
         """Raise CaptureError where a generator has moved that the forward has not seeded."""
         if not self.seeded.issuperset(self.moved()):
-            raise CaptureError(
-                f"{self.name}.forward draws random numbers with Python or numpy",
-                why="a graph would have the numbers of this one trace for ever",
-                fix="draw them with torch, or in a module that is not traced; or seed the "
-                "generator in the forward, for the same numbers in each call",
-            )
+            self.refuse()
+
+    def refuse(self) -> NoReturn:
+        """Raise the error for numbers that are others in each call."""
+        raise CaptureError(
+            f"{self.name}.forward draws random numbers with Python or numpy",
+            why="a graph would have the numbers of this one trace for ever",
+            fix="draw them with torch, or in a module that is not traced; or seed the "
+            "generator in the forward, for the same numbers in each call",
+        )
 
     def moved(self) -> list[str]:
         """Return the generators that are not where they were before the forward."""
@@ -90,7 +106,19 @@ class PythonDraws(TorchFunctionMode):
         self.check()
         now = python_numbers()
         # Also where it has not moved: the call before may have left it there.
-        self.left = tuple(PythonNumbers(name, now[name]) for name in sorted(self.seeded))
+        seeded = [PythonNumbers(name, now[name]) for name in sorted(self.seeded)]
+        others = sorted(self.drawn.keys() - self.seeded)
+        self.left = (*seeded, *(PythonDraw(name, self.drawn[name]) for name in others))
+
+    def _draw(self, generator: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Draw a number; where it is of [0, 1), return one that is only good for comparisons."""
+        self.check()
+        number = original(*args, **kwargs)
+        if generator in self.seeded or kwargs or args not in ((), (0, 1)):
+            return number
+        self.before[generator] = python_numbers()[generator]
+        self.drawn[generator] = self.drawn.get(generator, 0) + 1
+        return DrawnNumber(self.refuse)
 
     def _set(
         self, generator: str, setter: str, original: Callable[..., Any], *args: Any, **kwargs: Any

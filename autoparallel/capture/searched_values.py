@@ -35,6 +35,8 @@ __all__ = [
     "name_of_function",
     "names_in_methods",
     "names_of",
+    "own_kinds_of",
+    "words_of",
 ]
 
 # Packages whose own settings are not looked at; the standard library is none either.
@@ -93,6 +95,18 @@ def names_of(code: types.CodeType) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for each in codes_in(code) for name in each.co_names))
 
 
+def words_of(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names in some code, and the texts that may be names: of attributes, say.
+
+    >>> words_of((lambda settings: getattr(settings.inner, "scale.x", 1)).__code__)
+    ('getattr', 'inner', 'scale.x', 'scale', 'x')
+    """
+    texts = [item for item in code.co_consts if isinstance(item, str) and is_name(item)]
+    # An operator.attrgetter is given several in one.
+    texts += [part for text in texts if "." in text for part in text.split(".")]
+    return (*code.co_names, *texts)
+
+
 def codes_in(code: types.CodeType) -> list[types.CodeType]:
     """Return some code, and that of the functions that are written in it."""
     inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
@@ -120,6 +134,18 @@ def is_home_left_out(value: Any) -> bool:
 def is_name(text: str) -> bool:
     """Return whether a text may be the name of a variable, an attribute or a Python module."""
     return all(map(str.isidentifier, text.split(".")))
+
+
+def own_kinds_of(kind: Any) -> list[type]:
+    """Return the classes of the user's own that a class is an instance of.
+
+    What the class itself does not have, these may have for it.
+
+    >>> own_kinds_of(int)
+    []
+    """
+    above: Any = type(kind).__mro__
+    return [each for each in above if is_own_kind(each)]
 
 
 def is_own_kind(kind: type) -> bool:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from autoparallel.capture.block_folding import Folding
 from autoparallel.capture.module_tensors import named_tensors
 from autoparallel.errors import CaptureError
-from autoparallel.graph.attribute_read import ABSENT, SIMPLE, AttributeRead, TensorRead, Where
+from autoparallel.graph.attribute_read import ABSENT, CONSTANTS, AttributeRead, TensorRead, Where
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.torch_private import without_function_modes
 
@@ -183,7 +183,7 @@ class TensorFacts(TorchFunctionMode):
         elif self.inputs is not None:
             value = vars(self.inputs[number or 0]).get(name, ABSENT)
         # A part is given tensors that Python has computed: the program is for those without it.
-        if not (value is ABSENT or isinstance(value, SIMPLE)):
+        if not (value is ABSENT or isinstance(value, CONSTANTS)):
             raise self.refuse(
                 f"the forward reads the attribute {name} of {self.described(path, number)}",
                 "a graph is given tensors without the attributes that were set on them",

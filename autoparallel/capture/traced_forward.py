@@ -53,7 +53,7 @@ from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import Skeleton, flatten, rebuild
-from autoparallel.support.rng_state import PythonNumbers
+from autoparallel.support.rng_state import PythonDraw, PythonNumbers
 
 __all__ = ["FlatForward", "Ran", "Wanted", "unsteady"]
 
@@ -105,7 +105,7 @@ class Ran:
     gradients: bool | None
     given: tuple[TensorRead, ...]
     own: tuple[tuple[int, str], ...]
-    numbers: tuple[PythonNumbers, ...]
+    numbers: tuple[PythonNumbers | PythonDraw, ...]
 
 
 class FlatForward(nn.Module):
@@ -143,7 +143,7 @@ class FlatForward(nn.Module):
         given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
         self.facts = TensorFacts(wanted.model, given, folding)
         self.refused: list[CaptureError] = []
-        self.numbers: tuple[PythonNumbers, ...] = ()
+        self.numbers: tuple[PythonNumbers | PythonDraw, ...] = ()
         self.levels: dict[str, AttributeRead] = {}
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ import collections
 import contextvars
 import functools
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from autoparallel.capture.found_reads import CALLABLE, FoundReads, Root, Way
 from autoparallel.capture.library_questions import asked_by_identity
 from autoparallel.capture.searched_values import (
+    codes_in,
     has_own,
     is_home_left_out,
     is_left_out,
@@ -22,7 +24,8 @@ from autoparallel.capture.searched_values import (
     is_own_kind,
     name_of_function,
     names_in_methods,
-    names_of,
+    own_kinds_of,
+    words_of,
 )
 from autoparallel.graph.attribute_read import (
     SIMPLE,
@@ -33,6 +36,7 @@ from autoparallel.graph.attribute_read import (
     name_of,
 )
 from autoparallel.graph.read_holders import Held, Items, Namespace
+from autoparallel.support.bare_values import plain_contents, plain_items
 from autoparallel.support.object_state import (
     bytes_of,
     caches_in,
@@ -75,6 +79,8 @@ class ValueSearch(FoundReads):
         self.kept: list[Any] = []
         self.names: dict[str, None] = {}
         self.entered: dict[tuple[Any, ...], Any] = {}
+        self.kinds: dict[type, None] = {}
+        self.opened: dict[int, Any] = {}
         self.looks_up = self.helping = False
         self.classes: list[tuple[type, bool]] = []
 
@@ -112,8 +118,8 @@ class ValueSearch(FoundReads):
 
     def attribute(self, value: Any, kind: type) -> None:
         """Take up what an attribute of a module may call. kind: the module's class."""
-        items = list(value.values()) if isinstance(value, dict) else value
-        for item in items if isinstance(value, (list, tuple, dict)) else (value,):
+        contains = isinstance(value, (list, tuple, dict))
+        for item in plain_contents(value) if contains else (value,):
             self.cached(item)
             for function in functions_in(item):
                 if not is_left_out(function.__module__):
@@ -122,6 +128,25 @@ class ValueSearch(FoundReads):
                 self.kept.append(item)
             self.help(item)
             self.handed(item, kind)
+        self.classes_in(value)
+
+    def classes_in(self, value: Any, depth: int = 0) -> None:
+        """Note the user's classes in a value, such as one that is a configuration by itself."""
+        if isinstance(value, type):
+            if is_own_kind(value):
+                self.kinds[value] = None
+        elif depth < _DEEPEST_OF_LIBRARIES and id(value) not in self.opened:
+            items: Iterable[Any] = ()
+            if isinstance(value, (list, tuple, dict)):
+                items = plain_contents(value)[: Contents.MOST]
+            elif is_own_kind(type(value)) and not isinstance(value, (nn.Module, torch.Tensor)):
+                items = own_attributes(value).values()
+            # Not by a call for each number: there may be very many.
+            items = [item for item in items if not isinstance(item, SIMPLE)]
+            if items and len(self.opened) < _MOST:
+                self.opened[id(value)] = value
+                for item in items:
+                    self.classes_in(item, depth + 1)
 
     def help(self, value: Any) -> None:
         """Note the class of an object of the user's that code may call, or a class that it has."""
@@ -140,7 +165,8 @@ class ValueSearch(FoundReads):
 
     def help_class(self, kind: type, made: bool) -> None:
         """Note a class of objects that code may call. made: it may make an object, too."""
-        known = self.helpers.get(kind, kind in self.places and not made)
+        known = not made and (kind in self.helpers or kind in self.places)
+        known = known or self.helpers.get(kind, False)
         if kind.__flags__ & _HEAP_TYPE and not known and not is_left_out(kind.__module__):
             self.helpers[kind] = made
             if is_own_kind(kind):
@@ -172,7 +198,9 @@ class ValueSearch(FoundReads):
         if not own_code or isinstance(value, (*SIMPLE, torch.Tensor)):
             return
         if not self.function(function, value, kind):
-            self.inside(function, Held(value), (), value, names_of(function.__code__), kind)
+            codes = codes_in(function.__code__)
+            words = tuple(dict.fromkeys(word for each in codes for word in words_of(each)))
+            self.inside(function, Held(value), (), value, words, kind)
 
     def handed(self, value: Any, kind: type) -> None:
         """Look at the objects that a method or a partial function hands to its function."""
@@ -210,9 +238,10 @@ class ValueSearch(FoundReads):
         steps: list[tuple[str, Any, Any]] = []
         contains = isinstance(value, (list, tuple, dict))
         if contains:
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            steps = [("item", key, item) for key, item in list(pairs)[: Contents.MOST]]
-            if own_code and len(steps) == len(value) and not isinstance(value, tuple):
+            inside = plain_items(value)
+            pairs = inside if isinstance(value, dict) else list(enumerate(inside))
+            steps = [("item", key, item) for key, item in pairs[: Contents.MOST]]
+            if own_code and len(steps) == len(inside) and not isinstance(value, tuple):
                 items = AttributeRead("", (("cell", Items(value)),), "items", Where.LISTED, UNKNOWN)
                 self.found.setdefault((id(value), "items"), items)
         elif isinstance(value, nn.Module) or is_home_left_out(value):
@@ -223,6 +252,11 @@ class ValueSearch(FoundReads):
             # Methods may be called, by name or not, and read what the object has.
             of: Any = value if isinstance(value, type) else type(value)
             names = (*names, *names_in_methods(of))
+            above = own_kinds_of(value) if isinstance(value, type) and own_code else []
+            for each in above[:1]:
+                names = (*names, *names_in_methods(each))
+            for each in above:
+                self.inside(function, Held(each), (), each, names, kind)
             if not isinstance(value, (types.ModuleType, type)) and is_own_kind(of):
                 self.instances[id(value)] = value
             module = isinstance(value, types.ModuleType)

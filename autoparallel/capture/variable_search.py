@@ -23,11 +23,12 @@ from autoparallel.capture.searched_values import (
     codes_in,
     is_added,
     is_left_out,
-    is_name,
     is_own_code,
     is_own_kind,
     is_setting,
     names_of,
+    own_kinds_of,
+    words_of,
 )
 from autoparallel.capture.value_search import ValueSearch
 from autoparallel.graph.attribute_read import (
@@ -40,7 +41,7 @@ from autoparallel.graph.attribute_read import (
     kept_of,
     name_of,
 )
-from autoparallel.graph.read_holders import Namespace
+from autoparallel.graph.read_holders import Held, Namespace
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import (
     functions_in,
@@ -50,6 +51,7 @@ from autoparallel.support.replaced_functions import replaced_functions
 __all__ = ["VariableSearch", "searched"]
 
 # By these code comes to variables and attributes by names that it may put together when it runs.
+_NAMES = {"__name__", "__qualname__", "__doc__", "__module__"}  # of functions and classes
 _NAMESPACES = {"globals", "__globals__"}
 _LOOKING_UP = {"getattr", "vars", "__dict__", "attrgetter", "__getattribute__"}
 # By these a function looks up Python modules, and attributes past `__getattribute__` of the object.
@@ -97,7 +99,9 @@ class VariableSearch(ValueSearch):
     asks_gradients: whether something refers to the function of torch that says if gradients are
     recorded, so that it may be called by another name. instances: the user's own objects that were
     looked into, by their ids. entered: objects that were looked
-    into, with the names that were looked for.
+    into, with the names that were looked for. kinds: the user's classes to which attributes of
+    modules refer; opened: the objects in which these were looked for, by their ids. asks_names:
+    whether code asks what functions and classes are called.
     """
 
     def __init__(self) -> None:
@@ -138,13 +142,11 @@ class VariableSearch(ValueSearch):
             self.absent, self.looks_up = frozenset(), False
             if own:
                 self.looks_up = not _LOOKING_UP.isdisjoint(code.co_names)
+                self.asks_names = self.asks_names or not _NAMES.isdisjoint(names_of(code))
                 self.questions(function, code)
                 self.libraries(function, code)
             # Names that are texts may be looked up by getattr, in globals() or in sys.modules.
-            texts = [item for item in code.co_consts if isinstance(item, str) and is_name(item)]
-            # An operator.attrgetter is given several in one.
-            texts += [part for text in texts if "." in text for part in text.split(".")]
-            names = (*code.co_names, *texts)
+            names = words_of(code)
             composed = self.looks_up and {"modules", "__name__"} <= set(code.co_names)
             if own and (composed or not _NAMESPACES.isdisjoint(code.co_names)):
                 around = function.__globals__
@@ -158,6 +160,8 @@ class VariableSearch(ValueSearch):
                 elif name != "forward" or "super" in code.co_names:
                     self.method(kind, name, above="super" in code.co_names)
             self.of_helpers(code.co_names)
+            for each in self.kinds if own else ():
+                self.inside(function, Held(each), (), each, names, kind)
             # It may put together the names, but as the method that all names are given to.
             if own and not _PAST.isdisjoint(code.co_names) and code.co_name not in _PAST:
                 self.unwatched.setdefault(kind, {})[""] = None
@@ -181,6 +185,12 @@ class VariableSearch(ValueSearch):
                     if setting and name not in names and not name.startswith("__"):
                         self.settings.setdefault(name, []).append((kind, owner))
                     names.add(name)
+            for owner in own_kinds_of(kind):
+                for name, value in vars(owner).items():
+                    setting = isinstance(value, SIMPLE) or Contents.fit(value)
+                    if setting and name not in names and not name.startswith("__"):
+                        self.settings.setdefault(name, []).append((kind, owner))
+                    names.add(name)
 
     def of_helpers(self, names: Iterable[str]) -> None:
         """Take up the methods of the user's objects that have one of these names."""
@@ -195,9 +205,12 @@ class VariableSearch(ValueSearch):
         for place, owner in self.settings.get(name, ()):
             value = vars(owner)[name]
             if isinstance(value, SIMPLE) or Contents.fit(value):
-                route: Way = (("class", name_of(owner)),)
                 kept = kept_of(value)
+                route: Way = (("class", name_of(owner)),)
                 read = AttributeRead(self.places[place], route, name, Where.INSTANCE, kept)
+                if owner not in place.__mro__:  # the class of the class has it
+                    route = (("cell", Namespace(owner)),)
+                    read = AttributeRead("", route, name, Where.ENCLOSED, kept)
             else:
                 route = (("cell", Namespace(owner)),)
                 read = AttributeRead("", route, name, Where.NAMED, UNKNOWN)

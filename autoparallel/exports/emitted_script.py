@@ -94,6 +94,7 @@ def emitted_script(plan: Plan, model: nn.Module, *, file: str = "sharded_model.p
             fix="export the plan of one part for its module: plan.parts[0].plan",
         )
     captured = require_graph(plan)
+    captured.refuse_writes("a script")
     programs = _programs(plan, captured)
     first = programs[0][0]
     missing = _missing(plan, first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,51 @@ from typing import Any
 
 import torch
 
-__all__ = ["ABSENT", "SIMPLE", "UNKNOWN", "Answer", "AttributeRead", "Cell", "Contents"]
+__all__ = [
+    "ABSENT",
+    "CONSTANTS",
+    "SIMPLE",
+    "UNKNOWN",
+    "Answer",
+    "AttributeRead",
+    "Cell",
+    "Contents",
+]
 __all__ += ["LEFT", "TensorRead", "Where", "kept_of", "name_of"]
 
-# Values that are the same if they are equal and of one type.
-SIMPLE = (
+# Values that a program may put where the forward has put them.
+CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), enum.Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
+
+
+class _Simple(type):
+    """The class of `Simple`: it says what is an instance."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        kind = type(value)
+        if kind in _EXACT or not issubclass(kind, CONSTANTS):
+            return kind in _EXACT
+        made_by_program = kind.__flags__ & _HEAP_TYPE
+        return not made_by_program or kind.__module__.partition(".")[0] in _LIBRARIES
+
+
+class Simple(metaclass=_Simple):
+    """Values that are the same if they are equal and of one type: numbers, texts and the like.
+
+    A number, a text or a member of an enumeration that is of a class of a program's may have
+    attributes, and its class methods, as any object: it is none of these.
+
+    >>> isinstance(1.5, Simple), isinstance(type("Length", (float,), {})(1.5), Simple)
+    (True, False)
+    """
+
+
+_EXACT = frozenset(CONSTANTS)
+_LIBRARIES = {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
+SIMPLE = (Simple,)
 
 
 class _Mark:

@@ -11,12 +11,14 @@ import sympy
 import torch
 from torch import nn
 
+from autoparallel.errors import PlanError
 from autoparallel.graph.attribute_read import AttributeRead, TensorRead
 from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.graph import Dim, Graph, Sym
 from autoparallel.graph.repeated_blocks import Repeats, find_repeats
+from autoparallel.graph.settled_parameters import SettledParameter
 from autoparallel.support.pytree import Skeleton, leaf_paths, rebuild, with_constants
-from autoparallel.support.rng_state import PythonNumbers
+from autoparallel.support.rng_state import PythonDraw, PythonNumbers
 
 __all__ = ["Captured", "Modes", "SizeNumber", "Surroundings", "autocast_type", "modes_of"]
 
@@ -104,7 +106,8 @@ class Captured:
     the model returns a tensor that it holds itself, a parameter or any other. ways: the answers
     that its branches on values got, by the lines that ask; the graph checks each of them.
     numbers: the states in which the forward leaves Python's and numpy's generators, where it seeds
-    them.
+    them, and what it draws of others to no effect. settled: the writes to parameters that come
+    before the program.
     """
 
     graph: Graph
@@ -123,7 +126,8 @@ class Captured:
     given: tuple[TensorRead, ...] = ()
     own: tuple[tuple[int, str], ...] = ()
     ways: Mapping[tuple[str, int, str], tuple[Any, ...]] = field(default_factory=dict)
-    numbers: tuple[PythonNumbers, ...] = ()
+    numbers: tuple[PythonNumbers | PythonDraw, ...] = ()
+    settled: tuple[SettledParameter, ...] = ()
 
     def together(
         self, tensors: list[torch.Tensor], inputs: Sequence[torch.Tensor]
@@ -135,6 +139,19 @@ class Captured:
         """
         made = rebuild(self.returned(inputs), tensors)
         return made if self.left else (made, ())
+
+    def refuse_writes(self, program: str) -> None:
+        """Raise PlanError where parameters are written to before the program runs.
+
+        program: what was to be made of the graph, which has no such writes.
+        """
+        if self.settled:
+            write = self.settled[0]
+            raise PlanError(
+                f"the forward writes to {write.path} before it reads it ({write.target})",
+                why=f"{program} has no place for it: the parallel module does it before each call",
+                fix="write to the parameter outside of the forward, after the optimizer's step",
+            )
 
     @property
     def returned_tensors(self) -> int:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["ClassParts", "FunctionParts", "Held", "Items", "Methods", "Namespace", "ObjectKinds"]
-__all__ += ["Version"]
+__all__ = ["ClassParts", "FunctionParts", "GivenNames", "Held", "Items", "Methods", "Namespace"]
+__all__ += ["ObjectKinds", "Version"]
 
 _PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_GIVEN = operator.attrgetter("__name__", "__qualname__", "__module__", "__doc__")
 _ORDER = operator.attrgetter("__mro__")
 
 
@@ -92,6 +93,26 @@ class ClassParts:
 
     def __iter__(self) -> Iterator[Any]:
         return map(_ORDER, self.kinds)
+
+
+class GivenNames:
+    """What functions and classes are called, and say of themselves. owners: these.
+
+    before: see FunctionParts.
+
+    >>> list(GivenNames([int]))[0]
+    'int'
+    """
+
+    def __init__(self, owners: Iterable[Any]) -> None:
+        self.owners = list(owners)
+        self.before = list(self)
+
+    def __len__(self) -> int:
+        return 4 * len(self.owners)
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(_GIVEN, self.owners))
 
 
 class Methods:

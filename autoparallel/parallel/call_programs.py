@@ -77,9 +77,9 @@ def prepared(
     Raises InputMismatchError where they differ.
     """
     names, inputs, skeleton = state.calls.flattened(state.skeleton, args, kwargs)
-    surroundings = state.tree.surroundings()
     number = -1
     with without_function_overrides():
+        surroundings = state.tree.surroundings()
         candidates = state.entries.get((modes, skeleton), ())
         for index, candidate in enumerate(candidates):
             if candidate.takes(skeleton) and candidate.fits(inputs, surroundings):

@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE
+from autoparallel.support.bare_values import plain_value
 from autoparallel.support.object_state import bytes_of, is_bound, own_attributes
 
 __all__ = ["ALL", "DEEPEST", "equal", "frozen", "is_array", "is_looked_into", "shows_bytes"]
 __all__ += ["variable_in"]
 
 DEEPEST = 5  # containers inside of containers whose contents are compared
+_MOST_NUMBERS = 16
 ALL = None  # in place of a step into a container: all that it holds
 _LIBRARIES = {"torch", "autoparallel", *sys.stdlib_module_names} - {"__main__"}
 # They keep caches of their own.
@@ -94,7 +96,7 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
     if is_array(value):
         return (type(value), str(value.dtype), str(value.shape), value.tobytes())
     if isinstance(value, torch.Tensor) and not value.is_inference():
-        return (value, value._version)
+        return (value, value._version, _numbers(value))
     if isinstance(value, weakref.ref):
         return (type(value), inner(value()))
     if isinstance(value, functools.partial):
@@ -114,10 +116,20 @@ def frozen(value: Any, depth: int = 0, own: frozenset[Any] = frozenset()) -> Any
         return value
     if shows_bytes(value):
         return (type(value), bytes_of(value))
-    attributes = own_attributes(value)
-    if not attributes and not hasattr(value, "__dict__"):
+    attributes, plain = own_attributes(value), plain_value(value)
+    if not attributes and not hasattr(value, "__dict__") and plain is None:
         return value
-    return (type(value), *_items(attributes, "attribute", value, own, inner))
+    return (type(value), plain, *_items(attributes, "attribute", value, own, inner))
+
+
+def _numbers(tensor: torch.Tensor) -> Any:
+    """Return the numbers of a small tensor, None for others.
+
+    What is written to `tensor.data` raises no version, and Python may have read them.
+    """
+    if type(tensor) is not torch.Tensor or tensor.numel() > _MOST_NUMBERS or not tensor.is_cpu:
+        return None
+    return tensor.tolist()
 
 
 def is_looked_into(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import operator
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,18 @@ from torch import nn
 
 from autoparallel.graph.attribute_read import SIMPLE, Contents
 from autoparallel.parallel.frozen_values import is_looked_into, variable_in
+from autoparallel.support.bare_values import container_kind
 from autoparallel.support.object_state import own_attributes
 
-__all__ = ["Attributes", "Functions", "HeldTensor", "LeftValues", "Names", "Pairs"]
+__all__ = [
+    "Attributes",
+    "Functions",
+    "HeldTensor",
+    "Inside",
+    "LeftValues",
+    "Names",
+    "attributes_now",
+]
 __all__ += ["dictionary_of"]
 
 _PARTS = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
@@ -82,6 +92,33 @@ def dictionary_of(mapping: Mapping[Any, Any]) -> Mapping[Any, Any]:
         if len(behind) == 1 and isinstance(behind[0], dict):
             return behind[0]
     return mapping
+
+
+class _OfThisThread(Mapping[str, Any]):
+    """The attributes that a threading.local has in the thread that asks. local: the object."""
+
+    def __init__(self, local: threading.local) -> None:
+        self.local = local
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self.local)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self.local))
+
+    def __len__(self) -> int:
+        return len(vars(self.local))
+
+
+def attributes_now(item: Any) -> Any:
+    """Return the attributes that an object has of its own, as they are at every look; None for an
+    object that has none.
+
+    >>> attributes_now(types.SimpleNamespace(tau=1.0))["tau"], attributes_now(1)
+    (1.0, None)
+    """
+    own = getattr(item, "__dict__", None)
+    return _OfThisThread(item) if isinstance(item, threading.local) else own
 
 
 class HeldTensor:
@@ -154,17 +191,20 @@ class Functions:
             return itertools.chain(parts, map(variable_in, self.cells))
 
 
-class Pairs:
-    """The keys and values of a dict, one behind the other, as a list has them."""
+class Inside:
+    """The items of a list, or the keys and then the values of a dict, whatever its class says."""
 
-    def __init__(self, mapping: dict[Any, Any]) -> None:
-        self.mapping = mapping
+    def __init__(self, container: Any) -> None:
+        self.container, self.kind = container, container_kind(container)
+        self.pairs = isinstance(container, dict)
 
     def __len__(self) -> int:
-        return 2 * len(self.mapping)
+        count: int = self.kind.__len__(self.container)
+        return 2 * count if self.pairs else count
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.chain(self.mapping, self.mapping.values())
+        keys: Iterator[Any] = self.kind.__iter__(self.container)
+        return itertools.chain(keys, self.kind.values(self.container)) if self.pairs else keys
 
 
 class Attributes:

@@ -1,8 +1,7 @@
 """Guards: a program is right for a call while all that its trace read in Python is what it was.
 
-This is asked at every call. All values are therefore fetched into one list, and compared by
-identity with those of the last call in which they were right: that takes 40 ns for each, and only
-what is another object is looked at.
+This is asked at every call. All values are therefore compared by identity with those of the last
+call in which they were right (see `SeenPlaces`), and only what is another object is looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import array
 import collections
 import contextlib
 import functools
-import itertools
 import operator
 import sys
 import types
@@ -37,6 +35,7 @@ from autoparallel.graph.attribute_write import AttributeWrite
 from autoparallel.graph.read_holders import (
     ClassParts,
     FunctionParts,
+    GivenNames,
     Held,
     Items,
     Methods,
@@ -55,13 +54,17 @@ from autoparallel.parallel.guarded_contents import (
     Attributes,
     Functions,
     HeldTensor,
+    Inside,
     LeftValues,
     Names,
-    Pairs,
+    attributes_now,
     dictionary_of,
 )
 from autoparallel.parallel.shown_parameters import held_by
+from autoparallel.support.bare_values import plain_contents
+from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.object_state import is_bound, is_of_library, own_attributes
+from autoparallel.support.seen_places import SeenPlaces
 
 __all__ = ["Guards"]
 
@@ -72,11 +75,8 @@ _CHANGING = (
     *(collections.deque, set, bytearray, array.array, types.SimpleNamespace),
     *(functools.partial, types.MethodType, weakref.ref, types.MappingProxyType),
 )
-_GET: Any = dict.get
-_HAS: Any = dict.__contains__
 # Holders that list as much as they did, of which the length need not be asked.
-_OF_ONE_LENGTH = (ClassParts, FunctionParts, Functions, Methods, ObjectKinds)
-_ABSENT = itertools.repeat(ABSENT)
+_OF_ONE_LENGTH = (ClassParts, FunctionParts, GivenNames, Functions, Methods, ObjectKinds)
 
 
 class Guards:
@@ -85,7 +85,8 @@ class Guards:
     module: the one that the program is of. reads: what was read. Other values than the trace had,
     where those are known, and places that the module does not have, make it stale from the start.
     writes: the places that the program sets itself. left: what programs have left in attributes of
-    modules; it is as right there as what was there before.
+    modules; it is as right there as what was there before. constants: tensors that the program
+    reads themselves. Others in containers are guarded: a copy of the module has its own.
 
     >>> layer = nn.Dropout(0.5)
     >>> guards = Guards(layer, [AttributeRead("", (), "p", Where.INSTANCE, 0.5)])
@@ -101,7 +102,9 @@ class Guards:
         reads: Iterable[AttributeRead],
         writes: Iterable[AttributeWrite] = (),
         left: LeftValues | None = None,
+        constants: Iterable[torch.Tensor] = (),
     ) -> None:
+        self.constants = frozenset(map(memory_of, constants))
         self.left = LeftValues() if left is None else left
         self.set: list[tuple[Mapping[Any, Any], str, Any]] = []
         # Of each value: the mapping and the key where it is, the one that was seen last, and all
@@ -130,23 +133,19 @@ class Guards:
         self.sort()
 
     def sort(self) -> None:
-        """Put places in dictionaries in front, and apart what is asked by fewer steps."""
-        absent = [len(right) == 1 and right[0] is ABSENT for right in self.right]
-        dictionary = [isinstance(mapping, dict) for mapping, _ in self.places]
-        pairs = zip(dictionary, absent, strict=True)
-        ranks = [0 if own and not gone else 1 if not own else 2 for own, gone in pairs]
-        order = sorted(range(len(ranks)), key=ranks.__getitem__)
-        self.places = [self.places[at] for at in order]
-        self.seen = [self.seen[at] for at in order]
-        self.right = [self.right[at] for at in order]
-        self.present = len(ranks) - ranks.count(2)
-        own = self.places[: ranks.count(0)]
-        self.dictionaries, self.names = [place[0] for place in own], [place[1] for place in own]
-        self.mappings = self.places[len(own) : self.present]
+        """Put apart the places in dictionaries, and what is asked by fewer steps."""
+        self.dictionaries, self.mappings = SeenPlaces(ABSENT), []
+        self.accepted: list[tuple[Any, ...]] = []
+        for (mapping, name), seen, right in zip(self.places, self.seen, self.right, strict=True):
+            if not isinstance(mapping, dict):
+                self.mappings.append((mapping, name, seen, right))
+            elif len(right) == 1 and right[0] is ABSENT:
+                self.dictionaries.add_absent(mapping, name)
+            else:
+                self.dictionaries.add(mapping, name, seen)
+                self.accepted.append(right)
         self.fixed = [each for each in self.lists if isinstance(each[0], _OF_ONE_LENGTH)]
         self.lists = [each for each in self.lists if not isinstance(each[0], _OF_ONE_LENGTH)]
-        gone = self.places[self.present :]
-        self.without, self.absences = [place[0] for place in gone], [place[1] for place in gone]
 
     def add(self, item: Any, read: AttributeRead) -> None:
         """Guard one attribute of an object."""
@@ -160,7 +159,7 @@ class Guards:
             self.lists.append((names, list(names)))
             return
         if read.where is Where.NAMED:
-            self.named(item if isinstance(item, Mapping) else vars(item), read.name)
+            self.named(item if isinstance(item, Mapping) else attributes_now(item), read.name)
             # A name is followed by reads of its own; what a function returns is known by nothing.
             if isinstance(item, Answer):
                 self.returned(item.get(read.name, ABSENT))
@@ -175,7 +174,7 @@ class Guards:
             self.place(item, read.name, item.get(read.name, ABSENT), read)
             return
         # Objects of classes with slots, and builtin functions, have no attributes of their own.
-        own = getattr(item, "__dict__", None)
+        own = attributes_now(item)
         if read.where in (Where.INSTANCE, Where.GLOBAL):
             if not isinstance(own, Mapping):
                 self.stale = True  # it is another object now, or one that shows something else
@@ -275,6 +274,8 @@ class Guards:
         """Guard what is in a list, a dict or a tuple, and in other objects that can change."""
         if (id(value), ALL) in self.own:
             return
+        if depth > 0 and type(value) is torch.Tensor and memory_of(value) not in self.constants:
+            self.keep(value)
         enclosing = isinstance(value, types.FunctionType) and value.__closure__
         partly = any(owner == id(value) for owner, _ in self.own)
         changing = isinstance(value, _CHANGING) or is_array(value) or shows_bytes(value)
@@ -291,11 +292,12 @@ class Guards:
             return
         if depth > DEEPEST or not isinstance(value, (list, tuple, dict)):
             return
-        if isinstance(value, dict):
-            self.lists.append((Pairs(value), [*value.keys(), *value.values()]))
-        elif isinstance(value, list):
+        if type(value) is list:  # it lists its items itself
             self.lists.append((value, list(value)))
-        for item in value.values() if isinstance(value, dict) else value:
+        elif not isinstance(value, tuple):
+            inside = Inside(value)
+            self.lists.append((inside, list(inside)))
+        for item in plain_contents(value):
             self.contents(item, depth + 1)
 
     def frozen(self, value: Any) -> Any:
@@ -325,13 +327,12 @@ class Guards:
         """Return whether all values are those that the program is right for."""
         if self.stale:
             return False
-        # These loops run in C.
-        if any(map(_HAS, self.without, self.absences)):
+        if not self.dictionaries.same() and not self.others():
             return False
-        now: list[Any] = list(map(_GET, self.dictionaries, self.names, _ABSENT))
-        now += [mapping.get(key, ABSENT) for mapping, key in self.mappings]
-        if not all(map(_SAME, now, self.seen)) and not self.others(now):
-            return False
+        for mapping, key, seen, right in self.mappings:
+            value = mapping.get(key, ABSENT)
+            if value is not seen and not any(equal(value, one) for one in right):
+                return False
         for holder, parts in self.fixed:
             if not all(map(_SAME, holder, parts)) and not equal(list(holder), parts):
                 return False
@@ -348,15 +349,17 @@ class Guards:
             return False
         return all(equal(getattr(item, name, ABSENT), one) for item, name, one in self.asked)
 
-    def others(self, now: list[Any]) -> bool:
+    def others(self) -> bool:
         """Return whether values that are other objects than before are right as well."""
-        for index, (value, seen) in enumerate(zip(now, self.seen[: self.present], strict=True)):
-            if value is not seen:
-                if not any(equal(value, one) for one in self.right[index]):
+        if not self.dictionaries.absent():
+            return False
+        for index, value in enumerate(self.dictionaries.now()):
+            if value is not self.dictionaries.seen[index]:
+                if not any(equal(value, one) for one in self.accepted[index]):
                     return False
                 # Another container with equal contents must be watched in its turn.
                 if not isinstance(value, (list, dict)):
-                    self.seen[index] = value
+                    self.dictionaries.see(index, value)
         return True
 
 

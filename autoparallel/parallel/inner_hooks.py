@@ -38,10 +38,12 @@ class InnerHooks:
 
         This is asked at every call. To read four attributes of each of a hundred modules takes as
         long as several small ops, so the dictionaries that hold the hooks are remembered, and only
-        their lengths are added up. A module may be given new dictionaries; what is then registered
-        in them makes a handle, and torch numbers all handles of a process.
+        their lengths are added up, where there are any hooks at all. A module may be given new
+        dictionaries; what is then registered in them makes a handle, and torch numbers all handles
+        of a process.
         """
-        handles, count = hook_handles_so_far(), sum(map(len, self.dictionaries))
+        handles = hook_handles_so_far()
+        count = sum(map(len, self.dictionaries)) if any(self.dictionaries) else 0
         if handles != self.handles or count != self.count:
             inner = call_hooks_of(self.inner)
             self.dictionaries = (*inner, *global_call_hooks())

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from autoparallel.parallel.gradients_together import local_together
 from autoparallel.parallel.parameters import LocalParameter
+from autoparallel.support.seen_places import SeenPlaces
 from autoparallel.support.torch_private import local_parts
 
 __all__ = ["LocalParameters"]
@@ -32,29 +33,27 @@ class LocalParameters:
 
     def __init__(self, leaves: Sequence[LocalParameter]) -> None:
         self.leaves = leaves
-        self.owners = [leaf.owner for leaf in leaves]
-        self.names = [leaf.name for leaf in leaves]
+        self.copies = [leaf.copy for leaf in leaves if leaf.copy is not None]
         # A copy that was gathered may be another one at each call.
         self.copied = [index for index, leaf in enumerate(leaves) if leaf.copy is not None]
         self.forget()
 
     def forget(self) -> None:
         """Ask every parameter by itself at the next call."""
-        self.parameters: list[Any] | None = None
+        self.places: SeenPlaces | None = None
         self.locals: list[torch.Tensor] = []
         self.stream: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the local tensors, which cannot be copied apart from their parameters."""
-        return {**vars(self), "parameters": None, "locals": [], "stream": None}
+        return {**vars(self), "places": None, "locals": [], "stream": None}
 
     def get(self, stream: Any = None) -> list[torch.Tensor]:
         """Return the local tensors of the parameters as they are now; see `LocalParameter.get`.
 
         Functions of split tensors must be off: `without_function_overrides`.
         """
-        parameters: list[Any] = list(map(dict.get, self.owners, self.names))
-        if self.stream == stream and self._unchanged(parameters):
+        if self.stream == stream and self._unchanged():
             if not self.copied:
                 return self.locals
             result = list(self.locals)
@@ -62,27 +61,36 @@ class LocalParameters:
                 result[index] = self.leaves[index].get(stream)
             return result
         self.locals = [leaf.get(stream) for leaf in self.leaves]
+        parameters = [leaf.owner[leaf.name] for leaf in self.leaves]
         ways = [
             None if local is parameter or leaf.copy is not None else leaf.way
             for leaf, local, parameter in zip(self.leaves, self.locals, parameters, strict=True)
         ]
         for index, local in local_together(ways, parameters, self.locals).items():
             self.locals[index] = local
-        self.parameters, self.stream = parameters, stream
+        self.places, self.stream = SeenPlaces(), stream
+        for leaf, parameter in zip(self.leaves, parameters, strict=True):
+            self.places.add(leaf.owner, leaf.name, parameter)
         # What is a parameter itself needs no more than to be the same one.
-        self.split = [each for each in parameters if isinstance(each, DTensor)]
-        self.whole = [each for each in parameters if not isinstance(each, DTensor)]
+        made = [
+            parameter
+            for parameter, local in zip(parameters, self.locals, strict=True)
+            if local is not parameter
+        ]
+        self.split = [each for each in made if isinstance(each, DTensor)]
+        self.whole = [each for each in made if not isinstance(each, DTensor)]
+        self.own = not made
         self.parts = list(local_parts(self.split))
         self.facts = self._facts()
         return self.locals
 
-    def _unchanged(self, parameters: list[Any]) -> bool:
+    def _unchanged(self) -> bool:
         """Return whether the same parameters have the same memory, types and need of gradients."""
-        return (
-            self.parameters is not None
-            and all(map(_SAME, parameters, self.parameters))
-            and all(map(_SAME, local_parts(self.split), self.parts))
-            and self._facts() == self.facts
+        if self.places is None or not self.places.same():
+            return False
+        # A parameter that is not split is mostly its own local tensor.
+        return self.own or (
+            all(map(_SAME, local_parts(self.split), self.parts)) and self._facts() == self.facts
         )
 
     def _facts(self) -> list[Any]:

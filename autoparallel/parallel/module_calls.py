@@ -31,6 +31,9 @@ from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["add_entry", "make_entry", "run_program"]
 
+_AS_IT_IS = contextlib.nullcontext()
+_CPU = torch.device("cpu")
+
 
 def add_entry(module: nn.Module, state: State, plan: Plan) -> Entry:
     """Emit a plan's program for this rank, and keep it for calls that it fits."""
@@ -82,7 +85,7 @@ def make_entry(module: nn.Module, state: State, plan: Plan, program: Program) ->
         program,
         leaves,
         [node.result.shape for node in nodes if node.kind == "input"],
-        Guards(module, reads, captured.left, state.tree.left),
+        Guards(module, reads, captured.left, state.tree.left, captured.constants.values()),
         [(leaf.owner, leaf.name) for leaf, value in planned if not value.requires_grad],
     )
     programs[file_of(program.source, plan.model, state.ranks)] = entry
@@ -103,10 +106,14 @@ def run_program(
     on another device than the parameters.
     """
     program = entry.program
-    copies = [leaf.copy for leaf in entry.leaves if leaf.copy is not None]
+    for write in entry.captured.settled:
+        for leaf in entry.leaves:  # a stage of a pipeline has not all of them
+            if leaf.path == write.path:
+                # It came after an optimizer's step: a copy is gathered anew below.
+                write.settle(leaf.held)
     stream = computing_stream()
     with without_function_overrides():
-        refresh(copies, state.ranks)
+        refresh(entry.parameters.copies, state.ranks)
         parameters = entry.parameters.get(stream)
     buffers = [module.get_buffer(path) for path in program.buffers]
     if program.mutations:
@@ -116,7 +123,7 @@ def run_program(
             buffer.clone() if path in written_to else buffer
             for path, buffer in zip(program.buffers, buffers, strict=True)
         ]
-    device = parameters[0].device if parameters else torch.device("cpu")
+    device = parameters[0].device if parameters else _CPU
     constants = [entry.captured.constants[path].to(device) for path in program.constants]
     # Devices are looked at only when the program has failed: most calls are right.
     try:
@@ -164,5 +171,5 @@ def run_program(
 def _without_autocast(entry: Entry, device: torch.device) -> Any:
     """Return a context for a program that has the casts of autocast written out."""
     if entry.captured.surroundings.autocast is None:
-        return contextlib.nullcontext()
+        return _AS_IT_IS
     return torch.autocast(device.type, enabled=False)

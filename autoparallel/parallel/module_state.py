@@ -39,10 +39,10 @@ from autoparallel.runtime import rng
 from autoparallel.runtime.ranks import Ranks
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
-from autoparallel.support.torch_private import without_function_overrides
 
 __all__ = ["Entry", "Replan", "State", "Tree", "state_of", "user_forward"]
 
+_CPU = torch.device("cpu")
 _WORDS = re.compile(r"\w+")
 
 # A function from the model on the meta device, the path of a module in it, its inputs, the layouts
@@ -231,15 +231,20 @@ class Tree:
         self.lent.clear()
 
     def surroundings(self) -> Surroundings:
-        """Return the state of torch around a call that is made now."""
-        # A split tensor that is asked where it lies would take longer than all the rest.
-        with without_function_overrides():
-            return Surroundings.now(self.device())
+        """Return the state of torch around a call that is made now.
+
+        Functions of split tensors must be off: one that is asked where it lies would take longer
+        than all the rest.
+        """
+        return Surroundings.now(self.device())
 
     def device(self) -> torch.device:
         """Return the device of the parameters; the CPU where there are none."""
-        some = (parameter for parameter in self.shape.parameters if not parameter.is_meta)
-        return next((parameter.device for parameter in some), torch.device("cpu"))
+        # The first one tells, mostly. A generator would take longer to make than it to ask.
+        for parameter in self.shape.parameters:
+            if not parameter.is_meta:
+                return parameter.device
+        return _CPU
 
 
 @dataclass

@@ -132,8 +132,11 @@ def simulate_plan(
         leaves = []
         for path in program.parameters:
             whole, layout = weights[path].detach(), storage[path]
-            part = take_layout_part(whole, layout, rank.sizes, rank.coordinates)
-            leaves.append(part.clone().requires_grad_(weights[path].requires_grad))
+            part = take_layout_part(whole, layout, rank.sizes, rank.coordinates).clone()
+            for write in captured.settled:
+                if write.path == path:
+                    write.settle(part)
+            leaves.append(part.requires_grad_(weights[path].requires_grad))
         local_inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
         held = {path: buffers[path].clone() for path in program.buffers}
         with rng.using(rng.Generator(seed, mode=plan.options.rng)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from autoparallel.runtime.collectives import common_sum, for_parts, pending_sum,
 from autoparallel.runtime.groups import Group
 from autoparallel.runtime.memory_order import outer_dim
 from autoparallel.runtime.split_indices import require_below
+from autoparallel.support.torch_private import nn_binding
 
 __all__ = [
     "cross_entropy_classes",
@@ -24,6 +24,9 @@ __all__ = [
 
 # The reductions of losses, by the numbers that torch gives them.
 _NONE, _MEAN, _SUM = 0, 1, 2
+
+# torch's loss by the reduction's number, without what it does in Python.
+_cross_entropy = nn_binding("cross_entropy_loss")
 
 
 # This one is not torch's: it asks for the number of tokens that count, for the kernel of another
@@ -161,21 +164,14 @@ def cross_entropy_rows(
     >>> torch.equal(cross_entropy_rows(logits, target), functional.cross_entropy(logits, target))
     True
     """
-    names = {_NONE: "none", _MEAN: "mean", _SUM: "sum"}
-    loss = functools.partial(
-        functional.cross_entropy,
-        weight=weight,
-        ignore_index=ignored,
-        reduction=names[reduction],
-        label_smoothing=smoothing,
-    )
-    if logits.dim() > 2 and logits.stride(1) == 1 and not target.is_floating_point():
-        rows, labels = _rows_of_classes(logits, target)
-        losses = loss(rows.flatten(0, -2), labels.flatten())
-        if reduction != _NONE:
-            return losses
-        return losses.view(labels.shape).movedim(0, outer_dim(logits.movedim(1, -1)))
-    return loss(logits, target)
+    if logits.dim() < 3 or logits.stride(1) != 1 or target.is_floating_point():
+        return _cross_entropy(logits, target, weight, reduction, ignored, smoothing)
+    rows, labels = _rows_of_classes(logits, target)
+    flat, each = rows.flatten(0, -2), labels.flatten()
+    losses = _cross_entropy(flat, each, weight, reduction, ignored, smoothing)
+    if reduction != _NONE:
+        return losses
+    return losses.view(labels.shape).movedim(0, outer_dim(logits.movedim(1, -1)))
 
 
 def _rows_of_classes(
@@ -185,7 +181,7 @@ def _rows_of_classes(
 
     The classes usually lie last in memory: rows of classes are then a view, not a copy.
     """
-    rows = logits.movedim(1, -1)
+    rows = logits.transpose(1, 2) if logits.dim() == 3 else logits.movedim(1, -1)
     dim = outer_dim(rows)
     return (rows.movedim(dim, 0), target.movedim(dim, 0)) if dim else (rows, target)
 

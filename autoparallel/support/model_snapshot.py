@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from autoparallel.errors import CaptureError
+from autoparallel.support.bare_values import container_kind, plain_contents, plain_items
 from autoparallel.support.memory_writes import Watch, memory_of, place_of
 from autoparallel.support.object_state import moves_on, own_attributes, random_state, second_of
 from autoparallel.support.rng_state import restore, snapshot
 from autoparallel.support.torch_private import global_call_hooks
 
-__all__ = ["lent", "same_globals", "untouched"]
+__all__ = ["lent", "memories_of", "same_globals", "untouched"]
 
 _DEEPEST = 6  # levels of containers and objects inside of others that are looked into
 
@@ -54,6 +55,19 @@ def untouched(model: nn.Module, *others: Any, values: bool = False) -> Iterator[
                 yield
         finally:
             reached.put_back()
+
+
+def memories_of(*owners: Any) -> set[int]:
+    """Return the memories of the tensors that can be reached from modules and other objects.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> memory_of(layer.weight) in memories_of([layer])
+    True
+    """
+    reached = _Snapshot()
+    for owner in owners:
+        reached.look(owner)
+    return reached.memories
 
 
 class _Snapshot(Watch):
@@ -99,7 +113,7 @@ class _Snapshot(Watch):
         if isinstance(value, (dict, list, set, collections.deque, bytearray)):
             self.box(value, depth)
         elif isinstance(value, (tuple, frozenset)):
-            for item in value:
+            for item in plain_items(value):
                 self.look(item, depth + 1)
         elif isinstance(value, functools.partial):
             for item in (value.func, value.args, value.keywords):
@@ -156,10 +170,9 @@ class _Snapshot(Watch):
 
     def box(self, value: Any, depth: int) -> None:
         """Note a container that can be written to, and its contents."""
-        contents = list(value.items()) if isinstance(value, dict) else list(value)
-        self.boxes.append((value, contents))
-        for item in value.values() if isinstance(value, dict) else contents:
-            self.look(item, depth + 1)
+        self.boxes.append((value, plain_items(value)))
+        for content in plain_contents(value):
+            self.look(content, depth + 1)
 
     def tensor(self, tensor: torch.Tensor) -> None:
         """Note the memory of a tensor, its gradient, and attributes that it was given."""
@@ -305,19 +318,18 @@ def _refill(box: Any, contents: list[Any]) -> None:
 
     Contents are compared by identity: equality of tensors is a tensor, and equal is not the same.
     """
+    kind, now = container_kind(box), plain_items(box)
     if isinstance(box, dict):
-        now = list(box.items())
         if len(now) != len(contents) or any(
             a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, contents, strict=True)
         ):
-            box.clear()
+            kind.clear(box)
             for key, value in contents:
-                box[key] = value
+                kind.__setitem__(box, key, value)
         return
-    now = list(box)
     if len(now) != len(contents) or any(a is not b for a, b in zip(now, contents, strict=True)):
-        box.clear()
-        box.update(contents) if isinstance(box, set) else box.extend(contents)
+        kind.clear(box)
+        (kind.update if isinstance(box, set) else kind.extend)(box, contents)
 
 
 @contextlib.contextmanager

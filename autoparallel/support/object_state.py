@@ -224,6 +224,8 @@ def caches_in(value: Any) -> Iterator[Any]:
     ([], 1)
     """
     for _ in range(10):
+        if value is None:
+            return
         if isinstance(value, property):
             value = value.fget
         elif isinstance(value, (staticmethod, classmethod, types.MethodType)):

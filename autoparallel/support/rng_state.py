@@ -13,6 +13,7 @@ from zlib import crc32
 import torch
 
 __all__ = [
+    "PythonDraw",
     "PythonNumbers",
     "python_numbers",
     "python_numbers_sums",
@@ -89,6 +90,26 @@ class PythonNumbers:
         numpy = sys.modules["numpy"]
         name, words, *rest = self.state
         numpy.random.set_state((name, numpy.frombuffer(words, numpy.uint32), *rest))
+
+
+@dataclass(frozen=True)
+class PythonDraw:
+    """Numbers of [0, 1) that are drawn from Python's or numpy's global generator, and let go.
+
+    generator: "python" or "numpy". count: how many they are.
+    """
+
+    generator: str
+    count: int
+
+    def put(self) -> None:
+        """Have the generator go on behind them.
+
+        >>> PythonDraw("python", 2).put()
+        """
+        source = random if self.generator == "python" else sys.modules["numpy"].random
+        for _ in range(self.count):
+            source.random()
 
 
 def python_numbers_sums() -> tuple[int, int]:

@@ -105,6 +105,8 @@ def _captured(plan: Plan) -> Captured:
 
 def _whole(source: Graph | Captured, model: nn.Module | None, name: str) -> fx.GraphModule:
     """Return the module of a captured graph, with the model's tensors or with ones on meta."""
+    if isinstance(source, Captured):
+        source.refuse_writes("torch.fx")
     graph = source if isinstance(source, Graph) else source.graph
     constants = source.constants if isinstance(source, Captured) else {}
     tensors = {**constants, **_tensors(graph, model)}
@@ -141,6 +143,7 @@ def _part(
 ) -> fx.GraphModule:
     """Return the program of one rank, with its own parts of the weights and its own buffers."""
     ranks = absent_ranks(plan.mesh, rank) if isinstance(rank, int) else rank
+    captured.refuse_writes("torch.fx")
     program = emit(captured.graph, plan, ranks, plan.model)
     tensors = _tensors(captured.graph, model)
     device = _device(tensors)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import autoparallel
+from autoparallel.capture import export
 from autoparallel.capture.attribute_writes import Attributes
 from autoparallel.capture.equal_blocks import token_of
 from autoparallel.capture.export import capture
@@ -264,3 +265,81 @@ def test_what_the_first_call_alone_sets_is_guarded_in_the_second() -> None:
     for scale in (2.0, 3.0):
         torch.testing.assert_close(split(x), expected * scale)
         split.scale = 3.0
+
+
+class Noting(nn.Module):
+    """Notes the type of its input before it reads the note; or reads the note of the last call."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.linear, self.first = nn.Linear(4, 4), first
+        self.kind: torch.dtype | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first:
+            self.kind = x.dtype
+        scale = 2.0 if self.kind is not None else 1.0
+        self.kind = x.dtype
+        return self.linear(x.to(self.kind)) * scale
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_set_before_it_is_read_needs_no_second_trace(
+    monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """The next call is the same, as it reads nothing that this one has left."""
+    twice: list[bool] = []
+    original = export._exported
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        twice.append(kwargs.get("twice", False))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(export, "_exported", noted)
+    if first:
+        captured = capture(Noting(first), (torch.ones(2, 4),), {})
+        assert [str(place) for place in captured.left] == ["kind"]
+    else:
+        with pytest.raises(CaptureError, match="goes another way"):
+            capture(Noting(first), (torch.ones(2, 4),), {})
+    assert any(twice) != first
+
+
+class Structure(nn.Module):
+    """Says how long the words are, and how often they were joined; begins anew at each call."""
+
+    def begin(self, x: torch.Tensor) -> None:
+        self.length, self.joined = x.shape[1], 1
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        self.joined *= 2
+        return x[:, : self.length // self.joined] / self.joined
+
+
+class Joining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.structure, self.layers = Structure(), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.structure.begin(x)
+        for layer in self.layers:
+            x = self.structure.join(layer(x))
+        return x.square().mean()
+
+
+def test_sizes_that_are_set_anew_and_changed_are_those_of_each_call() -> None:
+    """They are in the program, and are left where they are in a call of the user's own."""
+
+    def script(model: nn.Module) -> Any:
+        for length in (8, 12):
+            loss = model(torch.linspace(-1, 1, 2 * length * 8).double().reshape(2, length, 8))
+            loss.backward()
+            yield loss, torch.tensor([model.structure.length, model.structure.joined])
+
+    torch.manual_seed(0)
+    model = Joining()
+    as_unsplit(model, 2, (torch.linspace(-1, 1, 128).double().reshape(2, 8, 8),), script)
+    plan = autoparallel.make_plan(Joining(), 2, example_inputs=torch.ones(2, 8, 8).double())
+    assert not plan.breaks

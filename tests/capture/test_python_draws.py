@@ -65,7 +65,20 @@ def states() -> tuple[Any, Any]:
     return random.getstate(), np.random.get_state()[1].tolist()
 
 
-@pytest.mark.parametrize("pick", [by_numpy, by_python, seeded_once, put_back])
+def dropped(draw: Callable[[], float], probability: float) -> list[int]:
+    """Leave features as they are with a probability, as LayerDrop leaves out layers."""
+    return list(range(WIDTH)) if draw() < probability else list(range(WIDTH))[::-1]
+
+
+def never(number: int) -> list[int]:
+    return dropped(lambda: random.uniform(0, 1), 0.0)
+
+
+def always(number: int) -> list[int]:
+    return dropped(np.random.random, 1.0)
+
+
+@pytest.mark.parametrize("pick", [by_numpy, by_python, seeded_once, put_back, never, always])
 def test_numbers_of_a_seed_of_its_own_are_split(pick: Callable[[int], list[int]]) -> None:
     x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     model = Attending(pick).double()
@@ -81,7 +94,7 @@ def test_numbers_of_a_seed_of_its_own_are_split(pick: Callable[[int], list[int]]
         assert worst_gradient(dict(made.gradients), gradients)[0] < 1e-12
 
 
-@pytest.mark.parametrize("pick", [by_numpy, by_python, put_back])
+@pytest.mark.parametrize("pick", [by_numpy, by_python, put_back, never, always])
 def test_the_user_draws_on_from_where_the_forward_leaves_off(
     pick: Callable[[int], list[int]],
 ) -> None:
@@ -136,8 +149,24 @@ def put_back_unseeded(number: int) -> list[int]:
     return picked
 
 
+def sometimes(number: int) -> list[int]:
+    return dropped(random.random, 0.5)
+
+
+def scaled(number: int) -> list[int]:
+    return [int(2 * random.random())] * WIDTH
+
+
+def in_a_tensor(number: int) -> list[int]:
+    return [int(torch.ones(1).mul(np.random.uniform()).sum() > 2)] * WIDTH
+
+
 @pytest.mark.parametrize(
-    "pick", [by_chance, by_the_clock, by_a_second, by_noise, before_the_seed, put_back_unseeded]
+    "pick",
+    [
+        *(by_chance, by_the_clock, by_a_second, by_noise, before_the_seed, put_back_unseeded),
+        *(sometimes, scaled, in_a_tensor),
+    ],
 )
 def test_numbers_that_are_others_in_each_call_stay_python(
     pick: Callable[[int], list[int]],

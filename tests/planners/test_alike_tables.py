@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from planner_problems import chain_problem, priced_problem
 
-from planners import Problem, Solution
+from planners import Factor, Problem, Solution, Table, Variable
 from planners.two_usages import usage_of
 
 
 def table_by_table(problem: Problem, states: dict[str, int], each: list[float]) -> Solution:
     """Return the assignment with every table in its best way, at a multiplier for each."""
-    items = [*problem.variables, *problem.factors]
+    items: list[Variable | Factor] = [*problem.variables, *problem.factors]
     scopes = [(name,) for name in problem.names] + [factor.scope for factor in problem.factors]
     ways, costs, usages = [], [], []
     for item, scope, multiplier in zip(items, scopes, each, strict=True):
@@ -34,7 +34,10 @@ def test_assignments_cost_and_use_what_each_table_says(seed: int) -> None:
     problem = chain_problem(5, seed=seed) if seed % 2 else priced_problem(rng, 5, 3)
     states = {v.name: int(rng.integers(v.size)) for v in problem.variables}
     count = len(problem.variables) + len(problem.factors)
-    charges = [*(float(charge) for charge in (0.0, 0.02, 1.0, np.inf)), rng.random(count)]
+    charges: list[float | Table] = [
+        *(float(charge) for charge in (0.0, 0.02, 1.0, np.inf)),
+        rng.random(count),
+    ]
     for charge in charges:
         each = [charge] * count if isinstance(charge, float) else charge.tolist()
         expected = table_by_table(problem, states, each)

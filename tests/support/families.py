@@ -76,13 +76,14 @@ _CASTING |= {torch.softmax, torch.Tensor.softmax, nn.functional.softmax}
 _CASTING |= {torch.log_softmax, torch.Tensor.log_softmax, nn.functional.log_softmax}
 _CASTING |= {torch.sum, torch.Tensor.sum, torch.mean, torch.Tensor.mean}
 _CASTING |= {torch.cumsum, torch.Tensor.cumsum}
+_MAKING = {torch.zeros, torch.ones}
 
 
 class Float64(TorchFunctionMode):
     """A Float64 mode turns casts to float32 into casts to float64, whichever function makes them.
 
     Hugging Face models cast norms and logits to float32 whatever their own type is, which would
-    hide differences below 1e-7.
+    hide differences below 1e-7, and begin sums with zeros of torch's default type.
     """
 
     def __torch_function__(
@@ -96,6 +97,8 @@ class Float64(TorchFunctionMode):
         if function in _CASTING:
             args = tuple(map(widen, args))
             kwargs = {key: widen(value) for key, value in (kwargs or {}).items()}
+        elif function in _MAKING:
+            kwargs = {"dtype": torch.float64, **(kwargs or {})}
         return function(*args, **(kwargs or {}))
 
 
