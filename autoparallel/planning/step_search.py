@@ -42,10 +42,10 @@ __all__ = ["StepSearch", "Timed", "step_weights"]
 # So many weights are tried for the bound, and so many sums after the waits of the best plan: where
 # a solution takes long, on more than two axes or of a wide network, only one weight, and no reply.
 _MOST_BOUNDS, _MOST_REPLIES = 3, 2
-# Rounds of exchanges, and plans that are compared in each; from how near the best plan is to what
-# it must beat.
-_MOST_EXCHANGES, _MOST_PER_EXCHANGE = 4, 16
-_NEAR = 1.15
+# So many single choices are exchanged, as long as the best plan is so near to what it must beat.
+# For each, so many are tried, the most promising ones; in small graphs more: they are soon timed.
+_MOST_EXCHANGES, _NEAR = 4, 1.15
+_MOST_TRIED, _MOST_NODES = 6, 4000
 # What it takes to make a plan and simulate its step, by the nodes of the graph.
 _SECONDS_PER_NODE = 3e-5
 # What is waited for, by the kind of seconds that it is a part of.
@@ -312,11 +312,12 @@ class StepSearch:
             # not brought there by a single choice.
             if assignment.keys() != self.sum.assignment.keys() or best.step > _NEAR * self.enough:
                 return
-            for other in exchanged(self.problem, assignment, self.estimate, _MOST_PER_EXCHANGE):
-                if self.is_done:
-                    return
+            most = max(_MOST_TRIED, _MOST_NODES // len(self.captured.graph.nodes))
+            for other in exchanged(self.problem, assignment, self.estimate, most):
                 self.consider(best.name, other)
-            if self.best is best:
+                if self.best is not best or self.is_done:
+                    break
+            if self.best is best or self.is_done:
                 return
 
     def bound_of(self, family: Family) -> float:
