@@ -21,6 +21,7 @@ from autoparallel.capture.module_tensors import MODULE_ATTRIBUTES
 from autoparallel.errors import CaptureError
 from autoparallel.graph.attribute_read import ABSENT, SIMPLE, UNKNOWN, AttributeRead, Where, kept_of
 from autoparallel.support.bare_values import plain_items
+from autoparallel.support.made_classes import is_made_class
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.object_state import is_closed, moves_on, own_attributes, random_state
 from autoparallel.support.pytree import SYMBOLIC
@@ -239,10 +240,7 @@ def _is_registered(own: dict[str, Any], name: str) -> bool:
 
 def _plain(kind: type) -> bool:
     """Return whether a class is written in Python, so that reads of its instances can be seen."""
-    return bool(kind.__flags__ & _HEAP_TYPE) and not issubclass(kind, BaseException)
-
-
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
+    return is_made_class(kind) and not issubclass(kind, BaseException)
 
 
 class _Current(threading.local):

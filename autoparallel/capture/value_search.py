@@ -37,6 +37,7 @@ from autoparallel.graph.attribute_read import (
 )
 from autoparallel.graph.read_holders import Held, Items, Namespace
 from autoparallel.support.bare_values import plain_contents, plain_items
+from autoparallel.support.made_classes import is_made_class
 from autoparallel.support.object_state import (
     bytes_of,
     caches_in,
@@ -65,7 +66,6 @@ _MOST_BYTES = 1 << 20  # of an object whose memory is compared at each call
 # looked at as a whole, and an object only as far as the code has the names of what it holds.
 _DEEPEST, _DEEPEST_OF_LIBRARIES = 12, 4
 _MOST = 2000  # looks into objects; the user's own code may be as large as a library's
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
 class ValueSearch(FoundReads):
@@ -167,7 +167,7 @@ class ValueSearch(FoundReads):
         """Note a class of objects that code may call. made: it may make an object, too."""
         known = not made and (kind in self.helpers or kind in self.places)
         known = known or self.helpers.get(kind, False)
-        if kind.__flags__ & _HEAP_TYPE and not known and not is_left_out(kind.__module__):
+        if is_made_class(kind) and not known and not is_left_out(kind.__module__):
             self.helpers[kind] = made
             if is_own_kind(kind):
                 self.classes.append((kind, made))
@@ -311,7 +311,7 @@ class ValueSearch(FoundReads):
             or random_state(value) is not None
             or (
                 getattr(type(value), "__slots__", None)
-                and type(value).__flags__ & _HEAP_TYPE
+                and is_made_class(type(value))
                 and not is_left_out(type(value).__module__)
             )
         ) or (

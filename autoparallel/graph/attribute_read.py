@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from autoparallel.support.made_classes import is_made_class
+
 __all__ = [
     "ABSENT",
     "CONSTANTS",
@@ -29,7 +31,6 @@ CONSTANTS = (
     *(bool, int, float, complex, str, bytes, type(None), enum.Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
 class _Simple(type):
@@ -39,8 +40,7 @@ class _Simple(type):
         kind = type(value)
         if kind in _EXACT or not issubclass(kind, CONSTANTS):
             return kind in _EXACT
-        made_by_program = kind.__flags__ & _HEAP_TYPE
-        return not made_by_program or kind.__module__.partition(".")[0] in _LIBRARIES
+        return not is_made_class(kind) or kind.__module__.partition(".")[0] in _LIBRARIES
 
 
 class Simple(metaclass=_Simple):

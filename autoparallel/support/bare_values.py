@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["container_kind", "plain_contents", "plain_items", "plain_value"]
+from autoparallel.support.made_classes import is_made_class
 
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
+__all__ = ["container_kind", "plain_contents", "plain_items", "plain_value"]
 
 
 def container_kind(value: Any) -> Any:
@@ -19,7 +19,7 @@ def container_kind(value: Any) -> Any:
     >>> container_kind(Closed())
     <class 'list'>
     """
-    return next(kind for kind in type(value).__mro__ if not kind.__flags__ & _HEAP_TYPE)
+    return next(kind for kind in type(value).__mro__ if not is_made_class(kind))
 
 
 def plain_items(value: Any) -> list[Any]:

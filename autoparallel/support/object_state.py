@@ -18,6 +18,8 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from autoparallel.support.made_classes import is_made_class
+
 __all__ = [
     "bytes_of",
     "caches_in",
@@ -54,7 +56,6 @@ _UNCHANGING = (
 _NO_SETTINGS = (type, types.ModuleType, functools.partial, threading.local, logging.Logger)
 _FUNCTIONS = ("builtins", "functools", "operator", "_operator", "weakref")
 _STEADY = ("datetime", "torch", "numpy", "typing", "zoneinfo", "_abc", "_weakref")  # and modules
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that a program has made, not an interpreter's
 
 
 def own_attributes(value: Any) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def own_attributes(value: Any) -> dict[str, Any]:
         own = {}
     result = dict(own) if isinstance(own, dict) else {}
     for kind in type(value).__mro__:
-        if kind.__flags__ & _HEAP_TYPE and "__slots__" in vars(kind):
+        if is_made_class(kind) and "__slots__" in vars(kind):
             for name, member in vars(kind).items():
                 if isinstance(member, types.MemberDescriptorType):
                     try:
