@@ -337,7 +337,11 @@ class _Kept:
         first = self.make(node, "aten.slice.Tensor", one, value.dtype, base, dim, 0, 1)
         wide = self.make(node, "aten.cat.default", longer, value.dtype, (Ref(first), base), dim)
         places = self.values[index.name]
-        moved = self.make(node, "aten.add.Tensor", places.shape, places.dtype, index, 1)
+        # Places that are counted from the end, from -1 on, are where they were.
+        first_on = self.make(node, "aten.ge.Scalar", places.shape, torch.bool, index, 0)
+        moved = self.make(
+            node, "aten.add.Tensor", places.shape, places.dtype, index, Ref(first_on)
+        )
         self.followed.rows[moved] = self.followed.rows[index.name]
         moved = self.filled(node, moved, dropped, 0)
         if node.target == "aten.index_put.default":

@@ -210,7 +210,8 @@ class Followed:
             return False
         at = self.rows[value.name].dim
         if node.target in SHAPED:
-            return _before(value, at) == _before(result, dim)
+            alike = size_expression(value.shape[at]) == size_expression(result.shape[dim])
+            return alike and _before(value, at) == _before(result, dim)
         if node.target in ("aten.linear.default", "aten.mm.default", "aten.matmul.default"):
             other = self.graph.values[node.operands()[1]]
             return at == dim < len(value.shape) - 1 and len(other.shape) == 2

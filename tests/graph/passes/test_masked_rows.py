@@ -55,6 +55,14 @@ def written(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
     return x * own[:, None]
 
 
+def from_the_end(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
+    """Places that are counted from the end, of which -1 is the last."""
+    weights = torch.ones(x.shape[0], dtype=x.dtype)
+    places = -1 - torch.arange(x.shape[0])
+    weights[places[kept]] = x[kept].sum(-1)
+    return x * weights[:, None]
+
+
 def placed(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
     """Places instead of a mask."""
     (places,) = torch.where(kept)
@@ -90,6 +98,11 @@ def in_order(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
 def counted(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
     chosen = x[kept]
     return x + chosen.sum() / chosen.shape[0]
+
+
+def flat(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
+    """Numbers of all rows in one vector."""
+    return x + x[kept].flatten().square().sum()
 
 
 def sorted_rows(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
@@ -128,7 +141,7 @@ def inputs() -> dict[str, Tensor]:
     return {"x": x, "links": links, "kept": kept}
 
 
-STEPS = [summed, attended, far, written, placed, mean, of_some, scored, scored_tokens]
+STEPS = [summed, attended, far, written, from_the_end, placed, mean, of_some, scored, scored_tokens]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -149,7 +162,7 @@ def test_rows_that_are_dropped_count_for_nothing(step: Step, world_size: int) ->
             torch.testing.assert_close(split.gradients[path], own.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("step", [in_order, counted, sorted_rows])
+@pytest.mark.parametrize("step", [in_order, counted, sorted_rows, flat])
 def test_rows_that_are_more_than_rows_stay_python(step: Step) -> None:
     """Where the order or the number of those that are kept is part of the result."""
     plan = autoparallel.make_plan(build(step), 2, example_inputs=inputs())
