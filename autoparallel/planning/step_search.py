@@ -9,7 +9,8 @@ is. So plans are proposed by sums of several kinds, and compared by their timeli
 3. the optima of sums in which what is sent counts as far as the best plan so far waits for it,
    which is an *estimate* of the step;
 4. the best plans of the families that practitioners use (`strategy/layout_families.py`), by the sum
-   and by the estimate; but for families of which a bound says that no plan of theirs is shorter.
+   and by the estimate; but for families of which a bound says that no plan of theirs is shorter;
+5. those that differ from the best one so far in a single choice (`step_exchanges.py`).
 
 The shortest is taken. The bound says by how much another plan could be shorter at most.
 """
@@ -29,6 +30,7 @@ from autoparallel.plan import Plan
 from autoparallel.planning.least_bytes import LeastBytes
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
+from autoparallel.planning.step_exchanges import exchanged
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.layout_families import Family, LayoutFamilies
 from autoparallel.strategy.step_parts import Kind, Means, StepParts, least_step
@@ -40,6 +42,10 @@ __all__ = ["StepSearch", "Timed", "step_weights"]
 # So many weights are tried for the bound, and so many sums after the waits of the best plan: where
 # a solution takes long, on more than two axes or of a wide network, only one weight, and no reply.
 _MOST_BOUNDS, _MOST_REPLIES = 3, 2
+# So many single choices are exchanged, as long as the best plan is so near to what it must beat.
+# For each, so many are tried, the most promising ones; in small graphs more: they are soon timed.
+_MOST_EXCHANGES, _NEAR = 4, 1.15
+_MOST_TRIED, _MOST_NODES = 6, 4000
 # What it takes to make a plan and simulate its step, by the nodes of the graph.
 _SECONDS_PER_NODE = 3e-5
 # What is waited for, by the kind of seconds that it is a part of.
@@ -173,6 +179,7 @@ class StepSearch:
         if not self.is_done:
             self.reply_to_waits()
             self.try_families()
+            self.exchange()
 
     @property
     def is_done(self) -> bool:
@@ -293,6 +300,25 @@ class StepSearch:
             # Where a solution takes long, the narrowest families are left to the wider ones.
             if level + 1 < len(outline.outlines) - self.is_slow:
                 self.try_families(groups[outline], level + 1)
+
+    def exchange(self) -> None:
+        """Consider the plans that differ from the best one in a single choice, as long as one of
+        them is shorter.
+        """
+        for _ in range(_MOST_EXCHANGES):
+            best = self.best
+            assignment = best.solution.assignment
+            # A plan of another network has other states. One that is far from what it must beat is
+            # not brought there by a single choice.
+            if assignment.keys() != self.sum.assignment.keys() or best.step > _NEAR * self.enough:
+                return
+            most = max(_MOST_TRIED, _MOST_NODES // len(self.captured.graph.nodes))
+            for other in exchanged(self.problem, assignment, self.estimate, most):
+                self.consider(best.name, other)
+                if self.best is not best or self.is_done:
+                    break
+            if self.best is best or self.is_done:
+                return
 
     def bound_of(self, family: Family) -> float:
         """Return a bound on the steps of a family's plans, and consider the plans that it comes

@@ -350,7 +350,7 @@ class LocalGroup(Group):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         self._count("all_gather")
-        return self.meeting.exchange(self.rank, tensor, torch.stack)
+        return self.meeting.exchange(self.rank, tensor, _stacked)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         self._count("reduce_scatter")
@@ -374,6 +374,14 @@ class LocalGroup(Group):
     def abort(self) -> None:
         """Wake the ranks that wait, after this one has failed: they would wait for ever."""
         self.meeting.barrier.abort()
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the tensors one after another in memory, as processes get them.
+
+    Torch would keep the order of dims that images have in memory (channels last).
+    """
+    return torch.stack(tensors).contiguous()
 
 
 def thread_groups(world_size: int, turn: threading.Lock | None = None) -> list[LocalGroup]:

@@ -124,9 +124,11 @@ def test_two_runs_that_are_alike_are_planned(name: str) -> None:
     assert plan.breaks == ()
 
 
-def test_what_methods_remember_of_a_trace_is_forgotten() -> None:
+def test_methods_remember_nothing_of_a_trace() -> None:
+    """One that remembers for an object is right for it whatever becomes of it, as no graph is."""
     model = Remembers(lambda model, x: 2.0)
-    assert autoparallel.make_plan(model, 2, example_inputs=X).breaks == ()
+    (part,) = autoparallel.make_plan(model, 2, example_inputs=X).breaks
+    assert "calls Remembers.numbers, which remembers" in part.reason
     assert type(model.numbers(4)) is type(model.ones(4)) is torch.Tensor
 
 

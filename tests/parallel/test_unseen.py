@@ -328,7 +328,7 @@ def test_what_a_forward_prints_is_told_or_printed(
     split = autoparallel.autoparallelize(Prints(), 1)
     split(torch.ones(2, 8))
     assert not capsys.readouterr().out
-    assert "Prints.forward prints 'a batch of s" in caplog.text
+    assert "Prints.forward prints 'a batch of 2'" in caplog.text
     # What stays Python prints at each call, and once.
     split = autoparallel.autoparallelize(PrintsNumbers(), 1)
     for _ in range(2):

@@ -116,11 +116,11 @@ def test_no_plan_is_shorter(seed: int) -> None:
     ids=str,
 )
 def test_bounds_hold_on_any_machine(sizes: tuple[int, int, int], ranks: int) -> None:
-    """Plans are the shortest there are on many machines, and on none by a sixteenth longer.
+    """Plans are the shortest there are on nearly all machines, and on none by a sixteenth longer.
 
-    They are longer where one parameter alone is stored in parts and gathered behind a product,
-    which no sum and no family of layouts proposes.
+    They are longer where two choices that differ from all that sums and families propose are
+    shorter together, and neither is by itself.
     """
     pairs = [compared(sizes, ranks, seed) for seed in range(20)]
-    assert sum(step <= least * (1 + 1e-9) for step, least in pairs) >= 8
+    assert sum(step <= least * (1 + 1e-9) for step, least in pairs) >= 18
     assert all(step <= 1.06 * least for step, least in pairs)

@@ -93,5 +93,5 @@ def test_problems_that_differ_have_no_mean() -> None:
     a, b = (Variable(name, np.zeros(2)) for name in "ab")
     both = Problem((a, b), (Factor(("a", "b"), np.zeros((2, 2))),))
     require_same_ways(both, both)
-    with pytest.raises(ValueError, match=r"table 2 is a, b of 2x2 in 1 ways, and None"):
+    with pytest.raises(ValueError, match=r"table 2 is a, b of 2x2 in 1 ways, and none"):
         mean_usage(both, Problem((a, b)), 0.5)

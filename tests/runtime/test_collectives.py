@@ -201,6 +201,19 @@ def test_parts_that_lie_end_to_end_are_not_copied(shape, shard, is_view):
     assert (joined.data_ptr() == rows.data_ptr()) == is_view
 
 
+def test_images_are_gathered_in_whatever_order_they_lie_in_memory():
+    """Torch stacks those whose channels lie last so that theirs do, too."""
+    whole = torch.arange(96.0).view(1, 8, 3, 4)
+
+    def gather(group):
+        part = take_part(whole, Shard(1), 2, group.rank)
+        part = part.contiguous(memory_format=torch.channels_last)
+        return move(part, group, Shard(1), Invariant(), 8)
+
+    made, _ = on_every_rank(2, gather)
+    assert all(torch.equal(found, whole) for found in made)
+
+
 def test_what_was_gathered_may_be_written_to():
     """The caller of a split module may write to what it returns, as to any tensor."""
 

@@ -1,0 +1,78 @@
+"""Single choices exchanged: assignments that differ from one in what one op or parameter does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from planners.problem import Problem
+
+__all__ = ["exchanged"]
+
+
+def exchanged(
+    problem: Problem, assignment: Mapping[str, int], estimate: Problem, most: int
+) -> Iterator[dict[str, int]]:
+    """Yield assignments in which one variable has another state, in all equal layers alike.
+
+    No sum, and no family of layouts, proposes that one parameter alone is stored in parts and
+    gathered behind a product that hides it. problem: what is possible. estimate: the same with
+    costs that say which exchanges are promising: these come first. most: how many there are.
+
+    >>> from planners.variables import Variable
+    >>> two = Problem((Variable("a", np.zeros(2)), Variable("b", np.array([0.0, 1.0, np.inf]))))
+    >>> [*exchanged(two, {"a": 0, "b": 0}, two, most=8)]
+    [{'a': 1, 'b': 0}, {'a': 0, 'b': 1}]
+    """
+    changes = _changes(estimate, assignment)
+    promising: list[tuple[float, int, int]] = []
+    groups = _alike(problem, assignment)
+    for number, names in enumerate(groups):
+        total = np.sum([changes[name] for name in names], axis=0)
+        total[assignment[names[0]]] = np.inf
+        promising += [
+            (total[state], number, int(state)) for state in np.flatnonzero(total < np.inf)
+        ]
+    for _, number, state in sorted(promising):
+        other = {**assignment, **dict.fromkeys(groups[number], state)}
+        if math.isfinite(problem.cost(other)):
+            yield other
+            most -= 1
+            if not most:
+                return
+
+
+def _tables(problem: Problem) -> dict[str, list[tuple[int, int]]]:
+    """Return of each variable the tables over it and others, each with the variable's axis."""
+    tables: dict[str, list[tuple[int, int]]] = {variable.name: [] for variable in problem.variables}
+    for number, factor in enumerate(problem.factors):
+        for axis, name in enumerate(factor.scope):
+            tables[name].append((number, axis))
+    return tables
+
+
+def _changes(problem: Problem, assignment: Mapping[str, int]) -> dict[str, Any]:
+    """Return of each variable the cost of what it takes part in, by the state that it had then."""
+    tables, changes = _tables(problem), {}
+    places = [tuple([assignment[name] for name in factor.scope]) for factor in problem.factors]
+    for variable in problem.variables:
+        costs = np.array(variable.unary)
+        for number, axis in tables[variable.name]:
+            place = places[number]
+            costs += problem.factors[number].table[(*place[:axis], slice(None), *place[axis + 1 :])]
+        changes[variable.name] = costs - costs[assignment[variable.name]]
+    return changes
+
+
+def _alike(problem: Problem, assignment: Mapping[str, int]) -> list[list[str]]:
+    """Return the variables in groups of equal layers: they have the same tables and state."""
+    tables = _tables(problem)
+    groups: dict[Any, list[str]] = {}
+    for variable in problem.variables:
+        own = sorted((id(problem.factors[at].table), axis) for at, axis in tables[variable.name])
+        key = (id(variable.unary), assignment[variable.name], *own)
+        groups.setdefault(key, []).append(variable.name)
+    return list(groups.values())
