@@ -43,8 +43,8 @@ def numbers_in_texts() -> Iterator[None]:
     Torch writes the name of a symbol, such as "s95", which is another text than a call would have:
     a table that is looked up by it has nothing there. The tracer is told of the number, so that the
     program is for that size alone. So it is where a size is looked up in a dict or a set, of which
-    torch says that it cannot be, as long as the user's own code asks: libraries do without their caches then.
-    Torch's own texts, of its nodes and errors, stay as they are.
+    torch says that it cannot be, as long as the user's own code asks: libraries do without their
+    caches then. Torch's own texts, of its nodes and errors, stay as they are.
 
     Example: `with numbers_in_texts(): masks[f"{x.size(0)}"]`
     """
