@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from autoparallel.capture.asked_switches import asked_by_user
+from autoparallel.capture.searched_values import is_own_code
 
 __all__ = ["numbers_in_texts"]
 
@@ -42,7 +43,8 @@ def numbers_in_texts() -> Iterator[None]:
     Torch writes the name of a symbol, such as "s95", which is another text than a call would have:
     a table that is looked up by it has nothing there. The tracer is told of the number, so that the
     program is for that size alone. So it is where a size is looked up in a dict or a set, of which
-    torch says that it cannot be. Torch's own texts, of its nodes and errors, stay as they are.
+    torch says that it cannot be, as long as the user's own code asks: libraries do without their
+    caches then. Torch's own texts, of its nodes and errors, stay as they are.
 
     Example: `with numbers_in_texts(): masks[f"{x.size(0)}"]`
     """
@@ -72,7 +74,9 @@ def _answering(kind: type, name: str) -> Callable[..., Any]:
     original, number, answer = _originals[kind, name], _NUMBERS[kind], _METHODS[name]
 
     def method(self: Any, *given: Any) -> Any:
-        if _within.depth and asked_by_user(1):
+        asker = asked_by_user(1) if _within.depth else ""
+        # Caches of libraries would keep what they are given for a number, which is of the trace.
+        if asker and (answer is not hash or is_own_code(asker)):
             return answer(number(self), *given)
         return original(self, *given)
 

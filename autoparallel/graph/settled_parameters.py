@@ -13,7 +13,7 @@ import torch
 
 from autoparallel.graph.aliasing import is_view, owner_of
 from autoparallel.graph.graph import Graph, Node, Ref, leaves
-from autoparallel.graph.operators import operator_of, packet_of
+from autoparallel.graph.operators import BRANCH_TAKEN, operator_of, packet_of
 from autoparallel.graph.passes.editing import Rename, rebuilt, renamed
 from autoparallel.support.torch_private import schema_of
 
@@ -46,43 +46,54 @@ class SettledParameter:
         # `data` has a version of its own: what autograd keeps of the parameter stays valid.
         operator_of(self.target)(held.data, *self.args, **dict(self.kwargs))
 
-    @property
-    def lasts(self) -> bool:
-        """Whether the write changes nothing where it was made before."""
-        once = torch.linspace(-50, 50, 2001, dtype=torch.float64).sinh_()
-        self.settle(once)
-        twice = once.clone()
-        self.settle(twice)
-        return torch.equal(once, twice)
-
 
 def without_settling(graph: Graph) -> tuple[Graph, tuple[SettledParameter, ...]]:
     """Return the graph without the writes that can be made before it, and these in their order.
 
     graph: as it was traced, with in-place ops. A write is left in it where something has read the
-    parameter before, where other tensors or a gradient take part in it, and where it reaches only
-    a part of the parameter.
+    parameter before, where other tensors or a gradient take part in it, where it reaches only a
+    part of the parameter, and where a branch on values comes before it: with other values, the
+    forward may not make it.
     """
     views: dict[str, str] = {}
     read: set[str] = set()  # parameters, and others
-    settled: dict[SettledParameter, None] = {}
+    settled: dict[str, tuple[SettledParameter, ...]] = {}  # by the parameter's path
+    branched = False
     nodes: list[Node] = []
     names: Rename = {}
     for node in graph.nodes:
+        branched |= node.target == BRANCH_TAKEN
         write = _write_of(graph, node, views)
-        known, home = write in settled, owner_of(node.operands()[0], views) if write else ""
-        if write is not None and (known or (home not in read and write.lasts)):
-            settled[write] = None
+        if write is not None:
             target = node.operands()[0]
-            views[node.result.name] = target
-            names[node.result.name] = names.get(target, target)
-            continue
+            before = settled.get(write.path, ())
+            after = (*before, write)
+            first = not branched and owner_of(target, views) not in read
+            if _alike(before, after) or (first and _alike(after, after * 2)):
+                settled[write.path] = before if _alike(before, after) else after
+                views[node.result.name] = target
+                names[node.result.name] = names.get(target, target)
+                continue
         if is_view(node.target) and node.kind == "call":
             views.update((value.name, node.operands()[0]) for value in node.results)
         else:
             read.update(owner_of(name, views) for name in node.operands())
         nodes.append(renamed(node, names))
-    return (rebuilt(graph, nodes, names) if settled else graph), tuple(settled)
+    writes = tuple(write for several in settled.values() for write in several)
+    return (rebuilt(graph, nodes, names) if settled else graph), writes
+
+
+def _alike(some: tuple[SettledParameter, ...], others: tuple[SettledParameter, ...]) -> bool:
+    """Return whether it makes no difference which of two runs of writes a parameter is given."""
+    if not some:
+        return False
+    ends = []
+    for writes in (some, others):
+        held = torch.linspace(-50, 50, 2001, dtype=torch.float64).sinh_()
+        for write in writes:
+            write.settle(held)
+        ends.append(held)
+    return torch.equal(*ends)
 
 
 def _write_of(graph: Graph, node: Node, views: dict[str, str]) -> SettledParameter | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +145,37 @@ def test_texts_of_torch_s_own_have_symbols() -> None:
     assert seen
     assert not any(text.isdigit() for text in seen)
     assert "__format__" not in vars(torch.SymInt)
+
+
+LIBRARY = """
+import functools
+
+def halved(shape):
+    return shape[0] // 1, shape[1] // 2, 2
+
+remembered = functools.lru_cache(halved)
+
+def in_pairs(x):
+    try:
+        shape = remembered(x.shape)
+    except TypeError:  # sizes may be symbols
+        shape = halved(x.shape)
+    return x.reshape(shape)
+"""
+
+
+def test_caches_of_libraries_keep_no_sizes_of_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would give symbols for equal numbers to the calls that come after."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "rows_in_pairs.py").write_text(LIBRARY)
+    monkeypatch.syspath_prepend(str(folder))
+    in_pairs = import_module("rows_in_pairs").in_pairs
+    model = Branches(lambda x, y: in_pairs(x).sum(-1).sum() + y)
+    given = (torch.ones(3, 4),) * 2
+    plan = autoparallel.make_plan(model, 1, example_inputs=given)
+    assert plan.captured is not None
+    assert plan.captured.fits([torch.ones(5, 4)] * 2)
+    model(*given)

@@ -31,6 +31,13 @@ def by_half(weight: nn.Parameter) -> None:
     weight.data.mul_(0.5)
 
 
+def back_and_forth(weight: nn.Parameter) -> None:
+    """The second write undoes the first, which then comes again."""
+    weight.data.clamp_(-0.1, 0.2)
+    weight.data.clamp_(0.3, 0.4)
+    weight.data.clamp_(-0.1, 0.2)
+
+
 def in_part(weight: nn.Parameter) -> None:
     weight.data[:2].clamp_(-0.1, 0.2)
 
@@ -78,7 +85,7 @@ def build(write: Write, late: bool = False) -> Net:
 X = torch.linspace(-1, 1, 5 * WIDTH, dtype=torch.float64).reshape(5, WIDTH)
 
 
-@pytest.mark.parametrize("write", [by_data, by_detached, without_gradient])
+@pytest.mark.parametrize("write", [by_data, by_detached, without_gradient, back_and_forth])
 def test_a_write_that_comes_first_is_made_in_each_part(write: Write) -> None:
     """As often as blocks are called, and no block is left to Python for it."""
     plan = autoparallel.make_plan(build(write), 3, example_inputs=X)
@@ -105,3 +112,26 @@ def test_exports_refuse_what_they_cannot_write() -> None:
     plan = autoparallel.make_plan(build(by_data), 2, example_inputs=X)
     with pytest.raises(PlanError, match=r"writes to blocks\.0\.up\.weight"):
         autoparallel.to_fx(plan, build(by_data), rank=0)
+
+
+class Chosen(nn.Module):
+    """Writes to its weight where numbers of its input say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(WIDTH, 4 * WIDTH).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            self.layer.weight.data.clamp_(-0.1, 0.2)
+        return self.layer(x).square().mean()
+
+
+def test_a_write_that_is_not_made_in_each_call_leaves_the_weight_alone() -> None:
+    """A program is for calls in which it is made, and ends in others after nothing was written."""
+    model = Chosen()
+    split = autoparallel.autoparallelize(Chosen(), 1, example_inputs=X + 1)
+    for x in (X - 1, X + 1, X - 1):
+        torch.testing.assert_close(split(x), model(x))
+        torch.testing.assert_close(split.layer.weight, model.layer.weight)

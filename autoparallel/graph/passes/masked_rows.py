@@ -28,11 +28,17 @@ from autoparallel.graph.graph import (
     map_leaves,
     size_expression,
 )
-from autoparallel.graph.operators import draws
+from autoparallel.graph.operators import BRANCH_TAKEN
 from autoparallel.graph.passes.editing import rebuilt
-from autoparallel.graph.passes.rows_followed import CREATED, SHAPED, Followed, NotRowsError
+from autoparallel.graph.passes.rows_followed import (
+    CREATED,
+    SHAPED,
+    Followed,
+    NotRowsError,
+    first_of_alike,
+)
 
-__all__ = ["keep_masked_rows", "unknown_symbols"]
+__all__ = ["keep_masked_rows", "next_check", "unknown_symbols"]
 
 _DEVICE = torch.device("cpu")  # a program has that of its rank in its place
 
@@ -56,13 +62,22 @@ def unknown_symbols(graph: Graph) -> set[sympy.Basic]:
     return set().union(*(size.expr.free_symbols for size in sizes)) - known
 
 
+def next_check(graph: Graph) -> int:
+    """Return a number of a branch that no other one has, for all checks that a pass adds: equal
+    blocks stay equal.
+    """
+    checks = (node.args[2] for node in graph.calls if node.target == BRANCH_TAKEN)
+    return max(checks, default=-1) + 1
+
+
 def keep_masked_rows(graph: Graph) -> Graph:
     """scatter_add(%y, 0, %i[%mask], %x[%mask]) becomes scatter_add(%y, 0, %i, where(%mask, %x, 0)).
 
     And so do sums, means and losses over such rows, with whatever is done row by row before.
 
     Why: the number of rows depends on values, so that no rank could know a size. After: no size
-    depends on values, or the graph is as it was; a second run is a no-op.
+    depends on values, or the graph is as it was; a second run is a no-op. Where a mask keeps no row
+    and something is computed of these, a check ends the program.
     """
     unknown = unknown_symbols(graph)
     if not unknown:
@@ -90,7 +105,9 @@ class _Kept:
 
     sizes: of all rows, by the symbol that stands for the number of those that a mask keeps.
     masks: by the name of the mask. followed: the values with such rows. dropped: for each name of
-    a vector of rows that are dropped, its size. joined: vectors that were laid end to end.
+    a vector of rows that are dropped, its size. joined: vectors that were laid end to end. parts:
+    those of which a joined one consists. unchecked: by a vector its mask, where nothing asks yet
+    whether it keeps a row.
     """
 
     def __init__(self, graph: Graph, unknown: set[sympy.Basic]) -> None:
@@ -108,9 +125,12 @@ class _Kept:
         self.sizes: dict[sympy.Basic, sympy.Expr] = {}
         self.masks: dict[str, _Mask] = {}
         self.owners: dict[sympy.Basic, str] = {}
-        self.followed = Followed(graph, unknown, self.joined)
+        self.followed = Followed(graph, unknown, self.joined, self.check)
         self.ends: dict[tuple[Any, ...], str] = {}
-        self.first: dict[str, str] = _first_of_alike(graph)
+        self.first: dict[str, str] = first_of_alike(graph)
+        self.unchecked: dict[str, str] = {}
+        self.parts: dict[str, tuple[str, ...]] = {}
+        self.number = next_check(graph)
 
     def run(self) -> Graph:
         """Return the new graph. Raises NotRowsError where rows are more than rows."""
@@ -238,6 +258,7 @@ class _Kept:
                 node, "aten.where.self", (size,), integer, flat, Ref(every), Ref(kept_row)
             )
             dropped = self.make(node, "aten.logical_not.default", (size,), torch.bool, flat)
+            self.unchecked[dropped] = name
             self.masks[first] = _Mask(size, dropped, places)
         self.sizes[kept.expr] = size_expression(self.masks[first].size)
         return self.masks[first]
@@ -260,8 +281,21 @@ class _Kept:
             total = sympy.expand(sum(map(size_expression, sizes)))
             size = int(total) if total.is_number else Sym(total, sum(map(hint, sizes)))
             cat = tuple(map(Ref, vectors))
-            self.ends[parts] = self.make(node, "aten.cat.default", (size,), torch.bool, cat, 0)
+            joined = self.make(node, "aten.cat.default", (size,), torch.bool, cat, 0)
+            self.ends[parts], self.parts[joined] = joined, tuple(vectors)
         return self.ends[parts]
+
+    def check(self, node: Node, dropped: str) -> None:
+        """Check that masks keep a row, before a call that may have no answer for other rows.
+
+        Of no row that is kept, nothing is known that the others may look like.
+        """
+        for part in self.parts.pop(dropped, ()):
+            self.check(node, part)
+        if dropped in self.unchecked:
+            mask = Ref(self.unchecked.pop(dropped))
+            some = Ref(self.make(node, "aten.any.default", (), torch.bool, mask))
+            self.make(node, BRANCH_TAKEN, (), torch.bool, some, True, self.number)
 
     def filled(self, node: Node, name: str, dropped: str, number: Any) -> str:
         """Return a value with a number in all places of the rows that are dropped."""
@@ -309,6 +343,7 @@ class _Kept:
         dropped = self.followed.ended(base.name, index.name, source.name, dim % rank)
         if source.name not in self.followed.rows:
             raise NotRowsError
+        self.check(node, dropped)
         masked = Ref(self.filled(node, source.name, dropped, 0))
         self.append(replace(node, args=(base, dim, index, masked, *node.args[4:])))
         return True
@@ -337,7 +372,9 @@ class _Kept:
         first = self.make(node, "aten.slice.Tensor", one, value.dtype, base, dim, 0, 1)
         wide = self.make(node, "aten.cat.default", longer, value.dtype, (Ref(first), base), dim)
         places = self.values[index.name]
-        moved = self.make(node, "aten.add.Tensor", places.shape, places.dtype, index, 1)
+        # Places that are counted from the end, from -1 on, are where they were.
+        first_on = self.make(node, "aten.ge.Scalar", places.shape, torch.bool, index, 0)
+        moved = self.make(node, "aten.add.Tensor", places.shape, places.dtype, index, Ref(first_on))
         self.followed.rows[moved] = self.followed.rows[index.name]
         moved = self.filled(node, moved, dropped, 0)
         if node.target == "aten.index_put.default":
@@ -362,24 +399,6 @@ class _Kept:
         masked = Ref(self.filled(node, target.name, dropped, ignored))
         self.append(replace(node, args=(scores, masked, *rest)))
         return True
-
-
-def _first_of_alike(graph: Graph) -> dict[str, str]:
-    """Return for each value the first that is computed of the same values in the same way."""
-    first: dict[str, str] = {}
-    calls: dict[Any, tuple[Value, ...]] = {}
-
-    def leaf(item: Any) -> Any:
-        """Return an argument, with the first of the values that are alike."""
-        return Ref(first[item.name]) if isinstance(item, Ref) else item
-
-    for node in graph.nodes:
-        values = node.results
-        if node.kind == "call" and not draws(node.target):
-            content = (node.target, map_leaves(leaf, node.args), map_leaves(leaf, node.kwargs))
-            values = calls.setdefault(repr(content), node.results)
-        first.update((own.name, one.name) for own, one in zip(node.results, values, strict=True))
-    return first
 
 
 # How a call ends the way of rows; each returns False where the rows go on.

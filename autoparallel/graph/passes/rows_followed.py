@@ -8,11 +8,11 @@ from typing import Any
 
 import sympy
 
-from autoparallel.graph.graph import Dim, Graph, Node, Sym, Value, size_expression
+from autoparallel.graph.graph import Dim, Graph, Node, Ref, Sym, Value, map_leaves, size_expression
 from autoparallel.graph.operators import draws
 from autoparallel.graph.passes.flattened_batches import is_pointwise
 
-__all__ = ["CREATED", "SHAPED", "Followed", "NotRowsError"]
+__all__ = ["CREATED", "SHAPED", "Followed", "NotRowsError", "first_of_alike"]
 
 # Calls that make as many rows as they are told, all the same.
 CREATED = {
@@ -51,6 +51,21 @@ _ALONG = {
 }
 
 
+# Calls that only move numbers, whatever these are.
+_MOVES = {
+    *SHAPED,
+    *CREATED,
+    "aten.cat.default",
+    "aten.permute.default",
+    "aten.select.int",
+    "aten.slice.Tensor",
+    "aten.split.Tensor",
+    "aten.split_with_sizes.default",
+    "aten.transpose.int",
+    "aten.unbind.int",
+}
+
+
 class NotRowsError(Exception):
     """Rows that a mask keeps are used as more than rows, each by itself."""
 
@@ -71,6 +86,7 @@ class Followed:
 
     unknown: the symbols that stand for numbers of rows. joined: returns the vector of dropped rows
     of tensors that a call lays end to end, given the vector or the number of rows of each.
+    computed: is told of each call that computes something of rows, and which are dropped.
     """
 
     def __init__(
@@ -78,8 +94,10 @@ class Followed:
         graph: Graph,
         unknown: set[sympy.Basic],
         joined: Callable[[Node, tuple[str | Dim, ...]], str],
+        computed: Callable[[Node, str], None],
     ) -> None:
         self.graph, self.unknown, self.joined = graph, unknown, joined
+        self.computed = computed
         self.rows: dict[str, _Rows] = {}
         self.by_size: dict[sympy.Basic, set[str]] = {}
 
@@ -155,6 +173,8 @@ class Followed:
             dropped = self.laid_together(node)
         elif not self.is_by_row(node):
             raise NotRowsError
+        if dropped is not None and node.target not in _MOVES:
+            self.computed(node, dropped)
         for value in node.results:
             dim = self.place(value)
             if dim is None:
@@ -210,7 +230,8 @@ class Followed:
             return False
         at = self.rows[value.name].dim
         if node.target in SHAPED:
-            return _before(value, at) == _before(result, dim)
+            alike = size_expression(value.shape[at]) == size_expression(result.shape[dim])
+            return alike and _before(value, at) == _before(result, dim)
         if node.target in ("aten.linear.default", "aten.mm.default", "aten.matmul.default"):
             other = self.graph.values[node.operands()[1]]
             return at == dim < len(value.shape) - 1 and len(other.shape) == 2
@@ -246,3 +267,21 @@ def _named(node: Node, rank: int) -> set[int]:
     if dims is None or dims == ():  # of all, or the first
         return set(range(rank))
     return {dim % rank for dim in (dims if isinstance(dims, tuple) else (dims,))}
+
+
+def first_of_alike(graph: Graph) -> dict[str, str]:
+    """Return for each value the first that is computed of the same values in the same way."""
+    first: dict[str, str] = {}
+    calls: dict[Any, tuple[Value, ...]] = {}
+
+    def leaf(item: Any) -> Any:
+        """Return an argument, with the first of the values that are alike."""
+        return Ref(first[item.name]) if isinstance(item, Ref) else item
+
+    for node in graph.nodes:
+        values = node.results
+        if node.kind == "call" and not draws(node.target):
+            content = (node.target, map_leaves(leaf, node.args), map_leaves(leaf, node.kwargs))
+            values = calls.setdefault(repr(content), node.results)
+        first.update((own.name, one.name) for own, one in zip(node.results, values, strict=True))
+    return first

@@ -11,6 +11,7 @@ from autoparallel.graph.passes.attention_dropout import explicit_attention_dropo
 from autoparallel.graph.passes.bias_and_mean import split_bias, split_mean
 from autoparallel.graph.passes.causal_masks import explicit_causal_masks
 from autoparallel.graph.passes.complex_writes import real_scatters
+from autoparallel.graph.passes.counted_rows import check_counts
 from autoparallel.graph.passes.experts_in_turn import join_experts_in_turn
 from autoparallel.graph.passes.flattened_batches import explicit_bias_of_batches, unmerge_batches
 from autoparallel.graph.passes.flattened_products import unflatten_products, unmerge_losses
@@ -56,6 +57,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     join_experts_in_turn,
     # What is left of sizes that depend on values: rows that a mask drops.
     keep_masked_rows,
+    check_counts,
     see_through_merges,
     explicit_bias_of_batches,
     unmerge_batches,

@@ -55,10 +55,31 @@ def written(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
     return x * own[:, None]
 
 
+def from_the_end(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
+    """Places that are counted from the end, of which -1 is the last."""
+    weights = torch.ones(x.shape[0], dtype=x.dtype)
+    places = -1 - torch.arange(x.shape[0])
+    weights[places[kept]] = x[kept].sum(-1)
+    return x * weights[:, None]
+
+
 def placed(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
     """Places instead of a mask."""
     (places,) = torch.where(kept)
     return torch.zeros_like(x).index_add(0, places, x[places].exp())
+
+
+def labelled(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
+    """Labels that there are for some rows alone, and are no places of the others."""
+    labels = torch.where(kept, torch.arange(x.shape[0]) % x.shape[1], -100)
+    chosen = x.log_softmax(-1)[labels >= 0]
+    return x - chosen.gather(1, labels[labels >= 0][:, None]).mean().nan_to_num()
+
+
+def distant(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
+    """One over lengths, which are zero where a row is dropped."""
+    lengths = torch.where(kept[:, None], x, 0 * x).norm(dim=-1)
+    return x + torch.cat([lengths[kept], 1 + lengths]).reciprocal().sum()
 
 
 def mean(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
@@ -90,6 +111,11 @@ def in_order(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
 def counted(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
     chosen = x[kept]
     return x + chosen.sum() / chosen.shape[0]
+
+
+def flat(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
+    """Numbers of all rows in one vector."""
+    return x + x[kept].flatten().square().sum()
 
 
 def sorted_rows(x: Tensor, links: Tensor, kept: Tensor) -> Tensor:
@@ -128,7 +154,8 @@ def inputs() -> dict[str, Tensor]:
     return {"x": x, "links": links, "kept": kept}
 
 
-STEPS = [summed, attended, far, written, placed, mean, of_some, scored, scored_tokens]
+STEPS = [summed, attended, far, written, from_the_end, placed, mean]
+STEPS += [of_some, scored, scored_tokens, labelled, distant]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -149,7 +176,23 @@ def test_rows_that_are_dropped_count_for_nothing(step: Step, world_size: int) ->
             torch.testing.assert_close(split.gradients[path], own.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("step", [in_order, counted, sorted_rows])
+@pytest.mark.parametrize("step", [written, of_some, labelled, distant])
+def test_a_mask_that_keeps_no_row(step: Step) -> None:
+    """Nothing is computed of rows that the forward never sees."""
+    none = {**inputs(), "kept": torch.zeros(NODES, dtype=torch.bool)}
+    none["links"] = torch.stack([torch.arange(EDGES), 1 + torch.arange(EDGES)]) % NODES
+    plan = autoparallel.make_plan(build(step), 2, example_inputs=inputs())
+    assert not plan.breaks
+    split = autoparallel.simulate(build(step), plan=plan, example_inputs=none)
+    model = build(step)
+    loss = model(**none)
+    loss.backward()
+    torch.testing.assert_close(split.output, loss, rtol=1e-11, atol=1e-12)
+    for path, own in model.named_parameters():
+        torch.testing.assert_close(split.gradients[path], own.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [in_order, counted, sorted_rows, flat])
 def test_rows_that_are_more_than_rows_stay_python(step: Step) -> None:
     """Where the order or the number of those that are kept is part of the result."""
     plan = autoparallel.make_plan(build(step), 2, example_inputs=inputs())
