@@ -56,13 +56,15 @@ def _tables(problem: Problem) -> dict[str, list[tuple[int, int]]]:
 
 def _changes(problem: Problem, assignment: Mapping[str, int]) -> dict[str, Any]:
     """Return of each variable the cost of what it takes part in, by the state that it had then."""
-    tables, changes = _tables(problem), {}
-    places = [tuple([assignment[name] for name in factor.scope]) for factor in problem.factors]
+    tables = _tables(problem)
+    changes: dict[str, Any] = {}
+    places = [[assignment[name] for name in factor.scope] for factor in problem.factors]
     for variable in problem.variables:
         costs = np.array(variable.unary)
         for number, axis in tables[variable.name]:
-            place = places[number]
-            costs += problem.factors[number].table[(*place[:axis], slice(None), *place[axis + 1 :])]
+            place: list[Any] = [*places[number]]
+            place[axis] = slice(None)
+            costs += problem.factors[number].table[tuple(place)]
         changes[variable.name] = costs - costs[assignment[variable.name]]
     return changes
 
