@@ -304,7 +304,12 @@ class StepSearch:
     def exchange(self) -> None:
         """Consider the plans that differ from the best one in a single choice, as long as one of
         them is shorter.
+
+        With stages, what is timed here is a micro-batch on all of them: a plan that is shorter by a
+        little of this may be cut into stages that are longer.
         """
+        if self.network.shares.ranks > 1:
+            return
         for _ in range(_MOST_EXCHANGES):
             best = self.best
             assignment = best.solution.assignment
