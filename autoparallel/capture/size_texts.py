@@ -28,7 +28,7 @@ _installed = 0
 
 
 class _Within(threading.local):
-    """How many traces of this thread are within `numbers_in_texts`."""
+    """A count, of each thread its own, of how often the thread is within `numbers_in_texts`."""
 
     depth = 0
 

@@ -96,7 +96,7 @@ class ClassParts:
 
 
 class GivenNames:
-    """What functions and classes are called, and say of themselves. owners: these.
+    """The names that functions and classes have, and what they say of themselves. owners: these.
 
     before: see FunctionParts.
 

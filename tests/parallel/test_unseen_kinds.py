@@ -1,4 +1,6 @@
-"""What classes, their own classes, and numbers of a class of the user's have is followed."""
+"""Attributes are followed of classes, of their own classes, and of numbers of a class of the
+user's.
+"""
 
 from __future__ import annotations
 

@@ -102,9 +102,13 @@ def compared(sizes: tuple[int, int, int], ranks: int, seed: int) -> tuple[float,
     return plan.step_seconds, min(steps)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_no_plan_is_shorter(seed: int) -> None:
-    step, least = compared((2048, 8192, 512), 2, seed)
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "seed"),
+    # Of the last, no sum and no family proposes the shortest: it is one choice from what they do.
+    [((2048, 8192, 512), 2, 0), ((2048, 8192, 512), 2, 1), ((4096, 128, 64), 8, 7)],
+)
+def test_no_plan_is_shorter(sizes: tuple[int, int, int], ranks: int, seed: int) -> None:
+    step, least = compared(sizes, ranks, seed)
     assert step == pytest.approx(least, rel=1e-9)
 
 

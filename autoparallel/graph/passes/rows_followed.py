@@ -1,4 +1,6 @@
-"""Which dim of each value has the rows that a mask keeps, through calls that treat rows alike."""
+"""A dim of each value has the rows that a mask keeps: it is followed through calls that treat rows
+alike.
+"""
 
 from __future__ import annotations
 
