@@ -133,16 +133,11 @@ class ParallelLlama(ParallelModel):
         region = Region(group, sequence_parallel, keep_gathered, RandomStream(0, group))
         super().__init__(config, region)
         self.base = rotation["rope_theta"]
+        blocks = [ParallelLlamaBlock(config, region) for _ in range(config.num_hidden_layers)]
+        table = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group=group)
+        norm = region.outside(nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.model = nn.ModuleDict(
-            {
-                "embed_tokens": VocabParallelEmbedding(
-                    config.vocab_size, config.hidden_size, group=group
-                ),
-                "layers": nn.ModuleList(
-                    ParallelLlamaBlock(config, region) for _ in range(config.num_hidden_layers)
-                ),
-                "norm": region.outside(nn.RMSNorm(config.hidden_size, config.rms_norm_eps)),
-            }
+            {"embed_tokens": table, "layers": nn.ModuleList(blocks), "norm": norm}
         )
         self.lm_head = ColumnParallelLinear(
             config.hidden_size, config.vocab_size, bias=False, **region.column_options()
@@ -155,7 +150,9 @@ class ParallelLlama(ParallelModel):
         """
         cosine, sine = rotations(input_ids.shape[1], self.config.head_dim, self.base)
         x = self._enter(self.model["embed_tokens"](input_ids.t()))
-        for block in self.model["layers"]:  # type: ignore[union-attr]
+        layers = self.model["layers"]
+        assert isinstance(layers, nn.ModuleList)
+        for block in layers:
             x = block(x, cosine.to(x), sine.to(x))
         following = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
         weight, vocabulary = self.lm_head.weight, self.config.vocab_size

@@ -103,7 +103,7 @@ class _ConvertThen(torch.autograd.Function):
             outer = outer or next(filter(None, (outer_dim(g) for g in grads if g is not None)))
             x = x if has_rows else to_front(x, outer)
             grads = [None if g is None else to_front(g, outer).contiguous() for g in grads]
-        some = [each for each in enumerate(grads) if each[1] is not None]
+        some = [(at, grad) for at, grad in enumerate(grads) if grad is not None]
         of_x = kind.of_x(weights[some[0][0]], some[0][1])
         for at, grad in some[1:]:
             of_x = kind.of_x_and(of_x, weights[at], grad)
