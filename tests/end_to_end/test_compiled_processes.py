@@ -63,8 +63,9 @@ def step(call: Any, module: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def test_a_model_is_one_graph_on_two_ranks() -> None:
-    rows = run_processes(compared, 2, ("mlp",), "aot_eager", {"world_size": 2})
-    assert rows == [[("mlp", True, 1, 0)]] * 2
+    names = ("mlp", "gpt", "bert", "zoo/llama")
+    rows = run_processes(compared, 2, names, "aot_eager", {"world_size": 2})
+    assert rows == [[(name, True, 1, 0) for name in names]] * 2
 
 
 @pytest.mark.broad
@@ -75,7 +76,7 @@ def test_a_model_is_one_graph_on_several_axes() -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("name", WIDE)
 def test_families_are_one_graph(name: str, world_size: int) -> None:
     rows = run_processes(compared, world_size, (name,), "aot_eager", {"world_size": world_size})
