@@ -63,9 +63,8 @@ def step(call: Any, module: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def test_a_model_is_one_graph_on_two_ranks() -> None:
-    names = ("mlp", "gpt", "bert", "zoo/llama")
-    rows = run_processes(compared, 2, names, "aot_eager", {"world_size": 2})
-    assert rows == [[(name, True, 1, 0) for name in names]] * 2
+    rows = run_processes(compared, 2, ("mlp",), "aot_eager", {"world_size": 2})
+    assert rows == [[("mlp", True, 1, 0)]] * 2
 
 
 @pytest.mark.broad
