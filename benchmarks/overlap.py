@@ -94,10 +94,14 @@ def measure(
     model = GPT(GPTConfig(**SIZES, dropout=0.0))
     ids = torch.randint(0, SIZES["vocabulary"], (BATCH, SEQUENCE))
     how: dict[str, Any] = {"world_size": 2, "sequence_parallel": way == "sp"}
+    if way not in ("tp", "sp"):
+        hardware = on_link(link, Path(folder) / "link.json")
+        how = {"mesh": autoparallel.Mesh(dp=2), "hardware": hardware}
     if way == "dp":
-        how = {"mesh": autoparallel.Mesh(dp=2)}
+        # What is measured is another order, and not another plan.
+        how["constraints"] = ["ddp on dp"]
     if way in ("zero3", "dropped"):
-        how = zero_3(model, ids, way == "dropped", link, Path(folder) / "link.json")
+        how |= zero_3(model, ids, way == "dropped", hardware)
     split = autoparallel.autoparallelize(
         model, example_inputs=(ids, ids), check_inputs=False, **how, **options
     )
@@ -111,18 +115,12 @@ def measure(
     return [statistics.median(column) for column in zip(*rows[1:], strict=True)]
 
 
-def zero_3(
-    model: Any, ids: Any, dropped: bool, link: tuple[float, float], file: Path
-) -> dict[str, Any]:
-    """Return the options of ZeRO-3 on two ranks, planned for a processor on such a link.
-
-    dropped: gathered copies are dropped after the forward pass, all but a few: as a memory limit
-    has it. file: where the hardware is written, alike by both ranks.
+def on_link(link: tuple[float, float], file: Path) -> str:
+    """Return the name of a file with this processor on such a link, which is written, alike by both
+    ranks.
     """
     from dataclasses import replace
 
-    import autoparallel
-    from autoparallel.analysis.memory import memory_of
     from autoparallel.cost.hardware import find_hardware, write_hardware
 
     latency, bandwidth = link
@@ -132,14 +130,24 @@ def zero_3(
         for each in hardware.inside.regimes
     )
     write_hardware(replace(hardware, inside=type(hardware.inside)(regimes)), file)
-    how: dict[str, Any] = {
-        "mesh": autoparallel.Mesh(dp=2),
-        "constraints": ["fsdp on dp"],
-        "hardware": str(file),
-        "recompute": "none",
-    }
+    return str(file)
+
+
+def zero_3(model: Any, ids: Any, dropped: bool, hardware: str) -> dict[str, Any]:
+    """Return the options of ZeRO-3 on two ranks.
+
+    dropped: gathered copies are dropped after the forward pass, all but a few: as a memory limit
+    has it. hardware: that is planned for.
+    """
+    import autoparallel
+    from autoparallel.analysis.memory import memory_of
+
+    how: dict[str, Any] = {"constraints": ["fsdp on dp"], "recompute": "none"}
     if dropped:
-        plan = autoparallel.make_plan(model, example_inputs=(ids, ids), **how)
+        mesh = autoparallel.Mesh(dp=2)
+        plan = autoparallel.make_plan(
+            model, mesh=mesh, hardware=hardware, example_inputs=(ids, ids), **how
+        )
         gathered = sum(row.nbytes for row in plan.parameters)
         how["memory_limit"] = memory_of(plan).total - gathered // 3
     return how

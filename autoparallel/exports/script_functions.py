@@ -6,8 +6,8 @@ import ast
 import textwrap
 from collections.abc import Iterable, Mapping
 
-from autoparallel.exports.folded_source import Folded, fold_statements
 from autoparallel.plan import Plan
+from autoparallel.rewrite.folded_source import Folded, fold_statements, values_made
 from autoparallel.rewrite.program import Program, drops_copies
 from autoparallel.view.words import Words, collective_text
 
@@ -71,13 +71,7 @@ class FunctionWriter:
 
     def text(self) -> str:
         """Return the functions as text."""
-        made = {
-            node.id
-            for statement in [*self.statements, *self.headers]
-            for node in ast.walk(statement)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }
-        made |= {s.name for s in self.statements if isinstance(s, ast.FunctionDef)}
+        made = values_made([*self.statements, *self.headers])
         folded = fold_statements(self.statements, made, self.is_module)
         functions = []
         lines = ["parameters = dict(zip(PARAMETERS, parameters, strict=True))"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from autoparallel.parallel.parameters import (
 from autoparallel.parallel.pipeline_run import pipeline_program
 from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.plan import Plan
+from autoparallel.rewrite.block_functions import block_functions
 from autoparallel.rewrite.emit import Program, emit
 from autoparallel.rewrite.program import file_of
 from autoparallel.runtime import rng
@@ -128,11 +130,8 @@ def run_program(
     # Devices are looked at only when the program has failed: most calls are right.
     try:
         with rng.using(state.generator), _without_autocast(entry, device):
-            if is_compiled():
-                state.generator.make_ready(program.draws, device)
-            outputs, written = run_compiled(
-                program.run, parameters, buffers, constants, inputs, device
-            )
+            run = _compiled(entry, state, parameters, device) if is_compiled() else program.run
+            outputs, written = run(parameters, buffers, constants, inputs, device)
     except OtherBranchError:
         raise  # on all ranks alike, and the call goes on as Python: nothing has failed
     except Exception as error:
@@ -166,6 +165,22 @@ def run_program(
     for numbers in entry.captured.numbers:
         numbers.put()
     return result
+
+
+def _compiled(
+    entry: Entry, state: State, parameters: list[torch.Tensor], device: torch.device
+) -> Callable[..., Any]:
+    """Return what runs a program in a call that is compiled, and make its random words ready."""
+    program, generator = entry.program, state.generator
+    if entry.compiled is None:
+        run = block_functions(program, parameters, entry.plan.model, state.ranks)
+        entry.compiled = (
+            partial(run_compiled, program.run)
+            if run is None
+            else partial(run, run_compiled, generator.draw_as)
+        )
+    generator.make_ready(program.draws, device)
+    return entry.compiled
 
 
 def _without_autocast(entry: Entry, device: torch.device) -> Any:

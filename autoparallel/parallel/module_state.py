@@ -69,6 +69,7 @@ class Entry:
     need of gradients, as far as it was asked: to evaluate the guards takes long, and most calls are
     like one before. wholes: the shapes of whole outputs, by those of the inputs. split_outputs: the
     DTensors that they are outside. told: the user knows that a call took another branch on values.
+    compiled: runs the program where its call is compiled, from the first such call on.
     """
 
     plan: Plan
@@ -83,6 +84,7 @@ class Entry:
     told: bool = False
     wholes: dict[tuple[Any, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     split_outputs: SplitOutputs = field(default_factory=SplitOutputs)
+    compiled: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         self.parameters = LocalParameters(self.leaves)

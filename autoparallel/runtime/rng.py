@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,8 @@ class Generator:
     mode: "counter" (the same numbers under every plan) or "fast" (torch's generators, a stream per
     shard). streams, drawing: of the pass under way, those generators by (owner, device), and its
     step. tickets: numbers by which a repeated pass is recognized, and the steps of those passes.
-    ready, rows: the words of a compiled program's draws, and the row of each key (`make_ready`).
+    ready, rows: the words of a compiled program's draws, and the row of each key; pass_words: both,
+    for all draws of the pass (`make_ready`, `draw_as`).
 
     >>> source = Generator(seed=1)
     >>> with using(source):
@@ -63,6 +64,9 @@ class Generator:
     drawing: int | None = None
     ready: torch.Tensor | None = field(default=None, repr=False, compare=False)
     rows: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    pass_words: tuple[torch.Tensor, dict[int, int]] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     def state_dict(self) -> dict[str, int]:
         """Return all that a checkpoint must hold: seed and step."""
@@ -76,7 +80,7 @@ class Generator:
         """Forget the pass that was under way: the next one counts as a step when it first draws."""
         self.streams.clear()
         self.drawing = None
-        self.ready, self.rows = None, {}
+        self.ready, self.rows, self.pass_words = None, {}, None
 
     def current_step(self) -> int:
         """Return the step of this pass, which from now on counts as one that draws.
@@ -133,14 +137,24 @@ class Generator:
         """Compute the words of a pass before it runs, as a tensor that a compiled program reads.
 
         A compiler takes numbers of Python for constant, and the step is another one in each pass.
-        keys: of the program's random ops, of which some draw up to four times.
+        keys: of the program's random ops.
         """
         if not keys:
             return
-        several = (0, NEXT_DRAW, NEXT_DRAW << 1, NEXT_DRAW ^ (NEXT_DRAW << 1))
-        all_keys = [key ^ other for key in keys for other in several]
-        self.rows = {key: row for row, key in enumerate(all_keys)}
-        self.ready = _mixed_words(_mixed_long(self.seed, self.current_step()), all_keys, device)
+        every = _several(keys)
+        self.rows = {key: row for row, key in enumerate(every)}
+        self.ready = _mixed_words(_mixed_long(self.seed, self.current_step()), every, device)
+        self.pass_words = self.ready, self.rows
+
+    def draw_as(self, keys: tuple[int, ...], others: tuple[int, ...]) -> None:
+        """Have the ops that draw by `others` draw by `keys` from now on, in their order.
+
+        One compiled function so draws the numbers of another block in each of its calls.
+        """
+        assert self.pass_words is not None
+        words, rows = self.pass_words
+        self.ready = words[[rows[key] for key in _several(keys)]]
+        self.rows = {key: row for row, key in enumerate(_several(others))}
 
     def traced_words(self, key: int, device: torch.device) -> torch.Tensor:
         """Return the two words of `words` as int32, while torch.compile traces a program."""
@@ -230,6 +244,12 @@ def op_key(name: str) -> int:
     2458513353
     """
     return zlib.crc32(name.encode())
+
+
+def _several(keys: Iterable[int]) -> list[int]:
+    """Return the keys of all draws of random ops, of which some draw up to four times."""
+    several = (0, NEXT_DRAW, NEXT_DRAW << 1, NEXT_DRAW ^ (NEXT_DRAW << 1))
+    return [key ^ other for key in keys for other in several]
 
 
 def _mixed_long(*values: int) -> int:

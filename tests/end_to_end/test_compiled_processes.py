@@ -75,7 +75,7 @@ def test_a_model_is_one_graph_on_several_axes() -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("name", WIDE)
 def test_families_are_one_graph(name: str, world_size: int) -> None:
     rows = run_processes(compared, world_size, (name,), "aot_eager", {"world_size": world_size})

@@ -17,7 +17,6 @@ from torch.nn import functional
 import autoparallel
 from autoparallel import Mesh, Shard, make_plan
 from autoparallel.errors import PlanError
-from autoparallel.exports.folded_source import fold_statements
 from autoparallel.exports.launch_settings import (
     TORCHTITAN_COMMAND,
     megatron_arguments,
@@ -27,6 +26,7 @@ from autoparallel.exports.module_splits import module_splits
 from autoparallel.exports.script_tables import literal
 from autoparallel.exports.targets import TARGETS, export
 from autoparallel.plan import Plan
+from autoparallel.rewrite.folded_source import fold_statements
 from autoparallel.train.models import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("one_trace")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Folded", "fold_statements"]
+__all__ = ["Folded", "fold_statements", "names_made", "names_read", "values_made"]
 
 _LONGEST = 4000  # statements in one block
 _TRIED = 30  # runs, before a program counts as one without repetitions
@@ -45,13 +45,19 @@ def fold_statements(
     statements: Sequence[ast.stmt],
     variable: Iterable[str],
     prefer: Callable[[Folded], bool] = lambda folded: False,
+    *,
+    worth: Callable[[int, int], bool] = lambda lines, count: count > 1,
+    kinds: Mapping[str, str] | None = None,
+    numbers: Container[int] | None = None,
 ) -> Folded | None:
     """Return the run of equal groups that saves most lines, None where nothing repeats.
 
     variable: the names that may differ between groups; all others, such as functions and
     placements, must be the same. prefer: of the places at which the groups may be taken to begin,
     one that it accepts is taken where there is one, even if one group less is folded; else that
-    with the fewest arguments and results.
+    with the fewest arguments and results. worth: whether groups of so many lines, of which there
+    are so many, are folded. kinds: of names; one corresponds only to names of the
+    same kind. numbers: those that may differ, None for all.
 
     >>> program = ast.parse("b = f(a, 1)\\nc = g(b)\\nd = f(c, 2)\\ne = g(d)\\nf(e)").body
     >>> folded = fold_statements(program, "abcde")
@@ -59,18 +65,20 @@ def fold_statements(
     (2, ('a',), ('c',), (('c',), ('e',), (2,)))
     """
     names = set(variable)
-    tokens = [_tokens(statement, names) for statement in statements]
+    tokens = [_tokens(statement, names, kinds or {}, numbers) for statement in statements]
     forms: dict[str, int] = {}
-    kinds = np.array([forms.setdefault(form, len(forms)) for form, _, _ in tokens], dtype=np.int64)
+    rows = np.array([forms.setdefault(form, len(forms)) for form, _, _ in tokens], dtype=np.int64)
+    # Within a function there are more.
+    lines = [sum(isinstance(node, ast.stmt) for node in ast.walk(each)) for each in statements]
     last_read: dict[str, int] = {}
     for index, statement in enumerate(statements):
-        last_read.update(dict.fromkeys(_read(statement), index))
-    for start, length, count, spare in _runs(kinds)[:_TRIED]:
+        last_read.update(dict.fromkeys(names_read(statement), index))
+    for start, length, count, spare in _runs(rows)[:_TRIED]:
         groups = []
         # Within one period every place is tried; the last places leave one group less.
         for shift in range(length):
             number = count if shift <= spare else count - 1
-            if number > 1:
+            if worth(sum(lines[start + shift : start + shift + length]), number):
                 folded = _folded(statements, tokens, start + shift, length, number, last_read)
                 groups += [folded] if folded is not None else []
         if groups:
@@ -102,7 +110,12 @@ def _runs(kinds: NDArray[np.int64]) -> list[tuple[int, int, int, int]]:
 _Tokens = tuple[str, list[str], list[int]]
 
 
-def _tokens(statement: ast.stmt, variable: set[str]) -> _Tokens:
+def _tokens(
+    statement: ast.stmt,
+    variable: set[str],
+    kinds: Mapping[str, str],
+    may_differ: Container[int] | None,
+) -> _Tokens:
     """Return a statement's form, without its names and numbers, and these in order."""
     names: list[str] = []
     numbers: list[int] = []
@@ -110,7 +123,7 @@ def _tokens(statement: ast.stmt, variable: set[str]) -> _Tokens:
     for node in ast.walk(blank):
         if isinstance(node, ast.Name) and node.id in variable:
             names.append(node.id)
-            node.id = "_"
+            node.id = kinds.get(node.id, "_")
         elif isinstance(node, ast.arg) and node.arg in variable:
             names.append(node.arg)
             node.arg = "_"
@@ -119,7 +132,8 @@ def _tokens(statement: ast.stmt, variable: set[str]) -> _Tokens:
             node.name = "_"
         elif isinstance(node, ast.Constant) and type(node.value) is int:
             numbers.append(node.value)
-            node.value = 0
+            if may_differ is None or node.value in may_differ:
+                node.value = 0
     return ast.dump(blank), names, numbers
 
 
@@ -137,12 +151,14 @@ def _folded(
     if renamed is None:
         return None
     first = [statements[index] for index in groups[0]]
-    made = [name for statement in first for name in _made(statement)]
+    made = [name for statement in first for name in names_made(statement)]
     before: list[str] = []
     known: set[str] = set()
     for statement in first:
-        before += [name for name in _read(statement) if name in renamed[0] and name not in known]
-        known.update(_made(statement))
+        before += [
+            name for name in names_read(statement) if name in renamed[0] and name not in known
+        ]
+        known.update(names_made(statement))
     arguments = tuple(dict.fromkeys(before))
     results = tuple(
         name
@@ -192,23 +208,33 @@ def _renamings(
     return renamed
 
 
-def _made(statement: ast.stmt) -> list[str]:
+def values_made(statements: Iterable[ast.stmt]) -> set[str]:
+    """Return all names that statements give values to, also within functions, and of these."""
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    named = {node.id for node in nodes if isinstance(node, ast.Name) and _is_stored(node)}
+    return named | {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def names_made(statement: ast.stmt) -> list[str]:
     """Return the names that a statement gives values to."""
     if isinstance(statement, ast.FunctionDef):
         return [statement.name]
     return [
-        node.id
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and _is_stored(node)
     ]
 
 
-def _read(statement: ast.stmt) -> list[str]:
+def _is_stored(node: ast.Name) -> bool:
+    """Return whether a name is given a value."""
+    return isinstance(node.ctx, ast.Store)
+
+
+def names_read(statement: ast.stmt) -> list[str]:
     """Return the names that a statement reads; what a function has of its own is none of them."""
     own: set[str] = set()
     if isinstance(statement, ast.FunctionDef):
         own = {arg.arg for arg in statement.args.args}
-        own |= {name for inner in statement.body for name in _made(inner)}
+        own |= {name for inner in statement.body for name in names_made(inner)}
     return [
         node.id
         for node in ast.walk(statement)
