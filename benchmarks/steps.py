@@ -1,6 +1,6 @@
 """Trains the same models by several libraries, step by step in turn, and compares what they take.
 
-    python benchmarks/steps.py [--workloads gpt-64,llama-128] [--contenders ours-tp,hand-tp]
+    python benchmarks/steps.py [--workloads gpt-64,llama-256] [--contenders ours-tp,hand-tp]
         [--before ../folder-of-another-build] [--json out/steps.json] [--document docs]
 
 Two gloo processes of one thread each, and one process by itself, hold all contenders of a workload

@@ -163,13 +163,14 @@ class ParallelBlock(nn.Module):
 
 
 class ParallelModel(nn.Module):
-    """The parts that both models share: the output head, and the exchange with a plain model."""
+    """The parts that all models share: the output head, and the exchange with a plain model.
 
-    token_embedding: VocabParallelEmbedding
+    config: the plain model's.
+    """
 
-    def __init__(self, config: GPTConfig | BertConfig, region: Region) -> None:
+    def __init__(self, config: Any, region: Region) -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.region = region
 
     def finish_gradients(self) -> None:
@@ -231,20 +232,25 @@ class ParallelModel(nn.Module):
             return x
         return scatter_to_sequence_parallel(x, self.region.group)
 
-    def _output(self, x: Tensor, bias: Tensor | None, labels: Tensor | None) -> ModelOutput:
+    def _output(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor | None,
+        vocabulary: int,
+    ) -> ModelOutput:
         """Return the loss and this rank's part of the logits, (b, s, V/p).
 
-        x: (s, b, h), or (s/p, b, h). bias: (V/p). labels: (b, s).
+        x: (s, b, h), or (s/p, b, h). weight: (V/p, h). bias: (V/p). labels: (b, s). vocabulary: V.
         """
-        logits = column_parallel_linear(
-            x, self.token_embedding.weight, bias, **self.region.column_options()
-        )
+        logits = column_parallel_linear(x, weight, bias, **self.region.column_options())
         loss = None
         if labels is not None:
             loss = vocab_parallel_cross_entropy(
                 logits,
                 labels.t(),
-                self.config.vocabulary,
+                vocabulary,
                 ignored_label=IGNORED_LABEL,
                 group=self.region.group,
             )
@@ -292,7 +298,8 @@ class ParallelGPT(ParallelModel):
         x = self.embedding_dropout(self._enter(x))
         for block in self.blocks:
             x = block(x)
-        return self._output(self.final_norm(x), None, labels)
+        weight, vocabulary = self.token_embedding.weight, self.config.vocabulary
+        return self._output(self.final_norm(x), weight, None, labels, vocabulary)
 
 
 class ParallelBert(ParallelModel):
@@ -354,7 +361,8 @@ class ParallelBert(ParallelModel):
         for block in self.blocks:
             x = block(x, mask)
         x = self.head_norm(F.gelu(self.head_dense(self.final_norm(x))))
-        return self._output(x, self.head_bias, labels)
+        weight, vocabulary = self.token_embedding.weight, self.config.vocabulary
+        return self._output(x, weight, self.head_bias, labels, vocabulary)
 
 
 def _embedding(count: int, hidden: int) -> nn.Embedding:

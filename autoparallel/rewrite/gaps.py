@@ -89,7 +89,9 @@ def find_gaps(plan: Plan) -> Gaps:
         if late and len(filled) >= least and not any(op.kernels):
             last = len(filled)
             empty = [gap for gap in (last, last - 1) if gap >= least and not filled[gap - 1]]
-            gap = empty[0] if empty else last
+            moved = known.get((op.reads[0], op.operands[0]))
+            own = conversions.get((moved.value, moved.steps)) if moved else None
+            gap = empty[0] if empty and own != last else last
             if filled[gap - 1] < MOST_IN_GAP:
                 products[op.name] = gap
                 filled[gap - 1] += 1

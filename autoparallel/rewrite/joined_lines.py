@@ -42,8 +42,8 @@ class ProductLine(Line):
 
 
 def with_joined_lines(body: list[Line | Block], returned: Iterable[str]) -> list[Line | Block]:
-    """Return a body in which a conversion and a product, one right behind the other, are joined
-    where nothing else reads what the first one makes.
+    """Return a body in which a conversion and the products that alone read what it makes are one
+    line, and so are a product and the conversion right behind it that alone reads it.
 
     returned: names that the body's function returns.
     """
@@ -58,42 +58,70 @@ def with_joined_lines(body: list[Line | Block], returned: Iterable[str]) -> list
 
 
 def _joined(body: Sequence[Line | Block], reads: Counter[str]) -> list[Line | Block]:
-    """Return the lines with neighbours joined. reads: how many lines read each name."""
-    result: list[Line | Block] = []
+    """Return the lines, joined. reads: how many lines read each name."""
+    readers: dict[str, list[ProductLine]] = {}
     for item in body:
-        line = _pair(result[-1], item, reads) if result else None
-        if line is not None:
-            result[-1] = line
-        else:
-            result.append(item)
+        if isinstance(item, ProductLine):
+            readers.setdefault(item.x, []).append(item)
+    result: list[Line | Block] = []
+    taken: set[str] = set()
+    for item in body:
+        if isinstance(item, Line) and item.makes and item.makes[0] in taken:
+            continue
+        last = result[-1] if result else None
+        if isinstance(item, MoveLine):
+            products = readers.get(item.makes[0], [])
+            if _fill(products, item) and reads[item.makes[0]] == len(products):
+                result.append(_then_products(item, products))
+                taken.update(product.makes[0] for product in products)
+                continue
+            if isinstance(last, ProductLine) and reads[last.makes[0]] == 1 and _ends(last, item):
+                result[-1] = _then_moved(last, item)
+                continue
+        result.append(item)
     return result
 
 
-def _pair(first: Line | Block, second: Line | Block, reads: Counter[str]) -> Line | None:
-    """Return one line in place of two, or None where they stay two."""
-    if isinstance(first, Block) or isinstance(second, Block) or reads[first.makes[0]] != 1:
-        return None
-    function, arguments, own = "", "", ""
-    if isinstance(first, MoveLine) and isinstance(second, ProductLine):
-        filled = first.gap and first.gap == second.gap and not second.place
-        if filled and second.x == first.makes[0] and not second.pending:
-            weights = ", ".join(f"({pair})" for pair in first.weights)
-            function = f"convert_then_{second.function}"
-            arguments = f"{first.reads[0]}, {first.ends}, [{weights}]"
-            own = first.gap if len(first.weights) > 1 else ""
-    elif isinstance(first, ProductLine) and isinstance(second, MoveLine):
-        weight, bias = first.weights.split(", ")
-        fits = second.reads[0] == first.makes[0] and first.pending == (second.group,)
-        if fits and first.gap and bias == "None":
-            weights = ", ".join(f"({pair})" for pair in second.weights)
-            function = f"{first.function}_then_convert"
-            arguments = f"{first.x}, {weight}, {second.ends}, [{weights}], "
-            arguments += f"gap={first.gap}, place={first.place}"
-            own = second.gap
-    if not function:
-        return None
-    names = [second.makes[0], *([own] if own else [])]
-    text = f"{names[0]}, {own or '_'} = overlap.{function}({arguments})"
-    inside = {*first.makes} - {own}
-    read = dict.fromkeys(name for name in (*first.reads, *second.reads) if name not in inside)
-    return Line(text, tuple(read), tuple(names))
+def _fill(products: Sequence[ProductLine], move: MoveLine) -> bool:
+    """Return whether products have the first places of a conversion's gap, in their order, and are
+    of one kind. Their weights are parameters then, and at hand where the conversion is.
+    """
+    return bool(products and move.gap) and all(
+        product.gap == move.gap
+        and product.place == place
+        and product.function == products[0].function
+        and not product.pending
+        for place, product in enumerate(products)
+    )
+
+
+def _then_products(move: MoveLine, products: Sequence[ProductLine]) -> Line:
+    """Return one line in place of a conversion and the products that read what it makes."""
+    weights = ", ".join(f"({pair})" for pair in move.weights)
+    count = f", {len(products)}" if len(products) > 1 else ""
+    gap = [move.gap] if len(move.weights) > len(products) else []
+    made = [*(product.makes[0] for product in products), *(gap or ["_"])]
+    text = f"{', '.join(made)} = overlap.convert_then_{products[0].function}"
+    text += f"({move.reads[0]}, {move.ends}, [{weights}]{count})"
+    inside = {*move.makes}
+    read = dict.fromkeys([*move.reads, *(name for each in products for name in each.reads)])
+    reads = tuple(name for name in read if name not in inside)
+    return Line(text, reads, (*(product.makes[0] for product in products), *gap))
+
+
+def _ends(product: ProductLine, move: MoveLine) -> bool:
+    """Return whether a conversion makes the sum of a product without a bias, whose weight waits."""
+    bias = product.weights.split(", ")[1]
+    fits = move.reads[0] == product.makes[0] and product.pending == (move.group,)
+    return bool(fits and product.gap and bias == "None")
+
+
+def _then_moved(product: ProductLine, move: MoveLine) -> Line:
+    """Return one line in place of a product and the conversion of its result."""
+    weights = ", ".join(f"({pair})" for pair in move.weights)
+    text = f"{move.makes[0]}, {move.gap or '_'} = overlap.{product.function}_then_convert"
+    text += f"({product.x}, {product.weights.split(', ')[0]}, {move.ends}, [{weights}], "
+    text += f"gap={product.gap}, place={product.place})"
+    inside = {*product.makes}
+    read = dict.fromkeys(name for name in (*product.reads, *move.reads) if name not in inside)
+    return Line(text, tuple(read), (move.makes[0], *([move.gap] if move.gap else [])))

@@ -27,7 +27,7 @@ sum.default sum.dim_IntList mean.default mean.dim amax.default amin.default cums
 view.default reshape.default transpose.int permute.default t.default unsqueeze.default
 squeeze.default squeeze.dim squeeze.dims expand.default select.int slice.Tensor narrow.default
 split.Tensor split_with_sizes.default chunk.default unbind.int cat.default stack.default
-embedding.default tril.default triu.default
+embedding.default tril.default triu.default repeat_interleave.self_int numpy_T.default
 """.split()
 _ANY = frozenset(f"aten.{name}" for name in _NAMES)
 _ANY |= {f"aten.{name}.default" for name in UNARY} | {f"aten.{target}" for target in BINARY}

@@ -1,8 +1,9 @@
-"""A conversion and a product beside it as one node: Megatron's column- and row-parallel layers.
+"""A conversion and products beside it as one node: Megatron's column- and row-parallel layers.
 
-Where a product follows a conversion, or a conversion a product, and nothing else reads what is
-between the two, one node does both, which takes less time than two. The order of products and
-collectives is that of `runtime.filled_gaps` (arXiv:1909.08053, arXiv:2205.05198).
+Where products follow a conversion, or a conversion a product, and nothing else reads what is
+between them, one node does all, which takes less time than several. Of several products, such as
+those of queries, keys and values, the gradients are summed as they are computed. The order of
+products and collectives is that of `runtime.filled_gaps` (arXiv:1909.08053, arXiv:2205.05198).
 """
 
 from __future__ import annotations
@@ -37,18 +38,109 @@ __all__ = [
 ]
 
 
-class _Joined(torch.autograd.Function):
-    """A conversion and the product that reads it (`is_first`), or a product and the conversion of
-    its result.
+class _ConvertThen(torch.autograd.Function):
+    """A conversion and the products that read it.
 
-    The result is followed by the converted tensor, where that comes first and is another one: the
-    gradient of the weight depends on it, which a second derivative must see; and by the tie of the
-    conversion's gap, where there is one. Where rows are moved as they lie, the converted tensor has
+    The results are followed by the converted tensor, where that is another one: the gradients of
+    the weights depend on it, which a second derivative must see; and by the tie of the conversion's
+    gap, where further weights fill it. Where rows are moved as they lie, the converted tensor has
     them first, and so has all that is computed between the two moves.
 
+    count: of the products. route: of the conversion. size: of the whole along the split dim of its
+    source. places: of the weights in the gap that come behind those of the products. weights: all,
+    each with its bias.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        kind: Any,
+        count: int,
+        route: Route,
+        size: int,
+        places: list[Later],
+        *weights: torch.Tensor | None,
+    ) -> Any:
+        """Move and multiply."""
+        ctx.set_materialize_grads(False)
+        ctx.back, ctx.back_size = route.back, route.back_size(x, size)
+        ctx.has_rows = has_rows = route.has_rows(x, size)
+        if has_rows:
+            outer = route.dim
+            x = rows = route.start_rows(to_front(x, outer))()
+            moved = [x]
+        else:
+            before, x = x, route.move(x, size)
+            moved = [] if x is before else [x]
+            outer = outer_dim(x)
+            rows = to_front(x, outer) if outer else x
+        own = weights[: 2 * count]
+        pairs = list(zip(own[::2], own[1::2], strict=True))
+        ctx.save_for_backward(x, *own[::2])
+        ctx.kind, ctx.outer, ctx.places, ctx.has_moved = kind, outer, places, bool(moved)
+        ctx.bias_dims = [None if bias is None else bias.dim() for _, bias in pairs]
+        results = [kind.product(rows, weight, bias) for weight, bias in pairs]
+        if outer:
+            results = [to_back(result, outer).detach() for result in results]
+        ctx.shape = results[0].shape
+        return (*results, *moved, x.new_empty(())) if places else (*results, *moved)
+
+    @staticmethod
+    def backward(ctx: Any, *given: torch.Tensor | None) -> Any:
+        """Return the gradients; those of weights are computed while that of x is moved."""
+        x, *weights = ctx.saved_tensors
+        kind, count, needed = ctx.kind, len(weights), ctx.needs_input_grad[6:]
+        grads, of_moved = list(given[:count]), given[count] if ctx.has_moved else None
+        if all(grad is None for grad in grads):
+            # The other ranks may have one, and this rank takes part in moving it.
+            grads[0] = weights[0].new_zeros(ctx.shape)
+        outer, has_rows, nested = ctx.outer, ctx.has_rows, torch.is_grad_enabled()
+        if nested:
+            # The gradients are differentiated in turn: they must hang together, and none is late.
+            x, outer, has_rows = to_back(x, outer) if has_rows else x, 0, False
+        elif outer or any(grad is not None and outer_dim(grad) for grad in grads):
+            outer = outer or next(filter(None, (outer_dim(g) for g in grads if g is not None)))
+            x = x if has_rows else to_front(x, outer)
+            grads = [None if g is None else to_front(g, outer).contiguous() for g in grads]
+        some = [(at, grad) for at, grad in enumerate(grads) if grad is not None]
+        of_x = kind.of_x(weights[some[0][0]], some[0][1])
+        for at, grad in some[1:]:
+            of_x = kind.of_x_and(of_x, weights[at], grad)
+        if outer and not has_rows:
+            of_x = to_back(of_x, outer)
+        if of_moved is not None:
+            of_x = of_x + (to_back(of_moved, ctx.outer) if nested and ctx.has_rows else of_moved)
+        late: list[Any] = []
+        back = ctx.back
+        if nested:
+            of_x = convert_and_wait(of_x, back.group, back.source, back.target, ctx.back_size)
+            late = [None] * (len(needed) - 2 * count)
+        else:
+            wait = back.start_rows(of_x) if has_rows else back.start_own(of_x, ctx.back_size)
+            late = late_gradients(ctx.places, needed[2 * count :])
+        own: list[Any] = [None] * (2 * count)
+        for at, grad in reversed(some):
+            if needed[2 * at]:
+                own[2 * at] = kind.of_weight(x, grad)
+            if needed[2 * at + 1]:
+                own[2 * at + 1] = bias_gradient(grad, ctx.bias_dims[at])
+        if not nested:
+            of_x = wait()
+            of_x = to_back(of_x, outer) if has_rows else of_x
+        return of_x, None, None, None, None, None, *own, *late
+
+
+_apply_convert_then = apply_directly(_ConvertThen)
+
+
+class _ThenConvert(torch.autograd.Function):
+    """A product and the conversion of its result, which the tie of the conversion's gap follows,
+    where there is one. Where rows are moved as they lie, the product has them first.
+
     route: of the conversion. size: of the whole along the split dim of its source. later: of a
-    product that comes first, whose weight waits for a gap before it; None where it waits for none.
-    places: of the conversion's gap. Of a product that comes second the first place is its own.
+    product whose weight waits for a gap before it; None where it waits for none. places: of the
+    weights that fill the conversion's gap.
     """
 
     @staticmethod
@@ -56,128 +148,73 @@ class _Joined(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
-        bias: torch.Tensor | None,
         tie: torch.Tensor | None,
         kind: Any,
         route: Route,
         size: int,
-        is_first: bool,
         later: Later | None,
         places: list[Later],
         *weights: torch.Tensor | None,
     ) -> Any:
-        """Move and multiply."""
+        """Multiply and move."""
         ctx.set_materialize_grads(False)
-        outer, back_size = 0, route.back_size(x, size)
-        moved: list[torch.Tensor] = []
-        has_rows = route.has_rows(x, size)
-        if is_first and has_rows:
-            outer = route.dim
-            rows = x = route.start_rows(to_front(x, outer))()
-            moved = [x]
-        else:
-            if is_first:
-                before, x = x, route.move(x, size)
-                moved = [] if x is before else [x]
-            outer = outer_dim(x)
-            # What is multiplied must lie as it is to be moved.
-            has_rows = has_rows and outer == route.dim
-            rows = to_front(x, outer) if outer else x
+        ctx.outer = outer = outer_dim(x)
+        # What is multiplied must lie as it is to be moved.
+        ctx.has_rows = has_rows = route.has_rows(x, size) and outer == route.dim
         ctx.save_for_backward(x, weight)
-        ctx.kind, ctx.outer, ctx.is_first, ctx.has_rows = kind, outer, is_first, has_rows
-        ctx.later, ctx.places, ctx.has_moved = later, places, bool(moved)
-        ctx.bias_dims = None if bias is None else bias.dim()
+        ctx.kind, ctx.later, ctx.places = kind, later, places
+        ctx.back, ctx.back_size = route.back, route.back_size(x, size)
         if later is not None:
-            later.kind, later.bias_dims = kind, ctx.bias_dims
-        result = kind.product(rows, weight, bias)
-        if has_rows and not is_first:
+            later.kind = kind
+        result = kind.product(to_front(x, outer) if outer else x, weight, None)
+        if has_rows:
             result = route.start_rows(result)()
         if outer:
             result = to_back(result, outer).detach()
-        if not (is_first or has_rows):
+        if not has_rows:
             # It may be the dim that the product has made.
-            back_size, result = route.back_size(result, size), route.start_own(result, size)()
-        ctx.back, ctx.back_size, ctx.shape = route.back, back_size, result.shape
-        return (result, *moved, x.new_empty(())) if places else (result, *moved)
+            ctx.back_size = route.back_size(result, size)
+            result = route.start_own(result, size)()
+        ctx.shape = result.shape
+        return (result, x.new_empty(())) if places else (result,)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *others: torch.Tensor | None) -> Any:
-        """Return the gradients; those that are late are computed while a gradient is moved."""
+    def backward(ctx: Any, grad: torch.Tensor | None, *tie: torch.Tensor | None) -> Any:
+        """Return the gradients; those that are late are computed while that of the result is
+        moved.
+        """
         x, weight = ctx.saved_tensors
         if grad is None:
             # The other ranks may have one, and this rank takes part in moving it.
             grad = weight.new_zeros(ctx.shape)
+        back, outer, needed = ctx.back, ctx.outer, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _differentiable(ctx, x, weight, grad, others)
-        needed, late = ctx.needs_input_grad, []
-        is_first, has_rows, outer = ctx.is_first, ctx.has_rows, ctx.outer
-        if has_rows:
-            grad = to_front(grad, outer)
-            if is_first:
-                grad = grad.contiguous()
-            else:
-                wait = ctx.back.start_rows(grad)
-                late = late_gradients(ctx.places, needed[10:])
-                x, grad = to_front(x, outer), wait()
+            grad = convert_and_wait(grad, back.group, back.source, back.target, ctx.back_size)
+            of_x, of_weight = ctx.kind.of_x(weight, grad), ctx.kind.of_weight(x, grad)
+            return of_x, of_weight, *([None] * (len(needed) - 2))
+        if ctx.has_rows:
+            wait = back.start_rows(to_front(grad, outer))
         else:
-            if not is_first:
-                wait = ctx.back.start(grad, ctx.back_size)
-                late = late_gradients(ctx.places, needed[10:])
-                grad = wait()
+            wait = back.start(grad, ctx.back_size)
+        late = late_gradients(ctx.places, needed[8:])
+        grad = wait()
+        if ctx.has_rows:
+            x = to_front(x, outer)
+        else:
             outer = outer or outer_dim(grad)
             if outer:
                 x, grad = to_front(x, outer), to_front(grad, outer).contiguous()
-        of_x = ctx.kind.of_x(weight, grad)
-        if outer and not has_rows:
+        of_x, of_weight = ctx.kind.of_x(weight, grad), None
+        if outer:
             of_x = to_back(of_x, outer)
-        if ctx.has_moved and others[0] is not None:
-            of_x = of_x + others[0]
-        if is_first:
-            if has_rows:
-                wait = ctx.back.start_rows(of_x)
-            else:
-                wait = ctx.back.start_own(of_x, ctx.back_size)
-            late = late_gradients(ctx.places, needed[10:])
-        of_weight = of_bias = None
         if ctx.later is not None:
             ctx.later.parts = (x, grad, backward_pass())
-        else:
-            of_weight = ctx.kind.of_weight(x, grad) if needed[1] else None
-            of_bias = bias_gradient(grad, ctx.bias_dims) if needed[2] else None
-        if is_first:
-            of_x = wait()
-        if has_rows:
-            of_x = to_back(of_x, outer)
-        return of_x, of_weight, of_bias, None, None, None, None, None, None, None, *late
+        elif needed[1]:
+            of_weight = ctx.kind.of_weight(x, grad)
+        return of_x, of_weight, None, None, None, None, None, None, *late
 
 
-_apply_joined = apply_directly(_Joined)
-
-
-def _differentiable(
-    ctx: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    grad: torch.Tensor,
-    others: tuple[torch.Tensor | None, ...],
-) -> tuple[Any, ...]:
-    """Return the gradients of `_Joined` where they are differentiated in turn; none is late.
-
-    x, weight: what the product was made of. others: the gradients of its further results.
-    """
-    back = ctx.back
-    ends = (back.group, back.source, back.target, ctx.back_size)
-    if not ctx.is_first:
-        grad = convert_and_wait(grad, *ends)
-    elif ctx.has_rows:
-        x = to_back(x, ctx.outer)
-    of_x, of_weight = ctx.kind.of_x(weight, grad), ctx.kind.of_weight(x, grad)
-    if ctx.has_moved and others[0] is not None:
-        of_x = of_x + (to_back(others[0], ctx.outer) if ctx.has_rows else others[0])
-    if ctx.is_first:
-        of_x = convert_and_wait(of_x, *ends)
-    count = len(ctx.needs_input_grad) - 3
-    return of_x, of_weight, bias_gradient(grad, ctx.bias_dims), *([None] * count)
+_apply_then_convert = apply_directly(_ThenConvert)
 
 
 def _convert_then(
@@ -188,23 +225,22 @@ def _convert_then(
     target: Placement,
     size: int,
     weights: Weights,
-) -> tuple[torch.Tensor, Gap | None]:
-    """Return the product of a converted tensor with the first weight, and the conversion's gap."""
-    weight, bias = weights[0]
-    if is_plain(x) or not weight.requires_grad:
+    count: int,
+) -> tuple[Any, ...]:
+    """Return the products of a converted tensor with the first weights, and the conversion's
+    gap.
+    """
+    own = weights[:count]
+    if is_plain(x) or not all(weight.requires_grad for weight, _ in own):
         moved, gap = convert_filled(x, group, source, target, size, weights)
-        return kind.product(moved, weight, bias), gap
+        return *(kind.product(moved, weight, bias) for weight, bias in own), gap
     route = route_between(group, source, target)
     if not route.dim:
         x = in_rows(x)  # it may be what is kept
-    if len(weights) == 1:
-        arguments = (x, weight, bias, None, kind, route, size, True, None, ())
-        return _apply_joined(*arguments)[0], None
-    places = [Later() for _ in weights[1:]]
-    joined = _apply_joined(
-        x, weight, bias, None, kind, route, size, True, None, places, *flat_weights(weights[1:])
-    )
-    return joined[0], Gap(joined[-1], [Later(), *places])
+    places = [Later() for _ in weights[count:]]
+    made = _apply_convert_then(x, kind, count, route, size, places, *flat_weights(weights))
+    gap = Gap(made[-1], [*(Later() for _ in own), *places]) if places else None
+    return *made[:count], gap
 
 
 def _then_convert(
@@ -228,10 +264,10 @@ def _then_convert(
     x, route = in_rows(x), route_between(group, source, target)
     later, tie = (None, None) if gap is None else (gap.places[place], gap.tie)
     places = [Later() for _ in weights]
-    joined = _apply_joined(
-        x, weight, None, tie, kind, route, size, False, later, places, *flat_weights(weights)
+    made = _apply_then_convert(
+        x, weight, tie, kind, route, size, later, places, *flat_weights(weights)
     )
-    return joined[0], Gap(joined[-1], places) if places else None
+    return made[0], Gap(made[-1], places) if places else None
 
 
 def convert_then_linear(
@@ -241,13 +277,14 @@ def convert_then_linear(
     target: Placement,
     size: int,
     weights: Weights,
-) -> tuple[torch.Tensor, Gap | None]:
-    """Return what torch's `linear` makes of a converted tensor, with the first of the weights and
+    count: int = 1,
+) -> tuple[Any, ...]:
+    """Return what torch's `linear` makes of a converted tensor, with each of the first weights and
     its bias; and the conversion's gap, in which the others have the places that they have here.
     Collective.
 
-    x, group, source, target, size, weights: as of `convert_filled`. There is no gap where no other
-    weight is given, or no gradient is recorded.
+    x, group, source, target, size, weights: as of `convert_filled`. count: of the products. There
+    is no gap where no other weight is given, or no gradient is recorded.
 
     >>> from autoparallel.placement import Invariant, Replicate
     >>> from autoparallel.runtime.groups import SingleGroup
@@ -258,7 +295,7 @@ def convert_then_linear(
     >>> x.grad, weight.grad.sum()
     (tensor([[2., 2., 2.]]), tensor(6.))
     """
-    return _convert_then(Linear, x, group, source, target, size, weights)
+    return _convert_then(Linear, x, group, source, target, size, weights, count)
 
 
 def convert_then_mm(
@@ -268,12 +305,13 @@ def convert_then_mm(
     target: Placement,
     size: int,
     weights: Weights,
-) -> tuple[torch.Tensor, Gap | None]:
+    count: int = 1,
+) -> tuple[Any, ...]:
     """Return what torch's `mm` makes of a converted tensor; see `convert_then_linear`.
 
     Example: `product, gap = convert_then_mm(x, group, Shard(0), Replicate(), 8, [(weight, None)])`
     """
-    return _convert_then(Mm, x, group, source, target, size, weights)
+    return _convert_then(Mm, x, group, source, target, size, weights, count)
 
 
 def linear_then_convert(

@@ -40,7 +40,12 @@ from autoparallel.runtime.joined_products import (
 )
 from autoparallel.runtime.memory_order import in_rows, outer_dim, to_back, to_front
 from autoparallel.runtime.products import Linear, Mm, bias_gradient, summed_product
-from autoparallel.support.torch_private import backward_pass, place_in_backward, run_in_place
+from autoparallel.support.torch_private import (
+    apply_directly,
+    backward_pass,
+    place_in_backward,
+    run_in_place,
+)
 
 __all__ = [
     "MOST_IN_GAP",
@@ -206,6 +211,9 @@ class _Product(torch.autograd.Function):
         return of_x, ctx.kind.of_weight(x, grad), of_bias, None, None, None, None
 
 
+_apply_weight_gradient, _apply_product = map(apply_directly, (_WeightGradient, _Product))
+
+
 def _late(
     kind: Any,
     x: torch.Tensor,
@@ -232,10 +240,10 @@ def _late(
     else:
         assert gap is not None
         later = Later()
-        tie = _WeightGradient.apply(weight, bias, later)
+        tie = _apply_weight_gradient(weight, bias, later)
         if _gaps.numbers[gap]:
             run_in_place(tie, _gaps.numbers[gap].pop())
-    result: torch.Tensor = _Product.apply(x, weight, bias, tie, later, kind, group)
+    result: torch.Tensor = _apply_product(x, weight, bias, tie, later, kind, group)
     return result
 
 

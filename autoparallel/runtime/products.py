@@ -20,7 +20,7 @@ _LINEAR = nn_binding("linear")
 
 
 class Linear:
-    """y[..., n] = sum_k x[..., k] w[n, k] + b[n]."""
+    """y[..., n] = sum_k x[..., k] w[n, k] + b[n]. of_x_and: of_x, added to what is there."""
 
     @staticmethod
     def matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -36,12 +36,16 @@ class Linear:
         return grad.matmul(weight.conj())
 
     @staticmethod
+    def of_x_and(of_x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return _added(of_x, grad, weight.conj())
+
+    @staticmethod
     def of_weight(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         return _rows(grad).t().mm(_rows(x).conj())
 
 
 class Mm:
-    """C[m, n] = sum_k A[m, k] B[k, n]."""
+    """C[m, n] = sum_k A[m, k] B[k, n]. of_x_and: of_x, added to what is there."""
 
     @staticmethod
     def matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -56,8 +60,20 @@ class Mm:
         return grad.mm(weight.t().conj())
 
     @staticmethod
+    def of_x_and(of_x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        return _added(of_x, grad, weight.t().conj())
+
+    @staticmethod
     def of_weight(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         return x.t().conj().mm(grad)
+
+
+def _added(total: torch.Tensor, grad: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return total + grad @ matrix; in the memory of total, where nothing is recorded."""
+    if torch.is_grad_enabled() or not total.is_contiguous():
+        return total + grad.matmul(matrix)
+    _rows(total).addmm_(_rows(grad), matrix)
+    return total
 
 
 def bias_gradient(grad: torch.Tensor, dims: int | None) -> torch.Tensor | None:

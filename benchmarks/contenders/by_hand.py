@@ -18,7 +18,7 @@ from contenders.workloads import Workload
 
 __all__ = ["BY_HAND", "clip_parts"]
 
-BLOCKS = ("gpt", "bert")
+KINDS = ("gpt", "bert", "llama")
 
 
 def clip_parts(
@@ -45,10 +45,11 @@ def megatron_rules(workload: Workload, sequence_parallel: bool) -> Trained:
 
     With sequence parallelism it keeps what it gathered, which is faster than to gather it again.
     """
+    from megatron_rules.llama import ParallelLlama
     from megatron_rules.models import ParallelBert, ParallelGPT
 
     plain, inputs = workload.model(), workload.inputs()
-    kind: Any = ParallelGPT if workload.kind == "gpt" else ParallelBert
+    kind: Any = {"gpt": ParallelGPT, "bert": ParallelBert, "llama": ParallelLlama}[workload.kind]
     model = kind(plain.config, sequence_parallel=sequence_parallel, keep_gathered=True)
     model.load_plain(plain.state_dict())
     split = {
@@ -184,13 +185,13 @@ def _load_core(model: nn.Module, workload: Workload) -> None:
 
 BY_HAND = (
     Contender(
-        "hand-tp", "hand-written", 2, BLOCKS, partial(megatron_rules, sequence_parallel=False)
+        "hand-tp", "hand-written", 2, KINDS, partial(megatron_rules, sequence_parallel=False)
     ),
     Contender(
         "hand-sp",
         "hand-written, sequence parallel",
         2,
-        BLOCKS,
+        KINDS,
         partial(megatron_rules, sequence_parallel=True),
     ),
     Contender(

@@ -19,12 +19,12 @@ REFERENCES = {
     "ours-1": ("plain",),
     "ours-1-compiled": ("plain-compiled", "plain"),
     "plain-compiled": ("plain",),
-    "ours-tp": ("hand-tp", "hf"),
-    "ours-tp-compiled": ("hand-tp", "hf"),
+    "ours-tp": ("hand-tp",),
+    "ours-tp-compiled": ("hand-tp",),
     "core-tp": ("hand-tp",),
     "dtensor-tp": ("hand-tp",),
-    "ours-sp": ("hand-sp", "hf"),
-    "ours-sp-compiled": ("hand-sp", "hf"),
+    "ours-sp": ("hand-sp",),
+    "ours-sp-compiled": ("hand-sp",),
     "core-sp": ("hand-sp",),
     "dtensor-sp": ("hand-sp",),
 }
@@ -291,9 +291,7 @@ def _plot(
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set_xticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.set_ylabel("processor time of a step")
-    axes.set_title(
-        "1 is hand-written layers (of Llama: tp_plan); less is quicker", fontsize="medium"
-    )
+    axes.set_title("1 is hand-written layers; less is quicker", fontsize="medium")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=PLOTTED[each]) for each in shown]
     axes.legend(handles, [titles[each] for each in shown], fontsize="small", ncols=2)
     figure.tight_layout()

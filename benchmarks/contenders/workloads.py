@@ -100,7 +100,9 @@ WORKLOADS = {
         Workload("bert", 64, batch=4, sequence=64),
         Workload("bert", 256, batch=4, sequence=128),
         Workload("bert", 768, batch=2, sequence=128, heads=12),
-        Workload("llama", 128, batch=4, sequence=64),
+        Workload("llama", 64, batch=4, sequence=64),
+        Workload("llama", 256, batch=4, sequence=128),
+        Workload("llama", 768, batch=2, sequence=128, heads=12),
         Workload("gpt", 16, batch=2, sequence=8, layers=1, heads=2, vocabulary=32),
     )
 }

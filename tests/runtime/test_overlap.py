@@ -25,6 +25,7 @@ from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import Group, SingleGroup
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
 from autoparallel.runtime.recompute import recomputed
+from autoparallel.support.torch_private import TorchDispatchMode
 
 CONVERSIONS = [
     (Invariant(), Replicate()),
@@ -139,6 +140,93 @@ def test_a_conversion_and_a_product_in_one_node_have_the_same_derivatives(
     for ours, theirs in zip(one, two, strict=True):
         for found, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def fanned(group: Group, joined: bool, outermost: bool, size: int, way: str) -> list[Any]:
+    """A conversion and three products that read it, one of them late in its gap; gradients of first
+    and second order.
+
+    way: "all" results are read; "some": the second is not; "frozen": the first weight is.
+    """
+    generator = torch.Generator().manual_seed(3)
+    one, two, three, last, bias = leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 4), (3, 4), (5, 4), (2, 5), (5,))
+    ]
+    one.requires_grad_(way != "frozen")
+    whole = torch.randn(2, size, 4, generator=generator, dtype=torch.float64)
+    cut = Shard(1)
+    first = sum(local_size(size, cut, group.world_size, rank) for rank in range(group.rank))
+    own = local_size(size, cut, group.world_size, group.rank)
+    x = whole[:, first : first + own].clone().requires_grad_()
+    ends = (group, Shard(1, outermost=outermost), Replicate(), size)
+    if joined:
+        weights = [(one, bias), (two, None), (three, None), (last, None)]
+        a, b, c, gap = overlap.convert_then_linear(x.sin(), *ends, weights, 3)
+        result = overlap.linear(a.tanh() * c, last, gap=gap, place=3)
+    else:
+        moved = convert(x.sin(), *ends)
+        a, b, c = (
+            functional.linear(moved, w, v) for w, v in ((one, bias), (two, None), (three, None))
+        )
+        result = functional.linear(a.tanh() * c, last)
+    loss = result.pow(3).sum() + (0 if way == "some" else b.pow(2).sum())
+    wanted = [x, *(leaf for leaf in leaves if leaf.requires_grad)]
+    found = [loss, *torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)]
+    grads = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    twice = sum(grad.pow(2).sum() for grad in grads if grad is not None)
+    return [*found, *torch.autograd.grad(twice, wanted, allow_unused=True)]
+
+
+@pytest.mark.parametrize("way", ["all", "some", "frozen"])
+@pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])
+@pytest.mark.parametrize(("world_size", "size"), [(2, 6), (3, 7)])
+def test_products_of_one_tensor_are_one_node_with_the_same_derivatives(
+    world_size, size, outermost, way
+):
+    """Queries, keys and values. A result that nothing reads gives its weight no gradient."""
+    one = on_ranks(world_size, lambda group: fanned(group, True, outermost, size, way))
+    two = on_ranks(world_size, lambda group: fanned(group, False, False, size, way))
+    for ours, theirs in zip(one, two, strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradients_of_one_tensor_are_summed_inside_of_the_products():
+    """No sum of whole activations is a node of its own; a matrix has the same as a tensor."""
+    notes: dict[bool, list[str]] = {}
+    for joined in (True, False):
+        x, *weights = (torch.ones(shape, requires_grad=True) for shape in ((6, 4), *[(4, 5)] * 3))
+        ends = (SingleGroup(), Invariant(), Replicate(), 0)
+        if joined:
+            *made, gap = overlap.convert_then_mm(x.sin(), *ends, [(w, None) for w in weights], 3)
+            assert gap is None
+        else:
+            made = [convert(x.sin(), *ends).mm(weight) for weight in weights]
+        names = notes[joined] = []
+        with NotedOps(names):
+            torch.autograd.backward([each.sum() for each in made])
+        torch.testing.assert_close(x.grad, 15 * torch.ones(6, 4).cos())
+        assert all(torch.allclose(w.grad, torch.ones(6, 4).sin().sum(0)[:, None]) for w in weights)
+    assert notes[True].count("aten.addmm_.default") == 2
+    assert not any("aten.add." in name for name in notes[True])
+    assert any("aten.add." in name for name in notes[False])
+
+
+class NotedOps(TorchDispatchMode):
+    """Notes the names of all ops."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])

@@ -46,6 +46,15 @@ class NotingGroup(LocalGroup):
     def start_reduce_scatter(self, tensor: torch.Tensor) -> Result:
         return self.noted("reduce_scatter", super().start_reduce_scatter(tensor))
 
+    def all_to_all(
+        self, sent: list[torch.Tensor], shapes: list[tuple[int, ...]]
+    ) -> list[torch.Tensor]:
+        """It is waited for at once, whoever begins it."""
+        self.notes.append("start all_to_all")
+        received = super().all_to_all(sent, shapes)
+        self.notes.append("wait all_to_all")
+        return received
+
 
 class NotedProducts(TorchDispatchMode):
     """Notes products of matrices, by the shapes of their results."""
