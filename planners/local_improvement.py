@@ -80,9 +80,7 @@ class _Entries:
 
     def copied(self) -> _Entries:
         """Return entries of their own that are equal."""
-        return _Entries(
-            *(part.copy() for part in (self.states, self.ways, self.costs, self.usages))
-        )
+        return _Entries(self.states.copy(), self.ways.copy(), self.costs.copy(), self.usages.copy())
 
     def adopt(self, after: _Entries, places: Numbers, numbers: Numbers) -> None:
         """Take the states of some variables, and what some tables take, from other entries."""

@@ -125,19 +125,11 @@ class Link:
             for kind in Collective
         }
 
-    @cached_property
-    def _lines(self) -> dict[tuple[Collective, int], tuple[tuple[float, float], ...]]:
-        """What `lines` returned before."""
-        return {}
-
     def lines(self, kind: Collective, world_size: int) -> tuple[tuple[float, float], ...]:
         """Return (seconds, seconds per byte of the full tensor) of every regime that can make it.
 
         The time of each regime is a line over the size; the fastest at a size is the lowest line.
         """
-        known = self._lines.get((kind, world_size))
-        if known is not None:
-            return known
         lines: list[tuple[float, float]] = []
         for algorithm, regimes in self._makers[kind]:
             steps = algorithm.steps(kind, world_size)
@@ -150,8 +142,7 @@ class Link:
                 )
                 for regime in regimes
             ]
-        self._lines[kind, world_size] = tuple(lines)
-        return self._lines[kind, world_size]
+        return tuple(lines)
 
 
 def joined(near: Regime, far: Regime, size: int, members: int, nodes: int) -> Regime:
