@@ -157,7 +157,7 @@ class _Emitter(ConversionEmitter):
                 self.block = Block(f"block_{index}")
                 self.lines.append(self.block)
             self.open = node.name
-            if node.name in self.remade and self.block is None:
+            if node.name in self.remade and self.block is None and self.is_read(node):
                 self.remake(node)
             else:
                 self.call(node)
@@ -165,6 +165,11 @@ class _Emitter(ConversionEmitter):
             self.inside.update(value.name for value in node.results)
             if not left:
                 self.block = None
+
+    def is_read(self, node: Node) -> bool:
+        """Return whether anything reads what an op makes; nothing reads what a check makes."""
+        names = [value.name for value in node.results]
+        return any(self.graph.readers[name] or name in self.graph.outputs for name in names)
 
     def remake(self, node: Node) -> None:
         """Emit an op whose result is not saved; what its operands are converted by stays outside

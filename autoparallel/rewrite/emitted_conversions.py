@@ -146,7 +146,8 @@ class ConversionEmitter:
                 gap = self.gaps.conversions.get((name, steps[: count + 1]), 0)
                 if key in self.begun:
                     handle, rest = self.begun[key]
-                    function = "end_again" if again else "end"
+                    # As it has begun: another conversion of the value may go the same way first.
+                    function = "end_again" if rest else "end"
                     text = f"{target_name} = {function}({handle}{rest})"
                     line = Line(text, (handle,), (target_name,))
                 else:

@@ -235,4 +235,34 @@ ON_SEVERAL_AXES = {
         """),
         Split(2, 75, data_parallel=True, sparing=True),
     ),
+    "a check, whose result nothing reads, among the ops that are made again": (
+        Program("""
+        p1 = parameter(7, 5)
+        p2 = parameter(4, 7, 5)
+        t0 = truths(7)
+        p3 = parameter(4, 4, 5, 7)
+        p4 = parameter(4, 5)
+        p5 = parameter(5)
+        i0 = integers(7, 5)
+        v1 = torch.ops.aten.index.Tensor(p2, [None, t0])
+        v2 = torch.einsum('abc,abcz->zbac', v1, p3)
+        v3 = torch.ops.aten.mul.Tensor(p4, p5)
+        v4 = F.nll_loss(p1.log_softmax(-1), i0)
+        return {'a': v4, 'b': (v3, v2)}
+        """),
+        Split(6, 520, 1.0, True, whole=0.5, sizes=(2, 3), remaking=True),
+    ),
+    "a copy that is made again begins ahead, and one that is kept goes the same way first": (
+        Program("""
+        g1 = given(4, 6)
+        b0 = blocks_sequences(5, 6, 9)
+        p0 = parameter(5, 6)
+        i0 = integers(5, 6)
+        v0 = functools.reduce(lambda y, block: y + [*block][-1]([*block][0](y).tanh()), b0, g1)
+        v1 = F.linear(g1, p0)
+        v2 = F.nll_loss(p0.log_softmax(-1), i0)
+        return v2, v1, v0, i0
+        """),
+        Split(8, 500, 1.0, True, whole=0.5, sizes=(2, 2, 2), sparing=True),
+    ),
 }
