@@ -65,6 +65,10 @@ def solve(
     # Terms can cancel: the rounding error is measured against what was added up, not the sum.
     magnitude = math.fsum(map(abs, terms)) + elimination.magnitude
     assert abs(cost - elimination.optimum) <= 1e-9 * magnitude, (cost, elimination.optimum)
+    if plain.variables is problem.variables and plain.factors is problem.factors:
+        # There is one way to pay for each table, and nothing is used.
+        ways = (0,) * len(plain.variables), (0,) * len(plain.factors)
+        return Solution(assignment, cost, cost, _METHOD, 0.0, *ways)
     return Solution.of(problem, assignment, _METHOD)
 
 

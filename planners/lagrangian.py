@@ -30,7 +30,7 @@ from planners.exact_or_conditioned import ExactOrConditioned
 from planners.fixing import forbid, possible_states
 from planners.greedy_orders import TooWideError
 from planners.integer_refinement import refine_by_integer_program
-from planners.local_improvement import improve_within_limit, repair_to_limit
+from planners.local_improvement import KnownEntries, improve_within_limit, repair_to_limit
 from planners.problem import Problem
 from planners.solution import InfeasibleError, OverLimitError, Solution
 
@@ -66,6 +66,7 @@ def solve(
     enough: float = ENOUGH,
     known: list[Solution] | None = None,
     charged: ChargedSolutions | None = None,
+    charge_alone: bool = False,
 ) -> Solution:
     """Return the best assignment that was found within the limit, and a proven lower bound.
 
@@ -77,6 +78,7 @@ def solve(
     enough: the search ends at this gap, as a share of the cost. known: solutions of the same
     problem within other limits, or with other states forbidden, to begin with; those that are found
     are added. charged: what the same solver has found with usage charged, of any problems.
+    charge_alone: the search ends at the multiplier whose bound is best, whatever the gap.
     Deterministic, but for an interrupt (Ctrl-C): that returns the best so far, if there
     is one with a bound. So does the end of the effort that is allowed.
     Raises InfeasibleError if no assignment has a finite cost, OverLimitError if none was found
@@ -99,7 +101,7 @@ def solve(
         if math.isfinite(problem.cost(solution.assignment)):
             search.consider(replace(solution, lower_bound=-math.inf))
     try:
-        return search.run()
+        return search.run(charge_alone)
     finally:
         if known is not None:
             known[:] = search.solutions
@@ -133,9 +135,15 @@ class _Search:
         self.solutions: list[Solution] = []
         self.seen: dict[tuple[tuple[int, ...], ...], None] = {}
         self.charged: dict[Told, Solution] = {}
+        self.entries = KnownEntries(problem)
+        # What there was when changes were last adopted.
+        self.filled: tuple[int, Solution | None, float] = (0, None, 0.0)
 
-    def run(self) -> Solution:
-        """Explore branches, the one of the lowest bound first; return the best with the bound."""
+    def run(self, charge_alone: bool) -> Solution:
+        """Explore branches, the one of the lowest bound first; return the best with the bound.
+
+        charge_alone: look for the best multiplier of all, and no further.
+        """
         root = Branch(self.problem, {}, -math.inf, charged=self.charged)
         nodes, leaves = [root], list[Branch]()
         for _ in range(_MOST_BRANCHES):
@@ -143,12 +151,14 @@ class _Search:
             nodes.remove(node)
             leaves.append(node)
             try:
-                self.explore(node)
+                self.explore(node, charge_alone)
             except KeyboardInterrupt:
                 # The best so far, with what is proven of it, is worth more than nothing.
                 if self.best is None or node.bound == -math.inf:
                     raise
                 self.effort.stop()
+                break
+            if charge_alone:
                 break
             if not self.is_done(node):
                 children = node.children(self.problem)
@@ -179,12 +189,16 @@ class _Search:
             solution.gap > self.enough * abs(solution.cost)
             and isinstance(self.solver, ExactOrConditioned)
             and not self.effort.is_over
+            and not charge_alone
         ):
             return refine_by_integer_program(self.problem, solution, self.enough)
         return solution
 
-    def explore(self, node: Branch) -> None:
-        """Raise the bound of a branch at its best multiplier; collect good assignments there."""
+    def explore(self, node: Branch, charge_alone: bool) -> None:
+        """Raise the bound of a branch at its best multiplier; collect good assignments there.
+
+        charge_alone: as of `run`.
+        """
         try:
             self.search(node)
         except InfeasibleError:
@@ -192,6 +206,9 @@ class _Search:
                 raise
             # No assignment of the branch is within the limit; at the root that is the answer.
             node.raise_bound(math.inf)
+            return
+        if charge_alone:
+            self.fill(node)
             return
         if self.prover is not None and self.is_rough and not self.is_done(node):
             self.at(node, node.multiplier, self.prover)
@@ -398,6 +415,11 @@ class _Search:
 
     def fill(self, node: Branch) -> None:
         """Adopt changes from other solutions: first to keep the limit, then to use it up."""
+        # Of the same solutions come the same ones.
+        before = len(self.solutions), self.best, node.multiplier
+        if before[1] is self.filled[1] and before == self.filled:
+            return
+        self.filled = before
         near = sorted(
             self.solutions, key=lambda s: (charged_cost(s, node.multiplier, self.limit), s.usage)
         )
@@ -406,9 +428,10 @@ class _Search:
         for solution in over[:_MOST_REPAIRED]:
             if self.best is not None and solution.cost >= self.best.cost:
                 continue
-            repaired = repair_to_limit(self.problem, solution, within)
+            repaired = repair_to_limit(self.problem, solution, within, self.entries)
             if repaired is not None:
                 self.consider(repaired)
         if self.best is not None:
             others = within + over
-            self.consider(improve_within_limit(self.problem, self.best, others))
+            improved = improve_within_limit(self.problem, self.best, others, self.entries)
+            self.consider(improved)

@@ -19,17 +19,22 @@ from planners.problem import Problem
 from planners.solution import Solution
 from planners.tables import Table
 
-__all__ = ["improve_within_limit", "repair_to_limit"]
+__all__ = ["KnownEntries", "improve_within_limit", "repair_to_limit"]
 
 
-def improve_within_limit(problem: Problem, start: Solution, others: Sequence[Solution]) -> Solution:
+def improve_within_limit(
+    problem: Problem,
+    start: Solution,
+    others: Sequence[Solution],
+    known: KnownEntries | None = None,
+) -> Solution:
     """Return a solution within the limit that costs no more than `start`, which is within it.
 
     The differences to another solution fall into groups that no table connects, so that each group
     can be adopted by itself; so can each table's way to pay. others: the solutions to adopt from,
-    the best first.
+    the best first. known: of the problem, where more solutions of it are changed.
     """
-    editor = _Filling(problem, start)
+    editor = _Filling(known or KnownEntries(problem), start)
     for other in reversed(others):
         editor.adopt_changes(other)
     editor.switch_alternatives()
@@ -37,14 +42,17 @@ def improve_within_limit(problem: Problem, start: Solution, others: Sequence[Sol
 
 
 def repair_to_limit(
-    problem: Problem, start: Solution, others: Sequence[Solution]
+    problem: Problem,
+    start: Solution,
+    others: Sequence[Solution],
+    known: KnownEntries | None = None,
 ) -> Solution | None:
     """Return a solution within the limit near one that is over it.
 
-    others: solutions that use less. Returns None where changes as in `improve_within_limit` do not
-    suffice.
+    others: solutions that use less. known: as of `improve_within_limit`. Returns None where changes
+    as there do not suffice.
     """
-    editor = _Filling(problem, start)
+    editor = _Filling(known or KnownEntries(problem), start)
     editor.save(others)
     return editor.solution(start) if editor.left >= 0.0 else None
 
@@ -70,12 +78,35 @@ class _Entries:
         states = problem.states(solution.assignment)
         return _Entries.of(problem, states, np.array(ways, dtype=np.intp))
 
+    def copied(self) -> _Entries:
+        """Return entries of their own that are equal."""
+        return _Entries(self.states.copy(), self.ways.copy(), self.costs.copy(), self.usages.copy())
+
     def adopt(self, after: _Entries, places: Numbers, numbers: Numbers) -> None:
         """Take the states of some variables, and what some tables take, from other entries."""
         self.states[places] = after.states[places]
         self.ways[numbers] = after.ways[numbers]
         self.costs[numbers] = after.costs[numbers]
         self.usages[numbers] = after.usages[numbers]
+
+
+class KnownEntries:
+    """The scopes of a problem's tables, and what its solutions take by table, each found once.
+
+    Example: `improve_within_limit(problem, start, others, KnownEntries(problem))`
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.scopes = problem, _Scopes(problem)
+        # The solutions are kept alive, so that no other one gets the id.
+        self._of: dict[int, tuple[Solution, _Entries]] = {}
+
+    def of(self, solution: Solution) -> _Entries:
+        """Return the entries of a solution, which are not to be changed."""
+        if id(solution) not in self._of:
+            entries = _Entries.of_solution(self.problem, solution)
+            self._of[id(solution)] = solution, entries
+        return self._of[id(solution)][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +136,11 @@ class _Filling:
     it.
     """
 
-    def __init__(self, problem: Problem, start: Solution) -> None:
-        self.problem, self.scopes = problem, _Scopes(problem)
-        self.now = _Entries.of_solution(problem, start)
+    def __init__(self, known: KnownEntries, start: Solution) -> None:
+        self.known, self.problem, self.scopes = known, known.problem, known.scopes
+        self.now = known.of(start).copied()
         self.touched = np.zeros(len(self.now.ways), np.bool_)
-        self.left = problem.most - math.fsum(self.now.usages.tolist())
+        self.left = self.problem.most - math.fsum(self.now.usages.tolist())
 
     def adopt_changes(self, other: Solution) -> None:
         """Adopt what saves cost and fits, most cost per usage first."""
@@ -133,7 +164,7 @@ class _Filling:
         All that differs in the scope of a table is in one group, so that the table's whole entry
         becomes the other's, and is paid as there.
         """
-        after, now = _Entries.of_solution(self.problem, other), self.now
+        after, now = self.known.of(other), self.now
         costs, usages = (
             [before.tolist(), then.tolist()]
             for before, then in ((-now.costs, after.costs), (-now.usages, after.usages))

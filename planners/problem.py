@@ -235,6 +235,8 @@ class Problem:
         """
         split = len(self.variables)
         tables, groups = in_one_way(self.alike(), table_of, multiplier, split + len(self.factors))
+        if all(table is None for table in tables):
+            return self.within(None)
         problem = self.with_tables(
             tuple(
                 v if t is None else Variable(v.name, t)

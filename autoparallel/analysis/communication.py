@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autoparallel.graph.part_sizes import exact_fraction
@@ -122,11 +122,12 @@ def collective_totals(plan: Plan) -> dict[tuple[str, str, Collective], tuple[int
     return totals
 
 
-def moves(plan: Plan) -> tuple[Transfer, ...]:
+def moves(plan: Plan, conversions: Sequence[Conversion] | None = None) -> tuple[Transfer, ...]:
     """Return every move of one step that takes time, on the links or in memory.
 
     Local moves, such as slices, are among them. The order is that of the plan's conversions, each
-    forward, backward and update.
+    forward, backward and update. conversions: those of the plan whose moves are told; all by
+    default.
 
     Example: `[move for move in moves(plan) if move.phase == "update"]`
     """
@@ -138,7 +139,7 @@ def moves(plan: Plan) -> tuple[Transfer, ...]:
     repeated = _repeated(plan)
     transfers: list[Transfer] = []
     updated: set[tuple[str, int]] = set()
-    for conversion in plan.conversions:
+    for conversion in plan.conversions if conversions is None else conversions:
         parameter = parameters.get(conversion.value)
         late = late_axes(parameter)
         twice = conversion.again or conversion.value in repeated

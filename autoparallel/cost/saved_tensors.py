@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 from autoparallel.cost.fake_run import (
@@ -21,6 +22,9 @@ from autoparallel.placement import local_size
 from autoparallel.rules.loop_splits import LoopSplit, place
 from autoparallel.rules.rule import OpCall, ShardingRule
 from autoparallel.runtime import kernels
+
+# By so many times loops are made longer to see what grows with them.
+_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 __all__ = ["Internal", "Saved", "SavedTensors", "fitted", "stand_in"]
 
@@ -270,24 +274,34 @@ def _observe(
 def _with_loops(case: _Case, seen: Observed, split: tuple[str, ...] = (), ranks: int = 1) -> Saved:
     """Return what was seen, with the loops of internal memory: those that make it longer.
 
-    seen: at the sizes of the graph. Each loop is doubled once: memory that doubles has that loop.
+    seen: at the sizes of the graph. Each loop is lengthened by a prime of its own: memory that is
+    longer by that prime has the loop. Where all of them at once tell nothing, each is by itself.
     """
     count = seen.operands
     inside = [i for i in seen.saved if i >= count and i not in seen.storages and seen.size(i)]
     loops_of_storage: dict[int, set[str]] = {storage: set() for storage in inside}
     rule = case.rule
     if inside and rule is not None and not seen.assumed:
-        for name in rule.loops:
-            if name in rule.whole or (name,) == split[:1]:
-                continue
-            more = _observe(case, {name: 2 * hint(rule.sizes[name])}, split, ranks)
+        loops = [name for name in rule.loops if name not in rule.whole and (name,) != split[:1]]
+        primes = dict(zip(loops, _PRIMES, strict=False))
+        alone = [{name: 2} for name in loops]
+        for times in [primes, *alone] if 1 < len(loops) == len(primes) else alone:
+            sizes = {name: factor * hint(rule.sizes[name]) for name, factor in times.items()}
+            more = _observe(case, sizes, split, ranks)
             # Another size may take another kernel, which saves other tensors: then nothing is
             # learnt.
             if more.saved != seen.saved or more.storages != seen.storages or more.assumed:
                 continue
+            rest = []
             for storage in inside:
-                if more.size(storage) == 2 * seen.size(storage):
-                    loops_of_storage[storage].add(name)
+                longer = more.size(storage) // seen.size(storage)
+                has = {name for name, factor in times.items() if longer % factor == 0}
+                if more.size(storage) == seen.size(storage) * prod(times[name] for name in has):
+                    loops_of_storage[storage] |= has
+                else:
+                    rest.append(storage)
+            if times is primes and not rest:
+                break
     return Saved(
         tuple(i in seen.saved for i in range(count)),
         tuple(storage in seen.saved for storage in seen.storages),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 from autoparallel.graph.graph import Dim, hint
 from autoparallel.placement import Layout, Placement, Shard, local_layout_size, local_size
@@ -58,7 +59,10 @@ def placement_fraction(shape: Sequence[Dim], placement: Placement, count: int) -
     return local_size(size, placement, count) / size if size else 1.0
 
 
-def exact_fraction(shape: Sequence[int | None], layout: Layout, sizes: tuple[int, ...]) -> Fraction:
+@lru_cache(maxsize=1 << 14)
+def exact_fraction(
+    shape: tuple[int | None, ...], layout: Layout, sizes: tuple[int, ...]
+) -> Fraction:
     """Return the largest rank's share of a tensor as an exact fraction,
     with the axes that cut one dim counted together.
 

@@ -59,13 +59,10 @@ class Movement(Enum):
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
 
-    @property
-    def collective(self) -> Collective | None:
-        """The collective that the move makes; None where nothing crosses the links."""
-        return Collective(self.value) if self.value in _COLLECTIVES else None
+    def __init__(self, value: str) -> None:
+        # The collective that the move makes; None where nothing crosses the links.
+        self.collective = next((one for one in Collective if one.value == value), None)
 
-
-_COLLECTIVES = {collective.value for collective in Collective}
 
 # Nothing leads from P to P, I to I or R to R but staying; S to S of another dim or of other blocks
 # is a real move. `movement` handles equality before it looks here.

@@ -15,20 +15,25 @@ Cut = tuple[Dim, tuple[tuple[int, Shard], ...]]
 
 
 def cuts_of(graph: Graph, plan: Plan) -> Iterator[Cut]:
-    """Yield every cut of a dim of what ops read and make, as often as it is made.
+    """Yield every cut of a dim of what ops read and make, once for each shape and layout.
 
     graph: that of the plan, or of one of its stages.
 
     Example: `set(cuts_of(plan.captured.graph, plan))`
     """
-    for op in plan.ops:
-        names = (*op.reads, *op.makes)
-        for name, layout in zip(names, (*op.operands, *op.results), strict=True):
-            for dim, size in enumerate(graph.values[name].shape):
-                splits = tuple(
-                    (axis, cut)
-                    for axis, cut in enumerate(layout)
-                    if isinstance(cut, Shard) and cut.dim == dim
-                )
-                if splits:
-                    yield size, splits
+    values = graph.values
+    tensors = dict.fromkeys(
+        (values[name].shape, layout)
+        for op in plan.ops
+        for names, layouts in ((op.reads, op.operands), (op.makes, op.results))
+        for name, layout in zip(names, layouts, strict=True)
+    )
+    for shape, layout in tensors:
+        for dim, size in enumerate(shape):
+            splits = tuple(
+                (axis, cut)
+                for axis, cut in enumerate(layout)
+                if isinstance(cut, Shard) and cut.dim == dim
+            )
+            if splits:
+                yield size, splits

@@ -72,20 +72,27 @@ def closest(
     solve: NetworkSolver,
     pins: Mapping[str, Layout],
     judge: Judge,
+    beat: float = math.inf,
 ) -> tuple[Candidate, float]:
     """Return a plan that fits or, where no attempt gives one, the plan that takes least.
 
     Return also a lower bound on the cost of every plan whose saved bytes are within the limit: +inf
-    where it is proven that there is none.
+    where it is proven that there is none. beat: a plan that costs as much is of no use: the search
+    ends where the bound is no less.
+
+    Where a solution takes too much at a moment that is not counted, that one is counted, too, and
+    the solution was of no use. So solutions are rough until all moments are counted that matter.
     """
     # Bytes that every plan needs are no matter of choice, and are not in the tables. The tables of
     # a pipeline count all stages, for one micro-batch of those in flight.
     scale = network.shares.ranks / network.shares.in_flight
     limit = given = (allowed_nbytes(network) - network.fixed_nbytes) * scale
     counted = _Moments(network, pins, given)
+    # Of the plans that were made, the one that takes least, and the cheapest that fits.
     least: Candidate | None = None
+    fitting: Candidate | None = None
     bound, price, above = -math.inf, 0.0, limit
-    attempt = 0
+    attempt, rough = 0, True
     while attempt < MOST_ATTEMPTS:
         problem = counted.problem(limit)
         last = attempt == MOST_ATTEMPTS - 1
@@ -93,11 +100,17 @@ def closest(
             if last:
                 solutions = counted.least(limit, solve)
             else:
-                searched = solved_or_refused(lambda problem=problem: solve.within(problem))  # type: ignore[misc]
+                searched = solved_or_refused(
+                    lambda problem=problem, rough=rough: solve.within(problem, rough)  # type: ignore[misc]
+                )
                 solutions = [_better(problem, searched, solve.start)]
                 price = searched.multiplier
                 if limit == given:
                     bound = max(bound, solutions[0].lower_bound)
+                    # A moment that is counted is told by the tables alone.
+                    if bound < beat and counted.turn(solutions[0], "", solve.known):
+                        rough = True
+                        continue
         except OverLimitError as error:
             # The plan that keeps least may still fit: the limit was lowered by guess.
             if limit == given and not problem.fits(error.least):
@@ -110,13 +123,22 @@ def closest(
         if least is None or candidate.account.total < least.account.total:
             least = candidate
         over = candidate.account.total - allowed_nbytes(network)
-        if over <= 0 and attempt and not last:
-            raised = _Raised(captured, model, network, solve, judge, candidate, above, bound)
+        if over <= 0 and (fitting is None or candidate.plan.cost < fitting.plan.cost):
+            fitting = candidate
+        if bound >= beat:
+            break
+        if limit == given and not last:
+            if over > 0 and counted.turn(solution, account.worst, solve.known):
+                rough = True
+                continue
+            if rough and searched.gap > network.options.gap * abs(searched.cost):
+                rough = False
+                continue
+        if fitting is not None and over <= 0 and attempt and not last:
+            raised = _Raised(captured, model, network, solve, judge, fitting, above, bound)
             return raised.run(counted.problem, scale), bound
         if last or over <= 0:
             break
-        if limit == given and counted.turn(solution, account.worst, solve.known):
-            continue
         above = limit
         # The solution may use less than the limit: from there the excess is taken off.
         limit = min(limit, solution.usage) - over * scale
@@ -125,7 +147,7 @@ def closest(
     if bound == math.inf and least.account.total <= allowed_nbytes(network):
         # The tables counted bytes that this plan does not take: nothing is proven by them.
         bound = -math.inf
-    return least, bound
+    return fitting or least, bound
 
 
 @dataclass

@@ -87,6 +87,7 @@ def _gathers(plan: Plan, hardware: Hardware) -> list[_Gather]:
     devices = tuple(1 if name == MICROBATCH else size for name, size in plan.mesh.axes)
     pace, links = hardware.at_pace_of(prod(devices)), hardware.links(devices)
     parameters = {parameter.name for parameter in plan.parameters}
+    conversions = [row for row in plan.conversions if row.value in parameters]
     place = {op.name: index for index, op in enumerate(plan.ops)}
     regions = {name: at for at, names in enumerate(plan.recomputed) for name in names}
     starts = [min(place[name] for name in names) for names in plan.recomputed]
@@ -95,15 +96,15 @@ def _gathers(plan: Plan, hardware: Hardware) -> list[_Gather]:
         for value in op.reads:
             reading.setdefault(value, set()).add(regions.get(op.name, -1))
     sent: dict[_Key, Transfer] = {}
-    for move in moves(plan):
+    for move in moves(plan, conversions):
         if move.phase == "forward" and move.movement.collective is not None:
             sent[move.conversion.value, move.conversion.target] = move
     bounds = _gap_places(plan)
     gathers = []
-    for conversion in plan.conversions:
+    for conversion in conversions:
         readers = [place[name] for name in conversion.readers if name in place]
         last = sent.get((conversion.value, conversion.target))
-        if conversion.value not in parameters or not readers or last is None:
+        if not readers or last is None:
             continue
         count = begun_steps(conversion.steps)
         # What is sent from rank to rank in one go is not started and waited for apart.

@@ -189,7 +189,8 @@ def _within(
             network = rebuilt(network, options=replace(options, recompute=mode))
             constrain(network, captured)
             solve = NetworkSolver(network)
-        nearest, mode_bound = closest(captured, model, network, solve, pins, judge)
+        beat = math.inf if best is None else best.cost
+        nearest, mode_bound = closest(captured, model, network, solve, pins, judge, beat)
         if mode == options.recompute and mode_bound == math.inf:
             # The other modes are restrictions of this one: they cannot fit either.
             raise nearest.error(captured, network)

@@ -93,13 +93,14 @@ class NetworkSolver(ExactOrConditioned):
         except TooWideError:
             return self.coarse(problem)
 
-    def within(self, problem: Problem) -> Solution:
+    def within(self, problem: Problem, charge_alone: bool = False) -> Solution:
         """Return the best solution within the problem's limit of bytes.
 
         On three axes and more the search for it is by groups, because every charge per byte that is
         tried is a problem of its own; one exact solution proves how near it is to the best. It ends
         at the gap that the options ask for.
         Problems differ in their limits and in the states that they allow, in nothing else.
+        charge_alone: a solution near the best charge per byte will do, whatever the gap.
         Raises InfeasibleError where the problem has no solution, OverLimitError where none is
         within the limit.
         """
@@ -109,6 +110,7 @@ class NetworkSolver(ExactOrConditioned):
             enough=self.network.options.gap,
             known=self.known,
             charged=self.charged,
+            charge_alone=charge_alone,
         )
         if not self.many:
             self.is_searching = True

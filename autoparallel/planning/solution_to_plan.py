@@ -357,8 +357,10 @@ def _conversions(
             stored = network.storages[maker.name][chosen[maker.name]]
             edges, once = network.edges, network.shares.once
             zero = zero_gradient_seconds(read, stored, target, edges.links, edges.sizes)
-            reduced = float(routes.reduced_seconds((target,))[routes.cells[source], 0])
-            seconds += once * zero - (1 - once) * reduced
+            seconds += once * zero
+            if once != 1.0:
+                reduced = float(routes.reduced_seconds((target,))[routes.cells[source], 0])
+                seconds -= (1 - once) * reduced
         # What is recomputed pays the forward half of its redistribution a second time.
         dropped = (name, target) in again
         groups = {repeated.get(reader.name) for reader in graph.readers[name]}

@@ -217,6 +217,9 @@ class _Builder:
             fits = saved is not None and saved.device == device
             self.saved = saved if fits else SavedActivations(self.graph, rules, device)
             self.network.activations = self.saved
+            if known is not None and fits and self.edges is known.edges:
+                # Nor do they differ in what calls save, at whatever moment bytes are counted.
+                self.alike = self.network.alike = known.alike
         self.recomputation = self.network.recomputation = Recomputation(
             self.graph,
             rules,

@@ -68,7 +68,9 @@ class NetworkFactors:
         self.graph: Graph = network.graph
         self.together = reduced_together(network.graph)
         self.reads = {node.name: node.operands() for node in network.graph.calls}
-        self._shared: dict[Any, Any] = {}
+        # Of what lasts from network to network; its phases do not.
+        self._shared = network.edges.shared
+        self._phases: dict[int, tuple[Phase, ...]] = {}
 
     def add_all(self) -> None:
         """Add all factors, and the variables that stand between a value and several readers."""
@@ -105,7 +107,7 @@ class NetworkFactors:
                 phases = self.phases(block_of_call)
                 freed = freed & np.array([phase is not Phase.AGAIN for phase in phases])
             table = self.shared(
-                ("recompute", id(states), tuple(inside), tuple(freed)),
+                ("recompute", states, tuple(inside), tuple(freed)),
                 partial(_recompute_table, states, inside, freed),
             )
             if len(inside) > 1:
@@ -117,12 +119,12 @@ class NetworkFactors:
 
     def phases(self, block: int) -> tuple[Phase, ...]:
         """Return, per mode of a block, its phase at the moment at which bytes are counted."""
-        key = ("phases", block)
-        modes = self.recomputation.modes[block]
-        return self.shared(
-            key,
-            lambda: tuple(self.moment.phase(self.recomputation, block, mode) for mode in modes),
-        )
+        if block not in self._phases:
+            self._phases[block] = tuple(
+                self.moment.phase(self.recomputation, block, mode)
+                for mode in self.recomputation.modes[block]
+            )
+        return self._phases[block]
 
     def modes(
         self, name: str, readers: list[tuple[str, ReaderLayouts]]
@@ -214,7 +216,7 @@ class NetworkFactors:
                     saves,
                 )
 
-            key = ("read", id(states), places, saves)
+            key = ("read", states, places, saves)
             readers.append((node.name, self.shared(key, layouts_read)))
         if name in self.network.outputs:
             layouts = self.network.outputs[name]

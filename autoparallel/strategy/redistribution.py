@@ -107,7 +107,8 @@ class RedistributionTables:
     where there is a memory limit. in_time: per axis, whether its places are micro-batches, one
     after the other; empty for none. once: the share that a step bears of reductions of parameters'
     gradients; see `StageShares`. groups: of axes whose order is left open, so that the prices are
-    bounds; none by default.
+    bounds; none by default. shared: what is known by identity and equal is one object here, by what
+    it follows from.
     """
 
     sizes: tuple[int, ...]
@@ -118,6 +119,7 @@ class RedistributionTables:
     in_time: tuple[bool, ...] = ()
     once: float = 1.0
     groups: AxisGroups = ()
+    shared: dict[Any, Any] = field(default_factory=dict)
     _routes: dict[Any, RedistributionPaths | ArrangedPaths] = field(default_factory=dict)
     _tables: dict[Any, Any] = field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from broad_cases import share_of
 from calls import Call, call, fixed, ints, x
 from sample_calls import CALLS
 
-from autoparallel.cost import fake_run
+from autoparallel.cost import fake_run, saved_tensors
 from autoparallel.cost.fake_run import FakeTensorSpec, _devices_for, contiguous, observe, runner
 from autoparallel.cost.saved_tensors import Saved, SavedTensors, _observe, stand_in
 from autoparallel.discovery.example_calls import make_example
@@ -273,3 +273,24 @@ def test_an_op_of_torch_is_run_once_for_all_plans(monkeypatch: pytest.MonkeyPatc
     for _ in range(2):
         assert saved(own, stand).saved
     assert len(runs) == 7
+
+
+def test_all_loops_are_lengthened_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved beside operands and results tells its loops at once: each run of a kernel that
+    passes parts round takes as many steps as there are ranks.
+    """
+    runs: list[dict[str, int]] = []
+
+    def observed(case: Any, sizes: dict[str, int], *rest: Any, **options: Any) -> Any:
+        runs.append(sizes)
+        return _observe(case, sizes, *rest, **options)
+
+    sample = call(
+        "scaled_dot_product_attention.default", x(2, 3, 4, 8), x(2, 3, 6, 8), x(2, 3, 6, 8)
+    )
+    monkeypatch.setattr(saved_tensors, "_observe", observed)
+    kept = saved(sample)
+    assert kept.internal
+    (lengthened,) = (sizes for sizes in runs if sizes)
+    for internal in kept.internal:
+        assert 1 < len(internal.loops) <= len(lengthened)

@@ -453,3 +453,24 @@ def test_no_charge_is_solved_twice_for_other_limits() -> None:
         solves.append((found, len(asked)))
     assert solves[0][0] == solves[1][0]
     assert solves[1][1] < solves[0][1]
+
+
+def test_the_best_charge_alone_proves_as_much_in_fewer_solves() -> None:
+    """It is all that is of use where the next problem counts otherwise."""
+    ways = np.array([1.0, 1.3]), np.array([8.0, 0.0])
+    problem = Problem(tuple(Variable(f"layer {i}", *ways) for i in range(9)), limit=31.0)
+    solves: dict[bool, int] = {}
+    bounds = []
+    for charge_alone in (False, True):
+        solved: list[Problem] = []
+
+        def solver(plain: Problem, solved: list[Problem] = solved) -> Solution:
+            solved.append(plain)
+            return exact.solve(plain)
+
+        solution = limited.solve(problem, solver=solver, enough=0.0, charge_alone=charge_alone)
+        accounts_for(problem, solution)
+        solves[charge_alone] = len(solved)
+        bounds.append(solution.lower_bound)
+    assert bounds[1] == pytest.approx(bounds[0])
+    assert solves[True] < solves[False]

@@ -11,6 +11,7 @@ import torch
 import autoparallel
 from autoparallel import Mesh
 from autoparallel.planning import closest_plan, memory_limit
+from autoparallel.strategy.stage_shares import WHOLE_MODEL
 from autoparallel.train.models import GPT, GPTConfig
 from planners import OverLimitError, Solution
 
@@ -30,9 +31,11 @@ class Solver:
 
     def __init__(self, known: list[Solution]) -> None:
         self.known, self.limits = known, list[float]()
+        self.start, self.rough = None, list[bool]()
 
-    def within(self, limit: float) -> Solution:
+    def within(self, limit: float, charge_alone: bool = False) -> Solution:
         self.limits.append(limit)
+        self.rough.append(charge_alone)
         able = [usage for usage in CASES if usage <= limit]
         if not able:
             raise OverLimitError(40, 40, limit)
@@ -44,16 +47,17 @@ def solution_of(usage: int) -> Solution:
     return Solution({}, CASES[usage][0], 0.0, "", usage)
 
 
+def read(*args: Any) -> tuple[Any, Any]:
+    """A case as a plan, and what it takes."""
+    solution = args[3]
+    plan = SimpleNamespace(cost=solution.cost, memory_price=0.0)
+    return plan, SimpleNamespace(total=CASES[int(solution.usage)][1], worst="")
+
+
 def raised(
     monkeypatch: pytest.MonkeyPatch, known: list[int], gap: float = 0.01
 ) -> tuple[float, Solver]:
     """The bytes counted of the plan that is taken where 50 fitted and nothing within 70 did."""
-
-    def read(*args: Any) -> tuple[Any, Any]:
-        solution = args[3]
-        plan = SimpleNamespace(cost=solution.cost, memory_price=0.0)
-        return plan, SimpleNamespace(total=CASES[int(solution.usage)][1])
-
     monkeypatch.setattr(closest_plan, "_read", read)
     monkeypatch.setattr(closest_plan, "replace", lambda plan, **changes: plan)
     plan, account = read(None, None, None, solution_of(50))
@@ -82,6 +86,36 @@ def test_near_the_bound_nothing_more_is_tried(monkeypatch: pytest.MonkeyPatch) -
     best, solve = raised(monkeypatch, [50, 56, 60], gap=0.5)
     assert best == 50
     assert not solve.limits
+
+
+def looked_for(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[float, Solver]:
+    """The cost of the plan that is closest to 100 bytes, and the solver that was asked."""
+    monkeypatch.setattr(closest_plan, "_read", read)
+    monkeypatch.setattr(closest_plan, "replace", lambda plan, **changes: plan)
+    limits = SimpleNamespace(within=lambda limit: limit)
+    network = SimpleNamespace(
+        options=SimpleNamespace(memory_limit=100, gap=0.01),
+        shares=WHOLE_MODEL,
+        fixed_nbytes=0,
+        moment=SimpleNamespace(call=""),
+        problem=lambda *arguments: limits,
+    )
+    solve, nothing = Solver([]), cast(Any, None)
+    found, _ = closest_plan.closest(
+        nothing, "", cast(Any, network), cast(Any, solve), {}, nothing, **options
+    )
+    return found.plan.cost, solve
+
+
+def test_solutions_are_rough_until_no_moment_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost, solve = looked_for(monkeypatch)
+    assert cost == 9.0
+    assert solve.limits[:3] == [100, 100, 50]
+    assert solve.rough == [True] + [False] * (len(solve.rough) - 1)
+
+
+def test_a_mode_that_cannot_be_better_is_left_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert looked_for(monkeypatch, beat=0.0)[1].limits == [100]
 
 
 @pytest.mark.broad
