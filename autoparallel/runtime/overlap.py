@@ -177,8 +177,9 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.later, ctx.kind, ctx.group = later, kind, group
         later.kind, later.bias_dims = kind, None if bias is None else bias.dim()
-        # Rows are taken in the order in which they lie in memory, and so does the result lie.
-        ctx.outer = outer = outer_dim(x)
+        # Rows are taken in the order in which they lie in memory, and so does the result lie. What
+        # is summed has one order on all ranks: one without a part of x does not know another.
+        ctx.outer = outer = outer_dim(x) if group is None else 0
         if outer:
             x = to_front(x, outer)
         if group is not None:

@@ -406,6 +406,22 @@ def test_weight_gradients_run_while_the_gradient_is_summed(filled):
         assert notes[5:] == ["wait all_reduce"]
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_sum_has_one_order_also_where_a_rank_has_no_part(world_size):
+    """Its summand is zeros, and tells nothing of the order in which the others lie in memory."""
+
+    def work(group: Group) -> tuple[torch.Tensor, ...]:
+        columns = 2 if group.rank < world_size - 1 else 0
+        x = torch.arange(24.0).view(3, 4, 2).transpose(0, 1)[..., :columns].requires_grad_()
+        weight = torch.arange(10.0).view(5, 2)[:, :columns].clone().requires_grad_()
+        moved = overlap.convert(x, group, Invariant(), Replicate(), 0, 1)
+        summed = overlap.linear(moved, weight, gap=1, group=group)
+        return summed, convert(functional.linear(x, weight), group, Partial(), Invariant())
+
+    for summed, plain in on_ranks(world_size, work):
+        torch.testing.assert_close(summed, plain, rtol=0, atol=0)
+
+
 def test_a_product_is_summed_in_pieces(monkeypatch):
     """Each piece is on its way while the next is computed; the sum is that of all ranks."""
     monkeypatch.setattr(products, "_PIECE_NBYTES", 3 * 4 * 8)

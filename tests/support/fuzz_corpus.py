@@ -265,4 +265,16 @@ ON_SEVERAL_AXES = {
         """),
         Split(8, 500, 1.0, True, whole=0.5, sizes=(2, 2, 2), sparing=True),
     ),
+    "a sum of a product of which a rank has no part, of rows in another order in memory": (
+        Program("""
+        g0 = given(5, 8, 8, 2)
+        b0 = blocks_dicts(5, 2, 4)
+        v0 = functools.reduce(lambda y, block: y + block.last(block.first(y).tanh()), reversed(b0), g0)
+        v1 = v0 * 1.25
+        v2 = v1.unsqueeze(0)
+        v2.add_(1.0)
+        return v2
+        """),
+        Split(6, 56, 1.0, whole=0.5, sizes=(2, 3)),
+    ),
 }
