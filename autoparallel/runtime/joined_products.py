@@ -65,6 +65,7 @@ class _ConvertThen(torch.autograd.Function):
         """Move and multiply."""
         ctx.set_materialize_grads(False)
         ctx.back, ctx.back_size = route.back, route.back_size(x, size)
+        ctx.ends = (route.group, route.source, route.target, size)
         ctx.has_rows = has_rows = route.has_rows(x, size)
         if has_rows:
             outer = route.dim
@@ -98,7 +99,10 @@ class _ConvertThen(torch.autograd.Function):
         outer, has_rows, nested = ctx.outer, ctx.has_rows, torch.is_grad_enabled()
         if nested:
             # The gradients are differentiated in turn: they must hang together, and none is late.
-            x, outer, has_rows = to_back(x, outer) if has_rows else x, 0, False
+            # A tensor that is converted without a move is kept as it was before.
+            x = to_back(x, outer) if has_rows else x
+            x = x if ctx.has_moved else convert_and_wait(x, *ctx.ends)
+            outer, has_rows = 0, False
         elif outer or any(grad is not None and outer_dim(grad) for grad in grads):
             outer = outer or next(filter(None, (outer_dim(g) for g in grads if g is not None)))
             x = x if has_rows else to_front(x, outer)

@@ -146,9 +146,10 @@ def fanned(group: Group, joined: bool, outermost: bool, size: int, way: str) -> 
     """A conversion and three products that read it, one of them late in its gap; gradients of first
     and second order.
 
-    way: "all" results are read; "some": the second is not; "frozen": the first weight is.
+    way: "all" results are read; "some": the second is not; "frozen": the first weight is; "whole":
+    nothing is moved but gradients, and the weights are columns of whole ones.
     """
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3 + (way == "whole") * group.rank)
     one, two, three, last, bias = leaves = [
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
         for shape in ((5, 4), (3, 4), (5, 4), (2, 5), (5,))
@@ -160,6 +161,9 @@ def fanned(group: Group, joined: bool, outermost: bool, size: int, way: str) -> 
     own = local_size(size, cut, group.world_size, group.rank)
     x = whole[:, first : first + own].clone().requires_grad_()
     ends = (group, Shard(1, outermost=outermost), Replicate(), size)
+    if way == "whole":
+        x = torch.linspace(-1, 1, 8 * size, dtype=torch.float64).view(2, size, 4).requires_grad_()
+        ends = (group, Invariant(), Replicate(), 0)
     if joined:
         weights = [(one, bias), (two, None), (three, None), (last, None)]
         a, b, c, gap = overlap.convert_then_linear(x.sin(), *ends, weights, 3)
@@ -178,7 +182,7 @@ def fanned(group: Group, joined: bool, outermost: bool, size: int, way: str) -> 
     return [*found, *torch.autograd.grad(twice, wanted, allow_unused=True)]
 
 
-@pytest.mark.parametrize("way", ["all", "some", "frozen"])
+@pytest.mark.parametrize("way", ["all", "some", "frozen", "whole"])
 @pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])
 @pytest.mark.parametrize(("world_size", "size"), [(2, 6), (3, 7)])
 def test_products_of_one_tensor_are_one_node_with_the_same_derivatives(
