@@ -50,7 +50,7 @@ class SeededDraws(TorchDispatchMode):
         What is drawn after the call would begin with that.
         """
         if any(item.initial_seed() != _MARK for item, _ in self.generators):
-            raise _refused("seeds torch's random generator")
+            raise _refused(f"seeds torch's random generator{_others()}")
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -60,11 +60,15 @@ class SeededDraws(TorchDispatchMode):
             if kwargs.get("generator") is not None:
                 raise _refused("passes a random generator of its own to an op")
             if any(item.initial_seed() != _MARK for item, _ in self.generators):
-                # The generator belongs to the process, and does not say who has seeded it.
-                others = " (or another thread seeds it meanwhile)"
-                who = others if threading.active_count() > 1 else ""
-                raise _refused(f"seeds torch's random generator, and draws from it{who}")
+                raise _refused(f"seeds torch's random generator, and draws from it{_others()}")
         return function(*args, **kwargs)
+
+
+def _others() -> str:
+    """Return the doubt that there is where other threads run: the generator belongs to the process,
+    and does not say who has seeded it.
+    """
+    return " (or another thread seeds it meanwhile)" if threading.active_count() > 1 else ""
 
 
 def without_generator(decomposition: Decomposition) -> Decomposition:

@@ -223,7 +223,10 @@ def _link(rows: Any, where: str) -> Link:
         row = _checked(row, Regime, where)
         if row["algorithm"] not in algorithms:
             _refuse(where, "algorithm", row["algorithm"], f"one of {', '.join(algorithms)}")
-        for key in ("bytes_per_second", "hop_seconds", "floor_seconds"):
+        if not isinstance(row.get("protocol", ""), str):
+            _refuse(where, "protocol", row["protocol"], "a text")
+        # All others are numbers.
+        for key in sorted(row.keys() - {"algorithm", "protocol", "collectives"}):
             _number(where, key, row[key], positive=key == "bytes_per_second")
         only = row.get("collectives", [])
         if not isinstance(only, list) or any(kind not in _KINDS for kind in only):

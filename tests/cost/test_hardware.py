@@ -50,6 +50,8 @@ def entry(rows: Any, *path: Any) -> Any:
         (("inside", 0, "algorithm"), "gossip", "one of ring, tree, switch, exchange"),
         (("inside", 0, "hop_seconds"), -1e-6, "hop_seconds is -1e-06"),
         (("inside", 0, "collectives"), ["gossip"], "a list of all_reduce, all_gather"),
+        (("inside", 0, "neighbour_bytes_per_second"), [1e9], "neighbour_bytes_per_second is [1000"),
+        (("inside", 0, "protocol"), ["ll"], "protocol is ['ll']"),
         (("network",), [], "a list of at least one"),
         (("memory_by_size",), [[4096, 1e9], [1024, 2e9]], "ascending"),
         (("memory_by_size",), 3, "pairs of bytes and rate"),

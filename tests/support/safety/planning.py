@@ -20,7 +20,7 @@ from split_ranks import as_unsplit, programs_of
 from torch import nn
 
 import autoparallel
-from autoparallel.errors import AutoParallelError
+from autoparallel.errors import AutoParallelError, CaptureError
 from autoparallel.mesh import Mesh
 from autoparallel.parallel.module import parallel_module
 from autoparallel.planning.replan import Replanner
@@ -77,7 +77,10 @@ def seeding(draw: random.Random, count: int) -> Counter[str]:
                 torch.manual_seed(number := number + 1)
 
         def tried() -> str:
-            text = _plan(Mixed())
+            try:
+                text = _plan(Mixed())
+            except CaptureError as error:
+                text = str(error)
             if text == alone:
                 return "the plan of one thread"
             return "told" if "another thread seeds it" in text else "another plan"
