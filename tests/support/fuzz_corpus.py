@@ -269,7 +269,7 @@ ON_SEVERAL_AXES = {
         Program("""
         g0 = given(5, 8, 8, 2)
         b0 = blocks_dicts(5, 2, 4)
-        v0 = functools.reduce(lambda y, block: y + block.last(block.first(y).tanh()), reversed(b0), g0)
+        v0 = functools.reduce(lambda y, b: y + b.last(b.first(y).tanh()), reversed(b0), g0)
         v1 = v0 * 1.25
         v2 = v1.unsqueeze(0)
         v2.add_(1.0)
