@@ -58,7 +58,12 @@ def solve(
         if problem.limit is None:
             raise InfeasibleError()
         least = solve(problem.usage_alone(), time_limit_seconds)
-        raise OverLimitError(least.cost, least.lower_bound, problem.limit)
+        if least.cost > problem.limit:
+            raise OverLimitError(least.cost, least.lower_bound, problem.limit)
+        # The presolve of HiGHS 1.8 takes some programs that have a solution for impossible.
+        highs = program.run(False, time_limit_seconds, relative_gap, most_nodes, presolve=False)
+        if highs is None:
+            raise RuntimeError("HiGHS finds no solution, and there is one")
     info = highs.getInfo()
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         within = f"{time_limit_seconds} seconds" if most_nodes is None else f"{most_nodes} nodes"
@@ -180,18 +185,21 @@ class _Program:
         time_limit_seconds: float | None = None,
         relative_gap: float = _RELATIVE_GAP,
         most_nodes: int | None = None,
+        presolve: bool = True,
     ) -> highspy.Highs | None:
         """Run HiGHS; return it, or None if there is no solution.
 
-        relaxed: columns may be fractions. Raises RuntimeError if HiGHS ends in any other way than
-        solved, infeasible or out of time or nodes.
+        relaxed: columns may be fractions. presolve: whether it makes the program smaller first.
+        Raises RuntimeError if HiGHS ends in any other way than solved, infeasible or out of time or
+        nodes.
         """
         import highspy
 
         # One thread and a fixed seed, so that the same program gives the same solution.
         highs: highspy.Highs = highspy.Highs()
-        options: dict[str, bool | int | float] = {
+        options: dict[str, bool | int | float | str] = {
             "output_flag": False,
+            "presolve": "choose" if presolve else "off",
             "threads": 1,
             "random_seed": 0,
             "mip_rel_gap": relative_gap,
