@@ -164,15 +164,23 @@ class ParallelLlama(ParallelModel):
         Raises ValueError if names are missing or left over.
         """
         fused = dict(state_dict)
-        for layer in range(self.config.num_hidden_layers):
+        layers = range(self.config.num_hidden_layers)
+        needed = [
+            place + name
+            for layer in layers
+            for place, names in zip(_places(layer), (_QUERY_KEY_VALUE, _GATE_UP), strict=True)
+            for name in names
+        ]
+        missing = [name for name in needed if name not in fused]
+        if missing:
+            raise ValueError(f"not the parameters of this model: missing {missing}")
+        for layer in layers:
             attention, inner = _places(layer)
-            parts = [fused.pop(attention + name, None) for name in _QUERY_KEY_VALUE]
-            if all(part is not None for part in parts):
-                groups = [part.unflatten(0, (self._keys, -1)) for part in parts]  # type: ignore[union-attr]
-                fused[f"{attention}query_key_value.weight"] = torch.cat(groups, 1).flatten(0, 1)
-            both = [fused.pop(inner + name, None) for name in _GATE_UP]
-            if all(part is not None for part in both):
-                fused[f"{inner}gate_up.weight"] = torch.cat(both)  # type: ignore[arg-type]
+            parts = [fused.pop(attention + name) for name in _QUERY_KEY_VALUE]
+            groups = [part.unflatten(0, (self._keys, -1)) for part in parts]
+            fused[f"{attention}query_key_value.weight"] = torch.cat(groups, 1).flatten(0, 1)
+            both = [fused.pop(inner + name) for name in _GATE_UP]
+            fused[f"{inner}gate_up.weight"] = torch.cat(both)
         super().load_plain(fused)
 
     def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

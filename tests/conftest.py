@@ -78,6 +78,18 @@ def _traced_once_after_tracing(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Let torch.compile begin anew, with its counters at 0, and leave nothing behind."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def mesh_of_this_process(tmp_path: Path) -> Iterator[Any]:
     """Return a device mesh of this one process."""
     import torch.distributed as dist

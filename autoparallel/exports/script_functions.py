@@ -72,7 +72,7 @@ class FunctionWriter:
     def text(self) -> str:
         """Return the functions as text."""
         made = values_made([*self.statements, *self.headers])
-        folded = fold_statements(self.statements, made, self.is_module)
+        folded = fold_statements([*self.statements, self.last], made, self.is_module)
         functions = []
         lines = ["parameters = dict(zip(PARAMETERS, parameters, strict=True))"]
         for statement in self.headers:

@@ -1,4 +1,4 @@
-"""A conversion and the product beside it, which become one statement of a program: one node."""
+"""A conversion and the products beside it, which become one statement of a program: one node."""
 
 from __future__ import annotations
 

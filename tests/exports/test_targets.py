@@ -96,6 +96,47 @@ def test_partition_specs_are_the_plans() -> None:
     assert table == {"0.weight": ("tp", None), "2.weight": (None, "tp")}
 
 
+class Halves(nn.Module):
+    """Equal blocks, each of which gives a number that is returned, and that no block reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(8, 32) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(32, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        numbers = []
+        for up, down in zip(self.up, self.down, strict=True):
+            inner = torch.tanh(up(x))
+            numbers.append(inner.mean())
+            x = x + down(inner)
+        return [x.square().sum(), *numbers]
+
+
+def test_a_block_gives_what_is_only_returned() -> None:
+    """The function of repeated lines returns it, and the program has a name for it."""
+    model = Halves()
+    plan = make_plan(model, 2, example_inputs=torch.ones(4, 8))
+    functions = {
+        each.name: each
+        for each in ast.parse(export(plan, "python", model).text).body
+        if isinstance(each, ast.FunctionDef)
+    }
+    assert "forward_block" in functions
+    whole = functions["forward"]
+    stored, read = (
+        {
+            node.id
+            for statement in statements
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, kind)
+        }
+        for statements, kind in ((whole.body[:-1], ast.Store), (whole.body[-1:], ast.Load))
+    )
+    assert len(read) == 5
+    assert read <= stored
+
+
 class Attention(nn.Module):
     """Attention that counts heads, and leaves it to view how large they are.
 

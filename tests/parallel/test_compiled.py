@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,21 +16,13 @@ from torch._dynamo.utils import counters
 import autoparallel
 from autoparallel.errors import CaptureError, WrappedModelError
 
-pytestmark = pytest.mark.usefixtures("one_trace")
+pytestmark = pytest.mark.usefixtures("one_trace", "fresh_compiler")
 
 INDUCTOR = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++"),
 ]
 ROWS = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Scaled(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,20 +14,12 @@ from torch._dynamo.utils import counters
 import autoparallel
 
 pytestmark = [
-    pytest.mark.usefixtures("one_trace"),
+    pytest.mark.usefixtures("one_trace", "fresh_compiler"),
     # Torch looks at `grad` of a function's arguments, and hides what it is told then.
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
 ]
 MANY = 40
 FUNCTIONS = 3  # before the blocks, of a block, and after them
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 class Block(nn.Module):
@@ -144,7 +135,7 @@ def test_what_is_not_needed_later_is_freed() -> None:
 
 
 def compared(rank: int) -> tuple[bool, int]:
-    """Whether a compiled module does what another one does that is not, and its graphs."""
+    """On a rank: say whether a compiled module does as one that is not, and count its graphs."""
     torch._dynamo.reset()
     counters.clear()
     error = worst(*pair((12,) * MANY, 2))

@@ -1,6 +1,7 @@
 """Problems that allow nothing: every solver says so, and the exact one names who is to blame."""
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,3 +59,17 @@ def test_infeasible_far_apart() -> None:
     with pytest.raises(InfeasibleError) as raised:
         exact.solve(problem.pinned({"v10": 0, "v40": 1}))
     assert raised.value.variables == tuple(f"v{i}" for i in range(10, 41))
+
+
+def test_what_presolve_takes_for_impossible_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS 1.8.1 took a problem so whose least usage is within its limit."""
+    run, asked = ilp._Program.run, list[bool]()
+
+    def mistaken(self: Any, *arguments: Any, presolve: bool = True) -> Any:
+        asked.append(presolve)
+        return None if len(asked) == 1 else run(self, *arguments, presolve=presolve)
+
+    ways = np.array([0.0, 1.0]), np.array([2.0, 0.0])
+    monkeypatch.setattr(ilp._Program, "run", mistaken)
+    assert ilp.solve(Problem(tuple(Variable(name, *ways) for name in "ab"), limit=2.0)).cost == 1.0
+    assert asked == [True, True, False]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from noting_groups import NotedProducts, NotingGroup
+from noting_groups import NotedOps, NotedProducts, NotingGroup
 from torch.nn import functional
 
 from autoparallel.mesh import Mesh
@@ -25,7 +25,6 @@ from autoparallel.runtime.collectives import convert
 from autoparallel.runtime.groups import Group, SingleGroup
 from autoparallel.runtime.ranks import run_ranks, thread_ranks
 from autoparallel.runtime.recompute import recomputed
-from autoparallel.support.torch_private import TorchDispatchMode
 
 CONVERSIONS = [
     (Invariant(), Replicate()),
@@ -217,20 +216,6 @@ def test_the_gradients_of_one_tensor_are_summed_inside_of_the_products():
     assert notes[True].count("aten.addmm_.default") == 2
     assert not any("aten.add." in name for name in notes[True])
     assert any("aten.add." in name for name in notes[False])
-
-
-class NotedOps(TorchDispatchMode):
-    """Notes the names of all ops."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("outermost", [True, False], ids=["outermost", "in-order"])

@@ -56,20 +56,30 @@ class NotingGroup(LocalGroup):
         return received
 
 
-class NotedProducts(TorchDispatchMode):
-    """Notes products of matrices, by the shapes of their results."""
+class NotedOps(TorchDispatchMode):
+    """Notes the names of all ops."""
 
     def __init__(self, notes: list[str]) -> None:
         super().__init__()
         self.notes = notes
 
+    def note(self, function: Any, result: Any) -> None:
+        self.notes.append(str(function))
+
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        self.note(function, result)
+        return result
+
+
+class NotedProducts(NotedOps):
+    """Notes products of matrices, by the shapes of their results."""
+
+    def note(self, function: Any, result: Any) -> None:
         if "mm" in str(function):
             self.notes.append(str(tuple(result.shape)))
-        return result
 
 
 def noted_pass(
