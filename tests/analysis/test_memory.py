@@ -195,7 +195,7 @@ def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
         if strategy.kernel is not None and dict(strategy.kernel.arguments).get("count"):
             mean = sum(bytes_kept) / len(bytes_kept)
             between = min(bytes_kept) <= found <= max(bytes_kept)
-            assert between or found == pytest.approx(mean, rel=0.05), strategy
+            assert between or found == pytest.approx(mean, rel=0.1), strategy
         else:
             assert found == max(bytes_kept), strategy
 
