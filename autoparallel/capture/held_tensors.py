@@ -180,11 +180,12 @@ class HeldTensors(TorchFunctionMode):
             return view_error(path)
         if in_function_transform():
             return CaptureError(
-                "the forward computes under a transform of torch.func (grad, vmap, jvp)",
+                "the forward computes under a transform of torch.func that is not traced (vjp, "
+                "linearize, jacrev of a whole batch)",
                 why="the tensors there are wrapped, and the tracer does not see what becomes of "
                 "them",
-                fix="differentiate with torch.autograd.grad(..., create_graph=True), or keep it in "
-                "a submodule of its own, which then stays Python",
+                fix="use torch.func.grad, vmap or jvp, which are traced, or keep it in a submodule "
+                "of its own, which then stays Python",
             )
         if tensor.requires_grad:
             return CaptureError(

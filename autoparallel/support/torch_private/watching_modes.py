@@ -119,8 +119,9 @@ def plain_ops_of(
 ) -> torch.fx.GraphModule:
     """Return what a function does as a program of plain ops, which a trace around it does not see.
 
-    function: of tensors, returns a list; no mode that sees calls of torch's functions is left but
-    those that it enters itself. tensors: what it is called with, without data.
+    None of them writes to a tensor. function: of tensors, returns a list; no mode that sees calls
+    of torch's functions is left but those that it enters itself. tensors: what it is called with,
+    without data.
     """
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
@@ -129,10 +130,17 @@ def plain_ops_of(
     ]
     try:
         with disable_proxy_modes_tracing():
-            return make_fx(function)(*tensors)
+            # What a copy becomes that writes to nothing has no derivative of its own.
+            instead = {torch.ops.aten.copy.default: _copied}
+            return make_fx(torch.func.functionalize(function), instead)(*tensors)
     finally:
         for mode in reversed(hidden):
             torch._C._push_on_torch_function_stack(mode)
+
+
+def _copied(into: torch.Tensor, source: torch.Tensor, _: bool = False) -> torch.Tensor:
+    """Return what a tensor is after another one was copied into it."""
+    return source.to(into.dtype).expand(into.shape)
 
 
 def is_traced_inside(tensor: torch.Tensor) -> bool:
