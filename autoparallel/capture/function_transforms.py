@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.repeated_calls import SeenCalls
@@ -25,6 +26,34 @@ from autoparallel.support.torch_private import (
 )
 
 __all__ = ["lowered_transforms"]
+
+
+class WithoutGradients(TorchFunctionMode):
+    """A mode in which what a function makes while gradients are switched off is detached.
+
+    The plain ops of a transform are written down without the regions they are in, such as those
+    under `torch.no_grad()`. A detached tensor says the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = torch.is_grad_enabled()
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not self.before or torch.is_grad_enabled():
+            return result
+        written = {id(item) for item in (*args, *(kwargs or {}).values())}
+        tensors, form = flatten(result)
+        if any(id(tensor) in written for tensor in tensors):
+            raise CaptureError(
+                "the forward writes to a tensor without gradients under a transform of torch.func",
+                why="a graph has the plain ops of a transform, and no such regions",
+                fix="compute a new tensor instead",
+            )
+        return rebuild(form, [tensor.detach() for tensor in tensors]) if tensors else result
 
 
 @contextmanager
@@ -53,7 +82,7 @@ def lowered_transforms(
         def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
             """Run the transform on tensors in the places of its own, and return what it makes."""
             args, kwargs = rebuild(form, list(tensors[: len(own)]))
-            with held.in_transform(), held, seen:
+            with held.in_transform(), held, WithoutGradients(), seen:
                 made, result = flatten(original(function, *args, **kwargs))
             results.append(result)
             return made

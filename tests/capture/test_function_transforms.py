@@ -70,6 +70,29 @@ def written(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def without_gradient(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """No gradient comes from the factor, to parameters that others give one."""
+
+    def row(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            factor = layer.row(x)
+        return layer.row(x) * factor + layer.row(x).detach().sin()
+
+    made: torch.Tensor = vmap(row)(x)
+    return made
+
+
+def curved(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Ops whose derivatives are differentiated again by formulas of their own."""
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        y = layer.row(x)
+        return (torch.softmax(y, -1) * layer.scale + functional.gelu(y) * y.sigmoid().exp()).sum()
+
+    made: torch.Tensor = vmap(grad(energy))(x)
+    return made
+
+
 def adapted(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     """As MAML does: two steps on the layer's own weights, and a call with what they become."""
     weights = dict(layer.down.named_parameters())
@@ -94,6 +117,8 @@ WORK: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
         lambda row: vmap(lambda weights: row * weights)(layer.up.weight[:6]).sum(0)
     )(layer.row(x)),
     "a gradient of each row": lambda layer, x: vmap(grad(layer.energy))(x),
+    "no gradient": without_gradient,
+    "gradients that are differentiated": curved,
     "value and gradient": value_and_slope,
     "forward derivatives": lambda layer, x: jvp(layer.row, (x,), (torch.ones_like(x),))[1],
     "jacobians": lambda layer, x: vmap(jacrev(layer.row))(x).sum(1),
@@ -110,7 +135,12 @@ WORK: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "a write": lambda layer, x: vmap(written)(layer.row(x)),
 }
 # Their own sizes are in what torch makes of them.
-AT_ONE_SIZE = {"in chunks", "forward derivatives", "second derivatives"}
+AT_ONE_SIZE = {
+    "in chunks",
+    "gradients that are differentiated",
+    "forward derivatives",
+    "second derivatives",
+}
 
 
 class Ensemble(nn.Module):
@@ -193,6 +223,32 @@ def test_numbers_that_change_are_seen_inside() -> None:
         return made
 
     assert "something else when it runs again" in reason(asks)
+
+
+def test_writes_without_gradient_are_refused() -> None:
+    def writes(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        def row(x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x.mul_(2)
+            return x
+
+        made: torch.Tensor = vmap(row)(layer.row(x))
+        return made
+
+    assert "writes to a tensor without gradients" in reason(writes)
+
+
+def test_ops_that_leave_out_results_stay_python() -> None:
+    """The gradient of a norm without weights has two results that are none."""
+
+    def normed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        def energy(x: torch.Tensor) -> torch.Tensor:
+            return functional.layer_norm(x, (6,)).pow(3).sum()
+
+        made: torch.Tensor = vmap(grad(energy))(layer.row(x))
+        return made
+
+    assert "leaves out one of its results" in reason(normed)
 
 
 def test_other_transforms_stay_python() -> None:
