@@ -29,6 +29,8 @@ from torch.func import (
 from torch.nn import functional
 
 import autoparallel
+from autoparallel.capture.export import capture
+from autoparallel.errors import CaptureError
 
 TOLERANCE = 1e-12
 # Asked by C's functions alone, of which no profile function is told.
@@ -236,6 +238,21 @@ def test_writes_without_gradient_are_refused() -> None:
         return made
 
     assert "writes to a tensor without gradients" in reason(writes)
+
+
+def test_autograd_inside_is_refused() -> None:
+    """What its backward pass saves is detached, once the forward has run."""
+
+    def asks(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        def row(x: torch.Tensor) -> torch.Tensor:
+            value = (x * layer.down.bias).tanh().sum()
+            return torch.autograd.grad(value, layer.down.bias, create_graph=True)[0]
+
+        made: torch.Tensor = vmap(row)(layer.row(x))
+        return made
+
+    with pytest.raises(CaptureError, match="calls autograd under a transform"):
+        capture(Model(asks), (torch.randn(8, 6),), {})
 
 
 def test_ops_that_leave_out_results_stay_python() -> None:
