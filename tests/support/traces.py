@@ -1,9 +1,10 @@
-"""Traces that many tests of a file begin with are made once."""
+"""Traces that many tests of a file begin with are made once, and so are plans of equal programs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -13,13 +14,18 @@ from torch import nn
 
 import autoparallel.api
 from autoparallel.graph.captured import Surroundings
-from autoparallel.planning import replan
+from autoparallel.planning import plan_model, replan
+from autoparallel.planning.kept_plans import key_of
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.planning.search import search
 from autoparallel.support.pytree import flatten
 
-__all__ = ["sharing", "trace_ahead", "traced_once"]
+__all__ = ["planned_once", "sharing", "trace_ahead", "traced_once"]
 
-# So many traces are kept, those that were made last.
+# So many traces, and so many plans, are kept, those that were made last.
 MOST = 32
+# The modules that search for a plan of a whole program.
+_SEARCHERS = (plan_model, replan)
 # The arguments `again` of those that last, the innermost last.
 _lasting: list[bool] = []
 
@@ -71,6 +77,36 @@ def traced_once(again: bool = True) -> Iterator[None]:
             yield
         finally:
             _lasting.pop()
+
+
+@contextmanager
+def planned_once() -> Iterator[None]:
+    """While this lasts, equal programs are planned once for what is asked alike.
+
+    They are equal as for plans that are kept on disk. It is for tests of what becomes of split
+    modules, whose ranks are threads that plan the same one after the other.
+    """
+    plans: dict[Any, Any] = {}
+    parameters = signature(search)
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        asked = parameters.bind(*args, **kwargs).arguments
+        captured, options = asked.pop("captured"), asked.pop("options")
+        key = None
+        if not any(map(asked.get, ("start", "judge", "eased", "step"))):
+            key = key_of(nn.Module(), captured, options, asked)
+        if key is None:
+            return search(*args, **kwargs)
+        if key not in plans:
+            plans[key] = search(*args, **kwargs)
+            if len(plans) > MOST:
+                del plans[next(iter(plans))]
+        return with_graphs(plans[key], captured)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in _SEARCHERS:
+            patch.setattr(module, "search", remembered)
+        yield
 
 
 _for_good = ExitStack()
