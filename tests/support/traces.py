@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
 from inspect import signature
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -14,18 +17,22 @@ from torch import nn
 
 import autoparallel.api
 from autoparallel.graph.captured import Surroundings
-from autoparallel.planning import plan_model, replan
+from autoparallel.plan import Plan
+from autoparallel.planning import replan
 from autoparallel.planning.kept_plans import key_of
 from autoparallel.planning.plan_graphs import with_graphs
-from autoparallel.planning.search import search
 from autoparallel.support.pytree import flatten
 
 __all__ = ["planned_once", "sharing", "trace_ahead", "traced_once"]
 
 # So many traces, and so many plans, are kept, those that were made last.
 MOST = 32
-# The modules that search for a plan of a whole program.
-_SEARCHERS = (plan_model, replan)
+# The functions that find a plan, and the modules that call them.
+_PLANNERS = (
+    (autoparallel.api, "fastest_plan"),
+    (replan, "search"),
+    (replan, "pipeline_plan"),
+)
 # The arguments `again` of those that last, the innermost last.
 _lasting: list[bool] = []
 
@@ -80,33 +87,55 @@ def traced_once(again: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def planned_once() -> Iterator[None]:
+def planned_once(folder: Path | None = None) -> Iterator[None]:
     """While this lasts, equal programs are planned once for what is asked alike.
 
     They are equal as for plans that are kept on disk. It is for tests of what becomes of split
-    modules, whose ranks are threads that plan the same one after the other.
+    modules, whose ranks would all search for the same plan. folder: where ranks that are processes
+    find what one of them has planned; ranks of one process need none.
     """
-    plans: dict[Any, Any] = {}
-    parameters = signature(search)
+    plans: dict[str, Plan] = {}
 
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        asked = parameters.bind(*args, **kwargs).arguments
-        captured, options = asked.pop("captured"), asked.pop("options")
-        key = None
-        if not any(map(asked.get, ("start", "judge", "eased", "step"))):
-            key = key_of(nn.Module(), captured, options, asked)
-        if key is None:
-            return search(*args, **kwargs)
-        if key not in plans:
-            plans[key] = search(*args, **kwargs)
-            if len(plans) > MOST:
-                del plans[next(iter(plans))]
-        return with_graphs(plans[key], captured)
+    def once(make: Callable[..., Plan]) -> Callable[..., Plan]:
+        parameters = signature(make)
+
+        @wraps(make)
+        def planned(*args: Any, **kwargs: Any) -> Plan:
+            asked = parameters.bind(*args, **kwargs).arguments
+            (traced,) = (asked.pop(name) for name in ("captured", "traced") if name in asked)
+            named = isinstance(asked["model"], str)
+            model, options = nn.Module() if named else asked.pop("model"), asked.pop("options")
+            key = None
+            if not any(map(asked.get, ("start", "judge", "eased", "step", "estimator"))):
+                key = key_of(model, traced, options, (make.__name__, asked))
+            if key is None:
+                return make(*args, **kwargs)
+            if key not in plans:
+                here = partial(make, *args, **kwargs)
+                plans[key] = here() if folder is None else _first_of(folder / key[:32], here)
+                if len(plans) > MOST:
+                    del plans[next(iter(plans))]
+            return with_graphs(plans[key], traced).checked()
+
+        return planned
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in _SEARCHERS:
-            patch.setattr(module, "search", remembered)
+        for module, name in _PLANNERS:
+            patch.setattr(module, name, once(getattr(module, name)))
         yield
+
+
+def _first_of(path: Path, make: Callable[[], Plan]) -> Plan:
+    """Return the plan in a file, which the process that comes first makes: the others wait."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if text:
+            return Plan.from_json(text)
+        plan = make()
+        file.write(plan.to_json())
+        return plan
 
 
 _for_good = ExitStack()
