@@ -21,6 +21,8 @@ from autoparallel.plan import Plan
 from autoparallel.planning import replan
 from autoparallel.planning.kept_plans import key_of
 from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.rules.strategies import strategies
+from autoparallel.strategy import build_network
 from autoparallel.support.pytree import flatten
 
 __all__ = ["planned_once", "sharing", "trace_ahead", "traced_once"]
@@ -33,6 +35,8 @@ _PLANNERS = (
     (replan, "search"),
     (replan, "pipeline_plan"),
 )
+# Arguments of these of which no text tells all.
+_NOT_IN_WORDS = ("start", "judge", "eased", "step", "estimator")
 # The arguments `again` of those that last, the innermost last.
 _lasting: list[bool] = []
 
@@ -92,7 +96,8 @@ def planned_once(folder: Path | None = None) -> Iterator[None]:
 
     They are equal as for plans that are kept on disk. It is for tests of what becomes of split
     modules, whose ranks would all search for the same plan. folder: where ranks that are processes
-    find what one of them has planned; ranks of one process need none.
+    find what one of them has planned; ranks of one process need none. What is planned with kernels
+    that a test asks for is planned each time.
     """
     plans: dict[str, Plan] = {}
 
@@ -106,7 +111,8 @@ def planned_once(folder: Path | None = None) -> Iterator[None]:
             named = isinstance(asked["model"], str)
             model, options = nn.Module() if named else asked.pop("model"), asked.pop("options")
             key = None
-            if not any(map(asked.get, ("start", "judge", "eased", "step", "estimator"))):
+            forced = build_network.strategies is not strategies
+            if not forced and not any(map(asked.get, _NOT_IN_WORDS)):
                 key = key_of(model, traced, options, (make.__name__, asked))
             if key is None:
                 return make(*args, **kwargs)
