@@ -139,8 +139,8 @@ class StageMessages:
 
     received: of the stage before. returned: the gradients that come of the stage after. back: those
     that it sends to the one before. between: gradients that are kept until those of the weights are
-    computed of them, where a backward pass is in two halves. forward, backward: bytes beyond all that
-    is kept, at the worst moment of such a pass; the second half of a backward pass takes none.
+    computed of them, where a backward pass is in two halves. forward, backward: bytes beyond all
+    that is kept, at the worst moment of such a pass; the second half of a backward pass takes none.
     sent: what goes to the next stage and is held until it has arrived; 0 where that is among the
     activations.
     """

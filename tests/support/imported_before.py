@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 
-import torch
 from garbage import collect_rarely
 
 import autoparallel

@@ -49,11 +49,11 @@ def run_processes(
     """Return the results of function(rank, *arguments) of all ranks, in their order.
 
     function must live at the top level of an importable module. The default process group is gloo
-    over all ranks. Of what all ranks plan alike, the first one's plan is everybody's. start: "spawn"
-    starts each process by itself, as a launcher does, with a hash seed of its own, and each plans
-    for itself; forks of one server have its seed in common. before: runs once, in a process of which
-    all ranks are then forks, so that they have what it has cached, such as plans. It may start no
-    thread.
+    over all ranks. Of what all ranks plan alike, the first one's plan is everybody's. start:
+    "spawn" starts each process by itself, as a launcher does, with a hash seed of its own, and each
+    plans for itself; forks of one server have its seed in common. before: runs once, in a process
+    of which all ranks are then forks, so that they have what it has cached, such as plans. It may
+    start no thread.
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError if some rank
     has not finished in time; in both cases no process is left behind.
     """
