@@ -1,4 +1,4 @@
-"""What a loop over experts says of whose turn it is: which tokens have chosen an expert.
+"""A loop over experts says whose turn it is, by finding the tokens that have chosen the expert.
 
 Either the numbers of the chosen experts are compared with the expert's own, or they are spread out
 as zeros and ones along a dim of experts, of which one is selected.
