@@ -28,6 +28,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.short_chains import Asked, ShortChains, TooLargeError
 from autoparallel.planning.stage_chain import StageChain, mixed, most_saved
 from autoparallel.planning.stage_estimates import Estimate, is_better
@@ -208,6 +209,7 @@ class Estimator:
             return alike  # without stages, the search within the limit chooses block by block
         # What shares most of what stays leaves most room for activations.
         best, price = alike, _PRICES[-1]
+        mixes: list[Eased] = []
         each = of.count / of.shares.ranks
         # Where all blocks fit alike only in stages that take unequal times, a few of them that are
         # recomputed more leave room for equal ones.
@@ -224,9 +226,11 @@ class Estimator:
                 )
             except (PlanError, InfeasibleError, TooLargeError):
                 continue
-            if found is not None and is_better(found, best, limit):
-                best = replace(found, price=price)
-        return best
+            if found is not None and is_better(found, alike, limit):
+                found = replace(found, price=price)
+                mixes += [replace(mix, price=price) for mix in found.mixes]
+                best = found if is_better(found, best, limit) else best
+        return replace(best, mixes=tuple(sorted(mixes, key=lambda mix: mix.seconds)))
 
     def _mixed(self, of: Asked, chains: Mapping[str, StageChain]) -> Estimate | None:
         """Return the estimate with blocks as in several chains, each with as much kept as its rank
@@ -257,11 +261,10 @@ class Estimator:
                 if found is None:
                     found = self._told(of, chain, starts, least)
             if found is not None and (best is None or is_better(found, best, limit)):
-                best = replace(
-                    found,
-                    mixes=tuple(dict.fromkeys(mixes)),
-                    starts=tuple(map(int, starts)),
-                )
+                of_all = Eased(least, 0.0, (), found.seconds, tuple(map(int, starts)))
+                ways_of_blocks = dict.fromkeys(mixes)
+                each = tuple(replace(of_all, blocks=blocks) for blocks in ways_of_blocks)
+                best = replace(found, mixes=each)
         return best
 
     def _may_fit(self, found: Estimate | None, place: int) -> bool:

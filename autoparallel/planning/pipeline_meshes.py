@@ -26,7 +26,8 @@ from planners.effort import current
 
 __all__ = ["best_mesh", "best_order", "estimator_of", "likely_meshes"]
 
-# More stages are no longer looked at after so many numbers of them that were worse.
+# More stages, on all ranks or on each, are no longer looked at after so many numbers that were
+# worse.
 _MOST_WORSE = 2
 # Numbers of stages are looked at in steps of this factor first.
 _STEP = 1.6
@@ -161,38 +162,52 @@ def _best_of_width(
     """Return the best estimate of so many ranks on the inner axis, and its mesh.
 
     ladder: numbers of stages, in order. each: as of `best_order`. Every number that is about twice
-    the one before it is looked at as long as they are better, and then those beside the best.
+    the one before it is looked at as long as they are better, and then those beside the best. Where
+    not everything can be kept there, so are more micro-batches, as a rank keeps less of smaller
+    ones; if they are better, those beside it are looked at with more micro-batches as well.
     """
-    tried: dict[int, tuple[Estimate, Mesh] | None] = {}
+    limit = options.memory_limit
+    tried: dict[tuple[int, int], tuple[Estimate, Mesh] | None] = {}
 
-    def at(pp: int) -> tuple[Estimate, Mesh] | None:
-        """Return the estimate for so many stages, and its mesh."""
-        if pp not in tried:
+    def at(pp: int, more: int) -> tuple[Estimate, Mesh] | None:
+        """Return the estimate for so many stages, and its mesh. more: as of `best_order`."""
+        if (pp, more) not in tried:
             data = world_size // (pp * tensor)
             axes = {"dp": data} if data > 1 else {}
             axes |= {"tp": tensor} if tensor > 1 or not axes else {}
-            inside = Mesh(**axes)
-            found = best_order(estimator, pp, inside, options, each)
-            tried[pp] = None if found is None else (found, Mesh(**{PIPELINE: pp}, **axes))
-        return tried[pp]
+            found = best_order(estimator, pp, Mesh(**axes), options, each, more)
+            mesh = Mesh(**{PIPELINE: pp}, **axes)
+            tried[pp, more] = None if found is None else (found, mesh)
+        return tried[pp, more]
 
     best: tuple[Estimate, Mesh] | None = None
-    limit = options.memory_limit
     place, least, worse = -1, 0.0, 0
 
-    def look(number: int) -> bool:
+    def look(number: int, more: int = 0) -> bool:
         """Look at a place of the ladder; say whether it is the best so far."""
         nonlocal best, place
-        found = at(ladder[number])
+        found = at(ladder[number], more)
         better = found is not None and (best is None or is_better(found[0], best[0], limit))
         if better:
             best, place = found, number
         return better
 
+    def look_beside(more: int) -> None:
+        """Look at the places beside the best one as long as they are better."""
+        for way in (-1, 1):
+            while 0 <= place + way < len(ladder) and not current().is_over:
+                beside, even = ladder[place + way], _evenness(estimator.blocks, ladder[place])
+                # Numbers that blocks divide into much less evenly leave most ranks waiting for a
+                # few.
+                if (beside, more) in tried or _evenness(estimator.blocks, beside) < _AS_EVEN * even:
+                    break
+                if not look(place + way, more):
+                    break
+
     for number, pp in enumerate(ladder):
         if pp < least:
             continue
-        found = at(pp)
+        found = at(pp, 0)
         # What a stage holds goes down as their number goes up. Where no more than what stays is
         # known, no smaller number has room for that.
         over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
@@ -201,33 +216,12 @@ def _best_of_width(
         worse = 0 if look(number) else worse + 1
         if worse >= _MOST_WORSE or current().is_over:
             break
-    for way in (-1, 1):
-        while best is not None and 0 <= place + way < len(ladder) and not current().is_over:
-            beside, even = ladder[place + way], _evenness(estimator.blocks, ladder[place])
-            # Numbers that blocks divide into much less evenly leave most ranks waiting for a few.
-            if beside in tried or _evenness(estimator.blocks, beside) < _AS_EVEN * even:
-                break
-            if not look(place + way):
-                break
-    return best if best is None else _in_smaller_parts(estimator, best, options, each)
-
-
-def _in_smaller_parts(
-    estimator: Estimator, best: tuple[Estimate, Mesh], options: Options, each: int
-) -> tuple[Estimate, Mesh]:
-    """Return the better one of an estimate and those of the same mesh with more micro-batches.
-
-    They are looked at where not everything can be kept: a rank keeps less of smaller ones. each: as
-    of `best_order`.
-    """
-    found, mesh = best
-    if options.memory_limit is None or options.microbatches or found.keeps_all:
-        return best
-    axes = dict(mesh.axes)
-    ranks = axes.pop(PIPELINE)
-    smaller = best_order(estimator, ranks, Mesh(**axes), options, each, more=1)
-    better = smaller is not None and is_better(smaller, found, options.memory_limit)
-    return (smaller, mesh) if smaller is not None and better else best
+    if best is not None:
+        look_beside(0)
+        keeps_less = limit is not None and not options.microbatches and not best[0].keeps_all
+        if keeps_less and look(place, 1):
+            look_beside(1)
+    return best
 
 
 def _evenness(blocks: int, ranks: int) -> float:
@@ -246,13 +240,14 @@ def best_order(
     """Return the best estimate of so many ranks that share out stages, of all ways to order them.
 
     What was asked for is not chosen. each: the fewest stages on a rank that are looked at; more
-    are as long as they are better (see `_rounds`). They send more often, and hold more
-    micro-batches. more: how many numbers of micro-batches beyond the one at which stages wait a
+    are as long as they are better (see `_rounds`). They send more often, and of several, fewer hold
+    more micro-batches. more: how many numbers of micro-batches beyond the one at which stages wait a
     fifth of the time; None where there are not so many.
 
     Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
     """
     best: Estimate | None = None
+    worse = 0
     for asked in _orders(options, ranks, inside, estimator.blocks, each):
         counts = [asked.microbatches or 0]
         if not asked.microbatches:
@@ -269,9 +264,12 @@ def best_order(
         found = chosen[0]
         longer = replace(found, seconds=found.seconds * _WORTH)
         if best is None or is_better(longer, best, options.memory_limit):
-            best = found
+            best, worse = found, 0
         elif asked.order == best.schedule:
-            break
+            worse += 1
+            # Within a limit, two stages on each rank may hold too much where one and four do not.
+            if options.memory_limit is None or best.keeps_all or worse >= _MOST_WORSE:
+                break
     return best
 
 

@@ -217,7 +217,7 @@ def test_blocks_have_as_much_kept_as_their_rank_has_room_for() -> None:
 
     alike = found("full", 2**40)
     some = found("auto", int(1.2 * alike.nbytes))
-    ways = some.mixes[0]
+    ways = some.mixes[0].blocks
     assert sorted(set(ways)) == ["full", "none", "selective"]
     assert ways[:4].count("full") > ways[4:].count("full")
     assert some.seconds < alike.seconds
@@ -272,7 +272,7 @@ def test_some_blocks_are_recomputed(each: int) -> None:
     some, captured = estimated("auto", limit)
     assert some.nbytes <= limit
     assert some.seconds < alike.seconds
-    assert 0 < some.mixes[0].count("full") < 8
+    assert 0 < some.mixes[0].blocks.count("full") < 8
     options = Options(
         data_parallel=True,
         hardware="dgx-a100",
