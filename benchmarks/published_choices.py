@@ -5,9 +5,10 @@
 A line for each published row: its printed step; the step that is predicted for the published layout
 (mesh, micro-batches, what is recomputed), run and overlapped as the product does, with the memory
 that it needs: where a device has less than for all that was gathered for products, that is not
-kept, as those who printed it did not (arXiv:2205.05198, section 4.2.2); and what the planner chooses freely within 80 GB, mesh, schedule, splits and what is
-recomputed, with its predicted step. The planner is to be at least as quick. Axes have the names of
-their places, outer and inner; those that split the batch are told.
+kept, as those who printed it did not (arXiv:2205.05198, section 4.2.2); and what the planner
+chooses freely within 80 GB, mesh, schedule, splits and what is recomputed, with its predicted step.
+The planner is to be at least as quick. Axes have the names of their places, outer and inner; those
+that split the batch are told.
 Rows 0 and 1 are Llama 3 405B (arXiv:2407.21783), the next ten those of arXiv:2104.04473 and the
 last four those of arXiv:2205.05198.
 """

@@ -240,9 +240,9 @@ def best_order(
     """Return the best estimate of so many ranks that share out stages, of all ways to order them.
 
     What was asked for is not chosen. each: the fewest stages on a rank that are looked at; more
-    are as long as they are better (see `_rounds`). They send more often, and of several, fewer hold
-    more micro-batches. more: how many numbers of micro-batches beyond the one at which stages wait a
-    fifth of the time; None where there are not so many.
+    are as long as they are better (see `_rounds`). They send more often, and hold more
+    micro-batches than one does, two the most. more: how many numbers of micro-batches beyond the
+    one at which stages wait a fifth of the time; None where there are not so many.
 
     Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
     """
