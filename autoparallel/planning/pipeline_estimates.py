@@ -348,8 +348,10 @@ class Estimator:
             step = step_of(pipeline, passes_of(pipeline, chain.link))[0]
         else:
             step = _long_step(pipeline, places)
+        # What stands once, such as a head, keeps as much whatever the way.
+        of_blocks = np.where(chain.block >= 0, chain.bytes.kept, 0.0)
         kept = StageBytes(
-            np.zeros_like(chain.bytes.stays), chain.bytes.kept, chain.bytes.buffers, (), 0.0
+            np.zeros_like(chain.bytes.stays), of_blocks, chain.bytes.buffers, (), 0.0
         ).sizes(most)
         saved = max(float(kept(n, starts[n], ends[n])) for n in range(stages))
         return Estimate(

@@ -15,8 +15,8 @@ class Estimate:
     """An Estimate tells what a step of a pipeline would take.
 
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
-    not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
-    of one stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, the
+    not limited. recompute: as of Options. activations: those of nbytes that blocks save, of one
+    stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, the
     quickest first, and of those that are estimated alike, those that keep most; the first one has
     these seconds and bytes. schedule, stages_per_rank: as of Options.
     """

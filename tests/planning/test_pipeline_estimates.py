@@ -308,3 +308,21 @@ def test_chains_do_not_depend_on_those_before() -> None:
             chain = chains.chain(of, way, 0.1)
             figures = [*chain.seconds.tolist(), *chain.once.tolist(), *chain.bytes.stays.tolist()]
             assert alone.setdefault((order, each, way), figures) == figures
+
+
+def test_what_a_head_keeps_is_no_activation_of_blocks() -> None:
+    """From blocks' alone follows how much more another way to recompute them keeps."""
+    found = []
+    for vocabulary in (512, 65536):
+        with torch.device("meta"):
+            model = GPT(GPTConfig(8, 256, 8, vocabulary, 128)).bfloat16()
+        inputs = model.example_inputs(batch=64, sequence=128)
+        captured = in_parts(traced(model, inputs, Options()))
+        options = Options(data_parallel=True, hardware="dgx-a100", memory_limit=2**40)
+        asked = replace(options, recompute="full")
+        best = Estimator(captured, asked).estimate(Mesh(tp=2), shares_of(4, 8, asked), 8)
+        assert best is not None
+        found.append((best.activations, best.nbytes))
+    (small, less), (large, more) = found
+    assert large == pytest.approx(small, rel=0.01)
+    assert more > less + 2**27
