@@ -221,6 +221,10 @@ def test_blocks_have_as_much_kept_as_their_rank_has_room_for() -> None:
     assert sorted(set(ways)) == ["full", "none", "selective"]
     assert ways[:4].count("full") > ways[4:].count("full")
     assert some.seconds < alike.seconds
+    # Mixtures of two ways and of three compete, the quickest first.
+    steps = [mix.seconds for mix in some.mixes]
+    assert len(set(steps)) > 1
+    assert steps == sorted(steps)
 
 
 def test_nothing_more_is_kept_where_a_rank_has_no_room() -> None:
