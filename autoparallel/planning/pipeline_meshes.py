@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from autoparallel.cost.hardware import find_hardware
@@ -54,19 +54,20 @@ def best_mesh(
     Example: `best_mesh(captured, 64, Options(data_parallel=True), plan.step)`
     """
     estimator = estimator_of(captured, options)
-    best = None if estimator is None else _with_stages(estimator, world_size, options)
-    if best is None or not _fits(best[0], options) or best[0].seconds >= beat:
+    found = [] if estimator is None else _with_stages(estimator, world_size, options)
+    if not found or not _fits(found[0][0], options) or found[0][0].seconds >= beat:
         return None
     assert estimator is not None
-    estimator.settle(best[1], best[0])
-    return best[1], estimator
+    estimate, mesh = found[0]
+    estimator.settle(mesh, estimate)
+    return mesh, estimator
 
 
 def likely_meshes(
     estimator: Estimator, meshes: Sequence[Mesh], options: Options
 ) -> dict[Mesh, float] | None:
-    """Return those of many meshes, and one with stages, of which the shortest steps are estimated,
-    the shortest first, with their seconds; None where no estimate fits.
+    """Return those of many meshes, and of those with stages, of which the shortest steps are
+    estimated, the shortest first, with their seconds; None where no estimate fits.
 
     meshes: of the same number of ranks, without stages, in the order of their inner axes' sizes.
     From the one of whole nodes on, larger and smaller ones are looked at as long as they are
@@ -90,10 +91,9 @@ def likely_meshes(
             if nearest is not None and not is_better(estimate, nearest, limit):
                 break
             nearest = estimate
-    staged = _with_stages(estimator, meshes[0].world_size, options)
-    if staged is not None:
-        estimator.settle(staged[1], staged[0])
-    found += [staged] if staged is not None else []
+    for estimate, mesh in _with_stages(estimator, meshes[0].world_size, options):
+        estimator.settle(mesh, estimate)
+        found.append((estimate, mesh))
     found = [each for each in found if _fits(each[0], options)]
     if not found:
         return None
@@ -123,10 +123,11 @@ def _fits(estimate: Estimate, options: Options) -> bool:
 
 def _with_stages(
     estimator: Estimator, world_size: int, options: Options
-) -> tuple[Estimate, Mesh] | None:
-    """Return the best estimate of a mesh with stages, and that mesh; None where there is none."""
+) -> list[tuple[Estimate, Mesh]]:
+    """Return estimates of meshes with stages and the meshes, the best one first."""
     per_node = find_hardware(options.hardware).devices_per_node
     limit = options.memory_limit
+    every: list[tuple[Estimate, Mesh]] = []
     best: tuple[Estimate, Mesh] | None = None
     fewest, each = 2, 1
     for tensor in _widths(world_size, per_node):
@@ -135,9 +136,10 @@ def _with_stages(
             for pp in range(fewest, estimator.blocks // options.each_rank + 1)
             if world_size % (pp * tensor) == 0
         ]
-        of_width = _best_of_width(estimator, ladder, tensor, world_size, options, each)
-        if of_width is None:
+        found = _of_width(estimator, ladder, tensor, world_size, options, each)
+        if not found:
             continue
+        every, of_width = every + found, found[0]
         if best is not None and not is_better(of_width[0], best[0], limit):
             # Narrower ones send more between fewer ranks still.
             break
@@ -148,18 +150,36 @@ def _with_stages(
             fewest = dict(of_width[1].axes)[PIPELINE]
         if current().is_over:
             break
-    return best
+    return _best_first(every, limit)
 
 
-def _best_of_width(
+def _best_first(
+    found: Iterable[tuple[Estimate, Mesh]], limit: int | None
+) -> list[tuple[Estimate, Mesh]]:
+    """Return the best estimate of each mesh, with the mesh, the best one first."""
+    best: dict[Mesh, Estimate] = {}
+    for estimate, mesh in found:
+        if mesh not in best or is_better(estimate, best[mesh], limit):
+            best[mesh] = estimate
+    bound = math.inf if limit is None else limit
+
+    def place(pair: tuple[Estimate, Mesh]) -> tuple[bool, float]:
+        """Return the place of a pair in the order."""
+        too_large = pair[0].nbytes > bound
+        return too_large, pair[0].nbytes if too_large else pair[0].seconds
+
+    return sorted(((estimate, mesh) for mesh, estimate in best.items()), key=place)
+
+
+def _of_width(
     estimator: Estimator,
     ladder: Sequence[int],
     tensor: int,
     world_size: int,
     options: Options,
     each: int,
-) -> tuple[Estimate, Mesh] | None:
-    """Return the best estimate of so many ranks on the inner axis, and its mesh.
+) -> list[tuple[Estimate, Mesh]]:
+    """Return estimates of so many ranks on the inner axis and their meshes, the best one first.
 
     ladder: numbers of stages, in order. each: as of `best_order`. Every number that is about twice
     the one before it is looked at as long as they are better, and then those beside the best. Where
@@ -221,7 +241,7 @@ def _best_of_width(
         keeps_less = limit is not None and not options.microbatches and not best[0].keeps_all
         if keeps_less and look(place, 1):
             look_beside(1)
-    return best
+    return _best_first((each for each in tried.values() if each is not None), limit)
 
 
 def _evenness(blocks: int, ranks: int) -> float:

@@ -23,7 +23,8 @@ def estimate(seconds: float, way: str = "full") -> Estimate:
 
 
 def searched(monkeypatch: pytest.MonkeyPatch, table: dict[tuple[int, int], float]) -> Any:
-    """Return the mesh that is chosen of 64 ranks, eight to a stage's tensors.
+    """Return the meshes of 128 ranks, eight to a stage's tensors: the numbers of stages and the
+    seconds, the best first; and what was looked at.
 
     table: by the number of stages and that of more micro-batches, the seconds of a step.
     """
@@ -35,9 +36,9 @@ def searched(monkeypatch: pytest.MonkeyPatch, table: dict[tuple[int, int], float
 
     monkeypatch.setattr(pipeline_meshes, "best_order", order)
     whole: Any = SimpleNamespace(blocks=16)
-    best = pipeline_meshes._best_of_width(whole, [2, 4, 8, 16], 8, 128, LIMITED, 1)
-    assert best is not None
-    return dict(best[1].axes)["pp"], best[0].seconds, looked
+    found = pipeline_meshes._of_width(whole, [2, 4, 8, 16], 8, 128, LIMITED, 1)
+    pairs = [(dict(mesh.axes)["pp"], estimate.seconds) for estimate, mesh in found]
+    return pairs, looked
 
 
 def test_smaller_micro_batches_are_looked_at_beside_the_best(
@@ -45,11 +46,12 @@ def test_smaller_micro_batches_are_looked_at_beside_the_best(
 ) -> None:
     """More stages hold more micro-batches, and may be quicker only where these are smaller."""
     seconds = {(2, 0): math.inf, (4, 0): 9.0, (8, 0): 10.0, (16, 0): 11.0}
-    pp, step, _ = searched(monkeypatch, {**seconds, (4, 1): 8.0, (8, 1): 7.0, (16, 1): 6.0})
-    assert (pp, step) == (16, 6.0)
+    found, _ = searched(monkeypatch, {**seconds, (4, 1): 8.0, (8, 1): 7.0, (16, 1): 6.0})
+    # Each mesh once, so that the next best can be planned in full as well; what does not fit last.
+    assert found == [(16, 6.0), (8, 7.0), (4, 8.0), (2, math.inf)]
     # Where they are slower, no others are looked at.
-    pp, step, looked = searched(monkeypatch, {**seconds, (4, 1): 9.5, (8, 1): 7.0})
-    assert (pp, step) == (4, 9.0)
+    found, looked = searched(monkeypatch, {**seconds, (4, 1): 9.5, (8, 1): 7.0})
+    assert found[0] == (4, 9.0)
     assert [place for place in looked if place[1]] == [(4, 1)]
 
 
