@@ -47,7 +47,7 @@ _NEARLY = 1.1
 _PRICES = (0.0, 0.1)
 # Shares of the limit that estimates with some blocks recomputed are made to fill, one after the
 # other: what the plan itself takes differs by a few percent.
-_FILLED = (0.98, 0.95, 0.91, 0.85)
+_FILLED = (0.98, 0.96, 0.94, 0.92, 0.89, 0.85)
 
 
 class Estimator:
