@@ -4,9 +4,11 @@
 
 A line for each published row: its printed step; the step that is predicted for the published layout
 (mesh, micro-batches, what is recomputed), run and overlapped as the product does, with the memory
-that it needs; and what the planner chooses freely within 80 GB, mesh, schedule, splits and what is
-recomputed, with its predicted step. The planner is to be at least as quick. Axes have the names of
-their places, outer and inner; those that split the batch are told.
+that it needs: where a device has less than for all that was gathered for products, that is not
+kept, as those who printed it did not (arXiv:2205.05198, section 4.2.2); and what the planner
+chooses freely within 80 GB, mesh, schedule, splits and what is recomputed, with its predicted step.
+The planner is to be at least as quick. Axes have the names of their places, outer and inner; those
+that split the batch are told.
 Rows 0 and 1 are Llama 3 405B (arXiv:2407.21783), the next ten those of arXiv:2104.04473 and the
 last four those of arXiv:2205.05198.
 """
@@ -70,8 +72,7 @@ class Choice:
         return self.own.step / self.layout.step
 
     def __str__(self) -> str:
-        assert self.layout.pipeline is not None
-        needs = max(self.layout.pipeline.memory) / 1e9
+        needs = _needs(self.layout) / 1e9
         each = self.own.pipeline
         order = "" if each is None else f" x{each.stages // each.ranks}, {each.microbatches} parts"
         counts = Counter(mode for _, mode in self.own.recompute)
@@ -84,6 +85,13 @@ class Choice:
             f"batch on {' and '.join(_axes_of_batch(self.own)) or 'none'}; "
             f"{', '.join(kept) or 'all kept'}; {self.cpu_seconds:.0f} s of CPU"
         )
+
+
+def _needs(plan: Plan) -> int:
+    """Return the bytes of the rank that needs most, of a plan with stages."""
+    pipeline = with_memory(plan).pipeline
+    assert pipeline is not None
+    return max(pipeline.memory)
 
 
 def _axes_of_batch(plan: Plan) -> list[str]:
@@ -130,6 +138,8 @@ def _choice(name: str, row: Mapping[str, Any]) -> Choice:
         flops, parameters = model.flops(row["batch"], again=True), row["parameters"] / 1e9
         recompute = "full" if name == "pipelined" else "selective"
         layout = planned(model, row, hardware, recompute, True, True)
+        if _needs(layout) > LIMIT:
+            layout = planned(model, row, hardware, recompute, True, True, memory_limit=LIMIT)
     printed = row.get("seconds_selective") or flops / row["devices"] / row["flops_per_second"]
     meshes = arrangements(row["devices"], hardware.devices_per_node)
     began = time.process_time()

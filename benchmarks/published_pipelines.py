@@ -82,10 +82,12 @@ def planned(
     sequence: bool,
     overlap: bool,
     own: bool = False,
+    memory_limit: int | None = None,
 ) -> Plan:
     """Return the plan of one row: on its mesh, with its micro-batches, and its split of weights.
 
-    own: the planner chooses the micro-batches and the splits.
+    own: the planner chooses the micro-batches and the splits. memory_limit: bytes of a device; only
+    where it is too little for them, copies that are gathered for products are not kept.
     """
     captured, pins = captured_transformer(model, row["batch"])
     replicas = row["devices"] // row["tensor"] // row["stages"]
@@ -102,6 +104,7 @@ def planned(
         overlap=overlap,
         microbatches=row["batch"] // replicas // row["micro_batch"],
         stages_per_rank=row["chunks"],
+        memory_limit=memory_limit,
     )
     # The axes of a stage: that of tensors may be left out, or stand for none at all.
     tensors = row["tensor"] > 1 or not several

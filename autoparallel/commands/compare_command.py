@@ -135,11 +135,12 @@ def _first(options: argparse.Namespace) -> tuple[NamedModel, argparse.Namespace]
 def _with_megatron(options: argparse.Namespace) -> tuple[Plan, Plan]:
     """Return the plan of a model, and the published partition of it as a plan."""
     # By a person's table, which the planner itself never reads.
+    from autoparallel.questions.differences import require_comparable
     from megatron_rules.recipe import recipe
 
     named, options = _first(options)
     plan = planned(options, named)
-    plan.refuse_stages("a comparison")
+    require_comparable(plan)
     progress(f"following Megatron-LM's partition on {plan.mesh}")
     # Both are free to do the same but for where parameters lie.
     asked = plan_options(options, named)

@@ -50,7 +50,10 @@ def _run(options: argparse.Namespace) -> int:
             raise PlanError(f"{options.output} is no trace", fix=f"end in {_TRACE}")
         check_folder(options.output)
     plan = read_plan(options.plan)
-    plan.refuse_stages("a measured step")
+    plan.refuse_stages(
+        "a measured step",
+        fix="call model.step(...) in a script of your own, and time it; show tells the prediction",
+    )
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks != plan.world_size:
         raise WorldSizeError(

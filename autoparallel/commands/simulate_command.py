@@ -144,7 +144,7 @@ def _text(plan: Plan, rows: dict[str, Any], good: bool) -> str:
     """Return the answer in lines."""
     sent = ", ".join(f"{n} {k.replace('_', '-')}" for k, n in rows["collectives"].items()) or "none"
     lines = [
-        ("ranks", f"{plan.world_size}, {plan.mesh}"),
+        ("ranks", f"{plan.world_size}, {plan.whole_mesh}"),
         ("outputs", f"within {rows['output_error']:.1e} of the unsplit model's"),
         ("gradients", f"within {rows['gradient_error']:.1e} of the unsplit model's"),
         ("between ranks", f"{rows['ranks_apart']:.1e} where they should hold the same"),

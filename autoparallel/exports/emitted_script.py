@@ -84,7 +84,7 @@ def emitted_script(plan: Plan, model: nn.Module, *, file: str = "sharded_model.p
     state_dict does not have. file: the name of the file, for its own words. Lines that repeat are
     one function, parameters are read by their paths, and each redistribution has a comment that
     says what it is for. Ranks whose parts differ in size have programs of their own in the file.
-    Raises PlanError for a plan in parts, and for objects that no text can stand for.
+    Raises PlanError for a plan in parts or with stages, and for objects that no text can stand for.
 
     Example: `Path("sharded_gpt.py").write_text(emitted_script(plan, model).text)`
     """
@@ -93,6 +93,11 @@ def emitted_script(plan: Plan, model: nn.Module, *, file: str = "sharded_model.p
             f"the plan for {plan.model} has parts, between which runs the user's Python",
             fix="export the plan of one part for its module: plan.parts[0].plan",
         )
+    plan.refuse_stages(
+        "a script",
+        fix="autoparallel.emitted_program(plan, rank=rank) is the program of a rank's stages as "
+        "Python; or leave pp out of the mesh",
+    )
     captured = require_graph(plan)
     captured.refuse_writes("a script")
     programs = _programs(plan, captured)

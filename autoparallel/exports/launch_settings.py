@@ -18,8 +18,10 @@ from autoparallel.exports.export_text import Export
 from autoparallel.exports.module_split import folded_pattern
 from autoparallel.exports.module_splits import module_splits
 from autoparallel.exports.parallelize_module import patterns
+from autoparallel.mesh import MICROBATCH
+from autoparallel.options import SCHEDULES
 from autoparallel.placement import Shard
-from autoparallel.plan import Plan
+from autoparallel.plan import Pipeline, Plan
 
 __all__ = ["TORCHTITAN_COMMAND", "deepspeed_config", "megatron_arguments", "torchtitan_toml"]
 
@@ -33,7 +35,8 @@ class _Kinds:
 
     tensor, data: numbers of ranks. stage: of ZeRO, 0 to 3. sequence: whether activations between
     products are split along a dim that comes from the inputs, on the tensor-parallel axis.
-    recompute: "none", "selective" or "full". missing: what other programs cannot be told.
+    recompute: "none", "selective" or "full". ranks: that share out the stages. missing: what other
+    programs cannot be told.
     """
 
     tensor: int
@@ -41,6 +44,7 @@ class _Kinds:
     stage: int
     sequence: bool
     recompute: str
+    ranks: int
     missing: tuple[str, ...]
 
 
@@ -61,7 +65,7 @@ def _kinds(plan: Plan) -> _Kinds:
             for value, layout in zip(op.reads, op.operands, strict=True)
             if value in names and isinstance(layout[axis], Shard)
         ]
-        if size == 1:
+        if size == 1 or name == MICROBATCH:
             continue
         if not used_in_parts:
             data *= size
@@ -90,7 +94,11 @@ def _kinds(plan: Plan) -> _Kinds:
     if len(kinds) > 1:
         counts = ", ".join(f"{modes.count(kind)} blocks {kind}" for kind in sorted(kinds))
         missing.append(f"different modes of recomputation: {counts}")
-    return _Kinds(tensor, data, stage, sequence, recompute, tuple(missing))
+    ranks = 1
+    if plan.pipeline is not None:
+        ranks = plan.pipeline.ranks
+        missing.append("ops at which stages start: each program cuts between its own layers")
+    return _Kinds(tensor, data, stage, sequence, recompute, ranks, tuple(missing))
 
 
 def _stage(plan: Plan, axis: int) -> int:
@@ -118,6 +126,12 @@ def _is_odd(placement: object) -> bool:
     )
 
 
+def _batch_shares(pipeline: Pipeline, kinds: _Kinds, name: str) -> str:
+    """Return a comment on the size of micro-batches. name: of its setting."""
+    parts = pipeline.microbatches * kinds.data
+    return f"# {name}: the batch of all ranks / {parts}, for {pipeline.microbatches} micro-batches"
+
+
 def megatron_arguments(plan: Plan) -> Export:
     """Return the arguments of Megatron-LM that ask for the parallelism of a plan.
 
@@ -129,8 +143,16 @@ def megatron_arguments(plan: Plan) -> Export:
     missing = list(kinds.missing)
     lines = [
         f"--tensor-model-parallel-size {kinds.tensor}",
-        "--pipeline-model-parallel-size 1",
+        f"--pipeline-model-parallel-size {kinds.ranks}",
     ]
+    comments = [f"# data-parallel ranks follow from the number of processes: {kinds.data}"]
+    if plan.pipeline is not None:
+        each = plan.pipeline.stages // plan.pipeline.ranks
+        if each > 1:
+            lines.append(f"--num-virtual-stages-per-pipeline-rank {each}")
+        if plan.pipeline.schedule != "1f1b":
+            missing.append(f"the schedule {plan.pipeline.schedule}: Megatron's is 1F1B")
+        comments.append(_batch_shares(plan.pipeline, kinds, "--micro-batch-size"))
     if kinds.sequence and kinds.tensor > 1:
         lines.append("--sequence-parallel")
     if kinds.data > 1 and kinds.stage:
@@ -149,8 +171,7 @@ def megatron_arguments(plan: Plan) -> Export:
         )
     elif kinds.recompute == "selective":
         lines.append("--recompute-granularity selective")
-    lines.append(f"# data-parallel ranks follow from the number of processes: {kinds.data}")
-    text = "\n".join([*lines, *(f"# missing: {line}" for line in missing)]) + "\n"
+    text = "\n".join([*lines, *comments, *(f"# missing: {line}" for line in missing)]) + "\n"
     return Export("megatron", text, ".sh", tuple(missing))
 
 
@@ -175,19 +196,30 @@ def torchtitan_toml(plan: Plan) -> Export:
         "data_parallel_replicate_degree": replicate,
         "data_parallel_shard_degree": shard,
         "tensor_parallel_degree": kinds.tensor,
-        "pipeline_parallel_degree": 1,
+        "pipeline_parallel_degree": kinds.ranks,
         "context_parallel_degree": 1,
     }
+    settings: dict[str, str] = {}
+    comments: list[str] = []
+    if plan.pipeline is not None:
+        pipeline, schedule = plan.pipeline, SCHEDULES[plan.pipeline.schedule]
+        several = pipeline.stages > pipeline.ranks
+        name = schedule.several if several else schedule.alone
+        settings["pipeline_parallel_schedule"] = name.removeprefix("Schedule")
+        comments.append(_batch_shares(pipeline, kinds, "pipeline_parallel_microbatch_size"))
     words = [f"--parallelism.{name} {degree}" for name, degree in degrees.items()]
     if kinds.tensor > 1 and not kinds.sequence:
         words.append("--parallelism.no-enable-sequence-parallel")
+    words += [f"--parallelism.{name} {value}" for name, value in settings.items()]
     words.append(f"activation-checkpoint:{kinds.recompute}")
     text = "\n".join(
         [
             *(f"# missing: {line}" for line in missing),
+            *comments,
             f"{TORCHTITAN_COMMAND}{' '.join(words)}",
             "[parallelism]",
             *(f"{name} = {degree}" for name, degree in degrees.items()),
+            *(f'{name} = "{value}"' for name, value in settings.items()),
             "",
             "[activation_checkpoint]",
             f'mode = "{kinds.recompute}"',

@@ -23,6 +23,9 @@ from autoparallel.support.arguments import MAKE_ONE, require_kind
 
 __all__ = ["TARGETS", "export"]
 
+# Those that can be told of stages: programs with pipelines of their own.
+_WITH_STAGES = ("megatron", "torchtitan")
+
 _Exporter = Callable[[Plan, nn.Module, Any], Export]
 
 TARGETS: Mapping[str, _Exporter] = {
@@ -57,10 +60,13 @@ def export(plan: Plan, target: str, model: nn.Module, *, example_inputs: Any = N
         >>> print(autoparallel.export(plan, "jax", model).text.splitlines()[-2])
             'weight': PartitionSpec('tp', None),
 
-    Raises PlanError for an unknown target and for a plan in parts.
+    Raises PlanError for an unknown target, for a plan in parts, and for one with stages but to
+    "megatron" and "torchtitan", which have pipelines of their own.
     """
     require_kind(plan, Plan, MAKE_ONE)
-    plan.refuse_stages("an export")
     if target not in TARGETS:
         raise PlanError(f"no export is called {target!r}", fix=f"give one of {', '.join(TARGETS)}")
+    if target not in (*_WITH_STAGES, "python"):  # a script says itself what there is instead
+        others = " or ".join(map(repr, _WITH_STAGES))
+        plan.refuse_stages(f"an export to {target}", fix=f"give {others}, or leave pp out")
     return TARGETS[target](plan, model, example_inputs)

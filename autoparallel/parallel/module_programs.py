@@ -56,7 +56,10 @@ def program_of(module: nn.Module) -> fx.GraphModule | None:
         return None
     state = state_of(module)
     if state.plan is not None:
-        state.plan.refuse_stages("a program of one rank in torch.fx")
+        state.plan.refuse_stages(
+            "a program of one rank in torch.fx",
+            fix="emitted_program(plan, rank=rank) is that of a rank's stages, as Python",
+        )
     modes = modes_of(module)
     entries = [
         entry

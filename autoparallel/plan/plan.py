@@ -232,8 +232,9 @@ class Plan:
             return self.mesh
         return Mesh(**{name: size for name, size in self.mesh.axes if name != MICROBATCH})
 
-    def refuse_stages(self, what: str) -> None:
+    def refuse_stages(self, what: str, fix: str = "") -> None:
         """Raise PlanError for a plan with stages. what: the thing that is not told of such a plan.
+        fix: what to do instead, if anything but to look at what is told.
 
         Costs in it are those of one micro-batch on all stages, which no rank computes.
         """
@@ -243,7 +244,8 @@ class Plan:
                 where=str(self.whole_mesh),
                 why="a rank computes one stage, micro-batch after micro-batch, and not the whole "
                 "model",
-                fix="print(plan) tells of its stages; without pp in the mesh, everything is told",
+                fix=fix
+                or "print(plan) tells of its stages; without pp in the mesh, everything is told",
             )
 
     @property

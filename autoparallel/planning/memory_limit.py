@@ -79,8 +79,11 @@ def plan_within(
     best = solved_or_refused(lambda: solve(problem))
     eased_plans = EasedPlans(captured, model, free, pins)
     quickest: tuple[float, Plan] | None = None
+    reached = math.nan  # the estimate that the last plan to come up to one came up to
     for way in eased if (solve.many or of_stages) and start is None else ():
-        if not way.keeps_less:
+        # Ways of one estimate keep less and less.
+        quicker = quickest is None or way.seconds < quickest[0]
+        if not way.keeps_less or not quicker or way.seconds == reached:
             continue
         plan = replace(eased_plans.plan(way), options=options)
         account = judge(plan, way.starts) if way.starts else judge(plan)
@@ -94,7 +97,7 @@ def plan_within(
         if quickest is None or seconds < quickest[0]:
             quickest = seconds, plan
         if seconds <= way.seconds * _AS_ESTIMATED:
-            break
+            reached = way.seconds
     if quickest is not None:
         return quickest[1]
 

@@ -28,6 +28,7 @@ from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
+from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.short_chains import Asked, ShortChains, TooLargeError
 from autoparallel.planning.stage_chain import StageChain, mixed, most_saved
 from autoparallel.planning.stage_estimates import Estimate, is_better
@@ -45,10 +46,8 @@ _NEARLY = 1.1
 # What all bytes that stay are charged, one after the other, as shares of a plan's seconds.
 _PRICES = (0.0, 0.1)
 # Shares of the limit that estimates with some blocks recomputed are made to fill, one after the
-# other: what the plan itself takes differs by a few percent. Where there are so many blocks that
-# these give more ways than are worth a try, some between the first and the last are left out.
-_FILLED = tuple(percent / 100 for percent in range(98, 84, -1))
-_MOST_MIXES = 6
+# other: what the plan itself takes differs by a few percent.
+_FILLED = (0.98, 0.96, 0.94, 0.92, 0.89, 0.85)
 
 
 class Estimator:
@@ -210,6 +209,7 @@ class Estimator:
             return alike  # without stages, the search within the limit chooses block by block
         # What shares most of what stays leaves most room for activations.
         best, price = alike, _PRICES[-1]
+        mixes: list[Eased] = []
         each = of.count / of.shares.ranks
         # Where all blocks fit alike only in stages that take unequal times, a few of them that are
         # recomputed more leave room for equal ones.
@@ -226,9 +226,11 @@ class Estimator:
                 )
             except (PlanError, InfeasibleError, TooLargeError):
                 continue
-            if found is not None and is_better(found, best, limit):
-                best = replace(found, price=price)
-        return best
+            if found is not None and is_better(found, alike, limit):
+                found = replace(found, price=price)
+                mixes += [replace(mix, price=price) for mix in found.mixes]
+                best = found if is_better(found, best, limit) else best
+        return replace(best, mixes=tuple(sorted(mixes, key=lambda mix: mix.seconds)))
 
     def _mixed(self, of: Asked, chains: Mapping[str, StageChain]) -> Estimate | None:
         """Return the estimate with blocks as in several chains, each with as much kept as its rank
@@ -259,11 +261,10 @@ class Estimator:
                 if found is None:
                     found = self._told(of, chain, starts, least)
             if found is not None and (best is None or is_better(found, best, limit)):
-                best = replace(
-                    found,
-                    mixes=_some(tuple(dict.fromkeys(mixes))),
-                    starts=tuple(map(int, starts)),
-                )
+                of_all = Eased(least, 0.0, (), found.seconds, tuple(map(int, starts)))
+                ways_of_blocks = dict.fromkeys(mixes)
+                each = tuple(replace(of_all, blocks=blocks) for blocks in ways_of_blocks)
+                best = replace(found, mixes=each)
         return best
 
     def _may_fit(self, found: Estimate | None, place: int) -> bool:
@@ -347,8 +348,10 @@ class Estimator:
             step = step_of(pipeline, passes_of(pipeline, chain.link))[0]
         else:
             step = _long_step(pipeline, places)
+        # What stands once, such as a head, keeps as much whatever the way.
+        of_blocks = np.where(chain.block >= 0, chain.bytes.kept, 0.0)
         kept = StageBytes(
-            np.zeros_like(chain.bytes.stays), chain.bytes.kept, chain.bytes.buffers, (), 0.0
+            np.zeros_like(chain.bytes.stays), of_blocks, chain.bytes.buffers, (), 0.0
         ).sizes(most)
         saved = max(float(kept(n, starts[n], ends[n])) for n in range(stages))
         return Estimate(
@@ -359,14 +362,6 @@ class Estimator:
             schedule=of.options.order,
             stages_per_rank=of.options.each_rank,
         )
-
-
-def _some(mixes: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-    """Return the first and the last of these, and as many between them as are worth a try."""
-    if len(mixes) <= _MOST_MIXES:
-        return mixes
-    apart = (len(mixes) - 1) / (_MOST_MIXES - 1)
-    return tuple(mixes[round(place * apart)] for place in range(_MOST_MIXES))
 
 
 def _long_step(pipeline: Pipeline, ranks: tuple[int, ...]) -> float:

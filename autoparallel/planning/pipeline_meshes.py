@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from autoparallel.cost.hardware import find_hardware
@@ -26,7 +26,8 @@ from planners.effort import current
 
 __all__ = ["best_mesh", "best_order", "estimator_of", "likely_meshes"]
 
-# More stages are no longer looked at after so many numbers of them that were worse.
+# More stages, on all ranks or on each, are no longer looked at after so many numbers that were
+# worse.
 _MOST_WORSE = 2
 # Numbers of stages are looked at in steps of this factor first.
 _STEP = 1.6
@@ -53,19 +54,20 @@ def best_mesh(
     Example: `best_mesh(captured, 64, Options(data_parallel=True), plan.step)`
     """
     estimator = estimator_of(captured, options)
-    best = None if estimator is None else _with_stages(estimator, world_size, options)
-    if best is None or not _fits(best[0], options) or best[0].seconds >= beat:
+    found = [] if estimator is None else _with_stages(estimator, world_size, options)
+    if not found or not _fits(found[0][0], options) or found[0][0].seconds >= beat:
         return None
     assert estimator is not None
-    estimator.settle(best[1], best[0])
-    return best[1], estimator
+    estimate, mesh = found[0]
+    estimator.settle(mesh, estimate)
+    return mesh, estimator
 
 
 def likely_meshes(
     estimator: Estimator, meshes: Sequence[Mesh], options: Options
 ) -> dict[Mesh, float] | None:
-    """Return those of many meshes, and one with stages, of which the shortest steps are estimated,
-    the shortest first, with their seconds; None where no estimate fits.
+    """Return those of many meshes, and of those with stages, of which the shortest steps are
+    estimated, the shortest first, with their seconds; None where no estimate fits.
 
     meshes: of the same number of ranks, without stages, in the order of their inner axes' sizes.
     From the one of whole nodes on, larger and smaller ones are looked at as long as they are
@@ -89,10 +91,9 @@ def likely_meshes(
             if nearest is not None and not is_better(estimate, nearest, limit):
                 break
             nearest = estimate
-    staged = _with_stages(estimator, meshes[0].world_size, options)
-    if staged is not None:
-        estimator.settle(staged[1], staged[0])
-    found += [staged] if staged is not None else []
+    for estimate, mesh in _with_stages(estimator, meshes[0].world_size, options):
+        estimator.settle(mesh, estimate)
+        found.append((estimate, mesh))
     found = [each for each in found if _fits(each[0], options)]
     if not found:
         return None
@@ -122,10 +123,11 @@ def _fits(estimate: Estimate, options: Options) -> bool:
 
 def _with_stages(
     estimator: Estimator, world_size: int, options: Options
-) -> tuple[Estimate, Mesh] | None:
-    """Return the best estimate of a mesh with stages, and that mesh; None where there is none."""
+) -> list[tuple[Estimate, Mesh]]:
+    """Return estimates of meshes with stages and the meshes, the best one first."""
     per_node = find_hardware(options.hardware).devices_per_node
     limit = options.memory_limit
+    every: list[tuple[Estimate, Mesh]] = []
     best: tuple[Estimate, Mesh] | None = None
     fewest, each = 2, 1
     for tensor in _widths(world_size, per_node):
@@ -134,9 +136,10 @@ def _with_stages(
             for pp in range(fewest, estimator.blocks // options.each_rank + 1)
             if world_size % (pp * tensor) == 0
         ]
-        of_width = _best_of_width(estimator, ladder, tensor, world_size, options, each)
-        if of_width is None:
+        found = _of_width(estimator, ladder, tensor, world_size, options, each)
+        if not found:
             continue
+        every, of_width = every + found, found[0]
         if best is not None and not is_better(of_width[0], best[0], limit):
             # Narrower ones send more between fewer ranks still.
             break
@@ -147,52 +150,84 @@ def _with_stages(
             fewest = dict(of_width[1].axes)[PIPELINE]
         if current().is_over:
             break
-    return best
+    return _best_first(every, limit)
 
 
-def _best_of_width(
+def _best_first(
+    found: Iterable[tuple[Estimate, Mesh]], limit: int | None
+) -> list[tuple[Estimate, Mesh]]:
+    """Return the best estimate of each mesh, with the mesh, the best one first."""
+    best: dict[Mesh, Estimate] = {}
+    for estimate, mesh in found:
+        if mesh not in best or is_better(estimate, best[mesh], limit):
+            best[mesh] = estimate
+    bound = math.inf if limit is None else limit
+
+    def place(pair: tuple[Estimate, Mesh]) -> tuple[bool, float]:
+        """Return the place of a pair in the order."""
+        too_large = pair[0].nbytes > bound
+        return too_large, pair[0].nbytes if too_large else pair[0].seconds
+
+    return sorted(((estimate, mesh) for mesh, estimate in best.items()), key=place)
+
+
+def _of_width(
     estimator: Estimator,
     ladder: Sequence[int],
     tensor: int,
     world_size: int,
     options: Options,
     each: int,
-) -> tuple[Estimate, Mesh] | None:
-    """Return the best estimate of so many ranks on the inner axis, and its mesh.
+) -> list[tuple[Estimate, Mesh]]:
+    """Return estimates of so many ranks on the inner axis and their meshes, the best one first.
 
     ladder: numbers of stages, in order. each: as of `best_order`. Every number that is about twice
-    the one before it is looked at as long as they are better, and then those beside the best.
+    the one before it is looked at as long as they are better, and then those beside the best. Where
+    not everything can be kept there, so are more micro-batches, as a rank keeps less of smaller
+    ones; if they are better, those beside it are looked at with more micro-batches as well.
     """
-    tried: dict[int, tuple[Estimate, Mesh] | None] = {}
+    limit = options.memory_limit
+    tried: dict[tuple[int, int], tuple[Estimate, Mesh] | None] = {}
 
-    def at(pp: int) -> tuple[Estimate, Mesh] | None:
-        """Return the estimate for so many stages, and its mesh."""
-        if pp not in tried:
+    def at(pp: int, more: int) -> tuple[Estimate, Mesh] | None:
+        """Return the estimate for so many stages, and its mesh. more: as of `best_order`."""
+        if (pp, more) not in tried:
             data = world_size // (pp * tensor)
             axes = {"dp": data} if data > 1 else {}
             axes |= {"tp": tensor} if tensor > 1 or not axes else {}
-            inside = Mesh(**axes)
-            found = best_order(estimator, pp, inside, options, each)
-            tried[pp] = None if found is None else (found, Mesh(**{PIPELINE: pp}, **axes))
-        return tried[pp]
+            found = best_order(estimator, pp, Mesh(**axes), options, each, more)
+            mesh = Mesh(**{PIPELINE: pp}, **axes)
+            tried[pp, more] = None if found is None else (found, mesh)
+        return tried[pp, more]
 
     best: tuple[Estimate, Mesh] | None = None
-    limit = options.memory_limit
     place, least, worse = -1, 0.0, 0
 
-    def look(number: int) -> bool:
+    def look(number: int, more: int = 0) -> bool:
         """Look at a place of the ladder; say whether it is the best so far."""
         nonlocal best, place
-        found = at(ladder[number])
+        found = at(ladder[number], more)
         better = found is not None and (best is None or is_better(found[0], best[0], limit))
         if better:
             best, place = found, number
         return better
 
+    def look_beside(more: int) -> None:
+        """Look at the places beside the best one as long as they are better."""
+        for way in (-1, 1):
+            while 0 <= place + way < len(ladder) and not current().is_over:
+                beside, even = ladder[place + way], _evenness(estimator.blocks, ladder[place])
+                # Numbers that blocks divide into much less evenly leave most ranks waiting for a
+                # few.
+                if (beside, more) in tried or _evenness(estimator.blocks, beside) < _AS_EVEN * even:
+                    break
+                if not look(place + way, more):
+                    break
+
     for number, pp in enumerate(ladder):
         if pp < least:
             continue
-        found = at(pp)
+        found = at(pp, 0)
         # What a stage holds goes down as their number goes up. Where no more than what stays is
         # known, no smaller number has room for that.
         over = found[0].nbytes / limit if found is not None and limit is not None else 1.0
@@ -201,33 +236,12 @@ def _best_of_width(
         worse = 0 if look(number) else worse + 1
         if worse >= _MOST_WORSE or current().is_over:
             break
-    for way in (-1, 1):
-        while best is not None and 0 <= place + way < len(ladder) and not current().is_over:
-            beside, even = ladder[place + way], _evenness(estimator.blocks, ladder[place])
-            # Numbers that blocks divide into much less evenly leave most ranks waiting for a few.
-            if beside in tried or _evenness(estimator.blocks, beside) < _AS_EVEN * even:
-                break
-            if not look(place + way):
-                break
-    return best if best is None else _in_smaller_parts(estimator, best, options, each)
-
-
-def _in_smaller_parts(
-    estimator: Estimator, best: tuple[Estimate, Mesh], options: Options, each: int
-) -> tuple[Estimate, Mesh]:
-    """Return the better one of an estimate and those of the same mesh with more micro-batches.
-
-    They are looked at where not everything can be kept: a rank keeps less of smaller ones. each: as
-    of `best_order`.
-    """
-    found, mesh = best
-    if options.memory_limit is None or options.microbatches or found.keeps_all:
-        return best
-    axes = dict(mesh.axes)
-    ranks = axes.pop(PIPELINE)
-    smaller = best_order(estimator, ranks, Mesh(**axes), options, each, more=1)
-    better = smaller is not None and is_better(smaller, found, options.memory_limit)
-    return (smaller, mesh) if smaller is not None and better else best
+    if best is not None:
+        look_beside(0)
+        keeps_less = limit is not None and not options.microbatches and not best[0].keeps_all
+        if keeps_less and look(place, 1):
+            look_beside(1)
+    return _best_first((each for each in tried.values() if each is not None), limit)
 
 
 def _evenness(blocks: int, ranks: int) -> float:
@@ -247,12 +261,13 @@ def best_order(
 
     What was asked for is not chosen. each: the fewest stages on a rank that are looked at; more
     are as long as they are better (see `_rounds`). They send more often, and hold more
-    micro-batches. more: how many numbers of micro-batches beyond the one at which stages wait a
-    fifth of the time; None where there are not so many.
+    micro-batches than one does, two the most. more: how many numbers of micro-batches beyond the
+    one at which stages wait a fifth of the time; None where there are not so many.
 
     Example: `best_order(estimator, 4, Mesh(tp=2), options).stages_per_rank`
     """
     best: Estimate | None = None
+    worse = 0
     for asked in _orders(options, ranks, inside, estimator.blocks, each):
         counts = [asked.microbatches or 0]
         if not asked.microbatches:
@@ -269,9 +284,12 @@ def best_order(
         found = chosen[0]
         longer = replace(found, seconds=found.seconds * _WORTH)
         if best is None or is_better(longer, best, options.memory_limit):
-            best = found
+            best, worse = found, 0
         elif asked.order == best.schedule:
-            break
+            worse += 1
+            # Within a limit, two stages on each rank may hold too much where one and four do not.
+            if options.memory_limit is None or best.keeps_all or worse >= _MOST_WORSE:
+                break
     return best
 
 

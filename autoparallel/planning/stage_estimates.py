@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autoparallel.planning.eased_plans import Eased
 
@@ -15,10 +15,10 @@ class Estimate:
     """An Estimate tells what a step of a pipeline would take.
 
     seconds: of the step. nbytes: of the rank that needs most; without activations where memory is
-    not limited. recompute: as of Options. activations: those of nbytes that are saved activations,
-    of one stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, as of
-    `Eased.blocks`, those that keep most first; the first one has these seconds and bytes. starts:
-    as of `Eased`, of their stages. schedule, stages_per_rank: as of Options.
+    not limited. recompute: as of Options. activations: those of nbytes that blocks save, of one
+    stage. price: as of `Eased`. mixes: ways in which some blocks are recomputed less, the
+    quickest first, and of those that are estimated alike, those that keep most; the first one has
+    these seconds and bytes. schedule, stages_per_rank: as of Options.
     """
 
     seconds: float
@@ -26,8 +26,7 @@ class Estimate:
     recompute: str
     activations: float = 0.0
     price: float = 0.0
-    mixes: tuple[tuple[str, ...], ...] = ()
-    starts: tuple[int, ...] = ()
+    mixes: tuple[Eased, ...] = ()
     schedule: str = "1f1b"
     stages_per_rank: int = 1
 
@@ -39,11 +38,7 @@ class Estimate:
     @property
     def eased(self) -> tuple[Eased, ...]:
         """The ways in which a plan of the whole model keeps as little as this one."""
-        alike = Eased(self.recompute, self.price, seconds=self.seconds)
-        return (
-            *(replace(alike, blocks=blocks, starts=self.starts) for blocks in self.mixes),
-            alike,
-        )
+        return (*self.mixes, Eased(self.recompute, self.price, seconds=self.seconds))
 
 
 def is_better(one: Estimate, other: Estimate, limit: int | None) -> bool:

@@ -14,7 +14,7 @@ from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.view.folded_rows import fold
 from autoparallel.view.words import Words, collective_text
 
-__all__ = ["Comparison", "Difference", "compare", "differences"]
+__all__ = ["Comparison", "Difference", "compare", "differences", "require_comparable"]
 
 _SHOWN = 20
 _NUMBER = re.compile(r"_?\d+")
@@ -110,8 +110,19 @@ def compare(first: Plan, second: Plan, names: tuple[str, str] = ("first", "secon
     """
     for plan in (first, second):
         require_kind(plan, Plan, MAKE_ONE)
-        plan.refuse_stages("a comparison")
+        require_comparable(plan)
     return Comparison(first, second, names, differences(first, second))
+
+
+def require_comparable(plan: Plan) -> None:
+    """Raise PlanError for a plan with stages, of which no decisions are compared.
+
+    Example: `require_comparable(plan)`
+    """
+    plan.refuse_stages(
+        "a comparison of decisions",
+        fix="compare timeline(plan), which is of whole steps; or plans without pp in the mesh",
+    )
 
 
 def differences(first: Plan, second: Plan) -> tuple[Difference, ...]:

@@ -88,7 +88,11 @@ def to_fx(
     captured = _captured(source)
     if rank is None:
         return _whole(captured, model, source.model)
-    source.refuse_stages("a program of one rank in torch.fx")
+    source.refuse_stages(
+        "a program of one rank in torch.fx",
+        fix="emitted_program(plan, rank=rank) is the program of a rank's stages as Python, and "
+        "to_fx(plan) is the unsplit graph",
+    )
     return _part(source, captured, model, rank)
 
 

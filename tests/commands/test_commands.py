@@ -285,13 +285,39 @@ def test_stages_are_planned_shown_and_simulated(
     answer = json.loads(capsys.readouterr().out)
     assert (answer["mesh"], answer["pipeline"]["microbatches"]) == ({"pp": 2, "tp": 2}, 2)
     assert main(["simulate", "plan.json"]) == 0
-    assert "the same, but for rounding" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "the same, but for rounding" in told
+    assert "4, Mesh(pp=2, tp=2)" in told
     assert main(["compare", "plan.json", "--what-if", "microbatches=2,8"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[1:4]] == ["as", "2", "8"]
     assert "no plan" not in "".join(rows)
     assert main(["show", "plan.json", "--formulas"]) == 0
     assert "bytes sent to the next stage: 64 b/tp" in capsys.readouterr().out
+    assert main(["export", "plan.json", "--to", "megatron"]) == 0
+    assert "--pipeline-model-parallel-size 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "fix"),
+    [
+        (["emit", "plan.json"], "emitted_program"),
+        (["export", "plan.json", "--to", "jax"], "'megatron' or 'torchtitan'"),
+        (["compare", "plan.json", "plan.json"], "timeline"),
+        (["measure", "plan.json"], "model.step"),
+    ],
+    ids=lambda case: case[0],
+)
+def test_what_is_not_told_of_stages_says_what_is(
+    command: list[str], fix: str, module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No command takes a plan of one micro-batch for one of the whole step."""
+    plan = ["plan", f"{module}:build", "--mesh", "pp=2,tp=2", "--hardware", "cpu"]
+    assert main([*plan, "--microbatches", "4", "-o", "plan.json"]) == 0
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "not told of a plan with stages" in told
+    assert fix in told
 
 
 def test_a_comparison_tells_the_step_that_the_plan_told(

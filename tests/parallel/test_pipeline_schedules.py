@@ -124,16 +124,22 @@ def whole(tensor: Any) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trained(model: nn.Module, kind: str, steps: int) -> dict[str, Any]:
-    """Losses of AdamW's steps, the gradients of the first and the last, and an evaluation."""
+def trained(model: nn.Module, kind: str, steps: int, staged: bool = False) -> dict[str, Any]:
+    """Losses of AdamW's steps, the gradients of the first and the last, and an evaluation.
+
+    staged: the model has stages, and every second step is one call of its `step`.
+    """
     autoparallel.manual_seed(model, 3)
     trainable = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-2)
     losses, gradients = [], {}
     for step in range(steps):
-        output = model(**batch(kind, step))
-        loss = output["loss"] if isinstance(output, dict) else output
-        loss.backward()
+        if staged and step % 2:
+            loss = model.step(**batch(kind, step))
+        else:
+            output = model(**batch(kind, step))
+            loss = output["loss"] if isinstance(output, dict) else output
+            loss.backward()
         losses.append(loss.detach())
         if step in (0, steps - 1):
             named = model.named_parameters()
@@ -160,7 +166,7 @@ def on_two(rank: int, names: tuple[str, ...]) -> dict[str, tuple[dict[str, Any],
             autoparallel.apply_plan(model_of(kind), planned(name)),
             MORE_STEPS.get(name, STEPS),
         )
-        found[name] = trained(model, kind, steps), reference(kind, steps)
+        found[name] = trained(model, kind, steps, staged=True), reference(kind, steps)
     return found
 
 
@@ -212,7 +218,9 @@ EVERY = tuple(name for name in CASES if name not in OTHERS)
 
 @pytest.mark.parametrize("names", [EVERY, *broad((OTHERS,))], ids=["every", "others"])
 def test_schedules(names: tuple[str, ...]) -> None:
-    """Losses and every gradient of some steps, and evaluation, with every schedule."""
+    """Losses and every gradient of some steps, by call and by `step`, and evaluation, with every
+    schedule.
+    """
     results = run_processes(on_two, 2, names, before=partial(trace_ahead, prepare, names))
     for name in names:
         one = results[0][name][1]
