@@ -307,7 +307,8 @@ def _differentiable_gradients(
             held = collected(each, work.group, work.keys) if work.causal else each
             shard = Shard(SEQUENCE)
             each = convert(held, work.group, shard, Replicate(), work.keys.size)
-        whole.append(each.repeat_interleave(query.size(1) // each.size(1), 1))
+        # A rank may have no heads.
+        whole.append(each.repeat_interleave(query.size(1) // max(each.size(1), 1), 1))
     scores = query @ whole[0].mT * work.scale
     if work.causal:
         places = [torch.arange(*each, device=query.device) for each in work.queries.intervals[rank]]

@@ -84,3 +84,12 @@ def test_queries_that_see_nothing_are_put_together_of_blocks(least: float) -> No
     rows = [0, 2] if least == -torch.inf else [0, 1, 2]  # 0 is filled in at the end
     difference = (total.result - whole)[..., rows, :].abs().max()
     assert difference < (1e-3 if least == -1e4 else 1e-6)
+
+
+def test_second_derivatives_where_a_rank_has_no_heads() -> None:
+    """An outer axis may leave a rank none, which takes part as the others do."""
+    tensors = [torch.ones(2, 0, 3, 4, requires_grad=True) for _ in range(3)]
+    result = attention_queries(*tensors, is_causal=True, group=SingleGroup(), size=3)
+    firsts = torch.autograd.grad(result.sum(), tensors, create_graph=True)
+    sum(first.square().sum() for first in firsts).backward()
+    assert [tuple(each.grad.shape) for each in tensors] == [(2, 0, 3, 4)] * 3

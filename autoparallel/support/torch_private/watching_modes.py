@@ -17,6 +17,8 @@ __all__ = [
     "current_function_mode",
     "in_function_transform",
     "outside_transforms",
+    "users_dispatch_modes",
+    "users_function_modes",
     "with_function_overrides",
     "without_function_modes",
     "without_function_overrides",
@@ -36,6 +38,31 @@ def current_function_mode() -> Any:
     from torch.overrides import _get_current_function_mode
 
     return _get_current_function_mode()
+
+
+def users_function_modes() -> list[Any]:
+    """Return the modes that see calls of torch's functions, but for those of torch itself, such as
+    that of a default device, and of this project.
+    """
+    if not torch._C._len_torch_function_stack():
+        return []
+    from torch.overrides import _get_current_function_mode_stack
+
+    return [mode for mode in _get_current_function_mode_stack() if _is_users(mode)]
+
+
+def users_dispatch_modes() -> list[Any]:
+    """Return the modes that see ops, but for those of torch itself and of this project."""
+    if not torch._C._len_torch_dispatch_stack():
+        return []
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return [mode for mode in _get_current_dispatch_mode_stack() if _is_users(mode)]
+
+
+def _is_users(mode: Any) -> bool:
+    known = ("torch", __name__.partition(".")[0])
+    return type(mode).__module__.partition(".")[0] not in known
 
 
 def without_modes() -> AbstractContextManager[Any]:

@@ -1,0 +1,45 @@
+"""Modes around a call that see what is called within: a program makes other calls than the model."""
+
+from __future__ import annotations
+
+import logging
+
+from autoparallel.support.torch_private import (
+    forward_gradients_are_on,
+    in_function_transform,
+    users_dispatch_modes,
+    users_function_modes,
+)
+
+__all__ = ["reason_for_python"]
+
+_log = logging.getLogger(__name__)
+_told: set[type] = set()
+
+
+def reason_for_python() -> str:
+    """Return why the user's Python must run here in place of a program; nothing if it need not.
+
+    A mode that sees ops is told of once: it may count what a rank computes, which is its business,
+    or change it.
+
+    >>> from torch.overrides import TorchFunctionMode
+    >>> class Mode(TorchFunctionMode):
+    ...     def __torch_function__(self, function, types, args=(), kwargs=None):
+    ...         return function(*args, **(kwargs or {}))
+    >>> with Mode():
+    ...     reason_for_python()
+    "Mode sees calls of torch's functions"
+    """
+    if forward_gradients_are_on() or in_function_transform():
+        return "programs have no other derivatives"
+    for mode in users_dispatch_modes():
+        if type(mode) not in _told:
+            _told.add(type(mode))
+            _log.warning(
+                "%s sees the ops that this rank runs, on the parts of tensors that it holds: what "
+                "it changes may differ from what it would change unsplit",
+                type(mode).__name__,
+            )
+    modes = users_function_modes()
+    return f"{type(modes[-1]).__name__} sees calls of torch's functions" if modes else ""
