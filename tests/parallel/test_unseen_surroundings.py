@@ -212,11 +212,17 @@ def function_mode_around() -> Case:
 
 
 def default_device_around() -> Case:
-    def script(model: Any) -> Any:
-        with torch.device("meta"):
-            yield after_backward(model)
+    class Model(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            here = torch.ones(12).device == x.device
+            return self.out(self.a(x).tanh() * (1.0 if here else 2.0))
 
-    return Plain(), script
+    def script(model: Any) -> Any:
+        for device in ("cpu", "meta", "cpu"):
+            with torch.device(device):
+                yield after_backward(model)
+
+    return Model(), script
 
 
 # What these register or enter is one for all threads of a process.

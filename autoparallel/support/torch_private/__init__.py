@@ -115,6 +115,7 @@ from autoparallel.support.torch_private.torch_operators import (
 from autoparallel.support.torch_private.watching_modes import (
     current_dispatch_mode,
     current_function_mode,
+    default_device_kind,
     in_function_transform,
     outside_transforms,
     users_dispatch_modes,
@@ -200,6 +201,7 @@ __all__ = [
     "copy_all_",
     "current_dispatch_mode",
     "current_function_mode",
+    "default_device_kind",
     "custom_op_functions",
     "decompose",
     "default_store",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "current_dispatch_mode",
     "current_function_mode",
+    "default_device_kind",
     "in_function_transform",
     "outside_transforms",
     "users_dispatch_modes",
@@ -38,6 +39,22 @@ def current_function_mode() -> Any:
     from torch.overrides import _get_current_function_mode
 
     return _get_current_function_mode()
+
+
+def default_device_kind() -> str:
+    """Return the type of the device on which tensors lie that are made without saying where.
+
+    >>> with torch.device("meta"):
+    ...     default_device_kind()
+    'meta'
+    """
+    if not torch._C._len_torch_function_stack():
+        return "cpu"
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    modes = reversed(_get_current_function_mode_stack())
+    return next((mode.device.type for mode in modes if isinstance(mode, DeviceContext)), "cpu")
 
 
 def users_function_modes() -> list[Any]:
