@@ -18,7 +18,13 @@ from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
 from autoparallel.support.torch_private import users_function_modes
 
-__all__ = ["export_failure", "refuse_function_modes", "refuse_running", "refuse_shared_memory", "refuse_wrapped"]
+__all__ = [
+    "export_failure",
+    "refuse_function_modes",
+    "refuse_running",
+    "refuse_shared_memory",
+    "refuse_wrapped",
+]
 
 
 def refuse_function_modes() -> None:

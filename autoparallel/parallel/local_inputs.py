@@ -152,9 +152,7 @@ class _OwnRows(torch.autograd.Function):
     """This rank's rows of the whole batch; the whole of gradients of the gradient is gathered."""
 
     @staticmethod
-    def forward(
-        ctx: Any, whole: torch.Tensor, lengths: list[int], group: Group
-    ) -> torch.Tensor:
+    def forward(ctx: Any, whole: torch.Tensor, lengths: list[int], group: Group) -> torch.Tensor:
         """Return the rows. lengths: of all ranks' rows."""
         ctx.lengths, ctx.group = lengths, group
         return whole.split(lengths)[group.rank].clone()

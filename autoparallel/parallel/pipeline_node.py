@@ -69,7 +69,7 @@ class PipelineStep(torch.autograd.Function):
             # Torch's once_differentiable would return constants here, and say nothing.
             raise AutoParallelError(
                 "gradients of a model in stages are to be differentiated (create_graph=True)",
-                why="its micro-batches have run, and their graphs are gone, when the gradients come",
+                why="its micro-batches have run, and their graphs are gone, when gradients come",
                 fix="split it without stages: leave the axis pp out of the mesh",
             )
         run: RunOfStages = ctx.run

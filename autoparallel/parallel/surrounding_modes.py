@@ -1,4 +1,4 @@
-"""Modes around a call that see what is called within: a program makes other calls than the model."""
+"""Modes around a call that see what is called within: a program calls other functions."""
 
 from __future__ import annotations
 

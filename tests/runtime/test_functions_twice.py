@@ -58,9 +58,7 @@ def _joined(group: Group, x: Any, up: Any, down: Any, other: Any) -> torch.Tenso
 def _columns(group: Group, x: Any, up: Any, down: Any) -> torch.Tensor:
     """Column- then row-parallel, where nothing is moved forward but the sum."""
     (wide, _) = overlap.convert_then_linear(x, group, I, R, 0, [(up, None)])
-    return overlap.linear_then_convert(
-        wide.tanh(), down, group, P, I, 0, [], gap=None, place=0
-    )[0]
+    return overlap.linear_then_convert(wide.tanh(), down, group, P, I, 0, [], gap=None, place=0)[0]
 
 
 def _filled(group: Group, x: Any, up: Any, down: Any) -> torch.Tensor:
@@ -129,9 +127,7 @@ def _again(group: Group, x: Any) -> torch.Tensor:
 
 
 CASES = {
-    "joined": Case(
-        *(_joined, ((2, 6, 4), (6, 4), (3, 6), (2, 4)), (S(1), S(0), S(1), R), S(1), 6)
-    ),
+    "joined": Case(*(_joined, ((2, 6, 4), (6, 4), (3, 6), (2, 4)), (S(1), S(0), S(1), R), S(1), 6)),
     "columns": Case(_columns, ((5, 4), (6, 4), (3, 6)), (I, S(0), S(1))),
     "filled": Case(_filled, ((5, 4), (6, 4), (3, 6)), (I, S(0), S(1))),
     "halves": Case(_halves, ((5, 4), (6, 4), (3, 6)), (I, S(0), S(1))),
@@ -201,7 +197,9 @@ def test_every_function(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kind, "backward", noting(kind, kind.backward))
     for name, case in CASES.items():
         alone = twice(case, SingleGroup())
-        every = run_ranks(thread_ranks(Mesh(tp=2)), lambda ranks, case=case: twice(case, ranks.world))
+        every = run_ranks(
+            thread_ranks(Mesh(tp=2)), lambda ranks, case=case: twice(case, ranks.world)
+        )
         for found in every:
             torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-11, msg=name)
     assert {kind.__name__ for kind in known - differentiated} == set()

@@ -101,9 +101,7 @@ def _whole(
         cut = layout[axis]
         if isinstance(cut, Shard):
             outer = (*layout[:axis], *(Invariant(),) * (len(layout) - axis))
-            size = local_layout_size(
-                shape[cut.dim], cut.dim, outer, ranks.sizes, ranks.coordinates
-            )
+            size = local_layout_size(shape[cut.dim], cut.dim, outer, ranks.sizes, ranks.coordinates)
             part = convert(part, ranks.groups[axis], cut, Invariant(), size)
     return part
 
