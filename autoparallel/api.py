@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from os import PathLike
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def autoparallelize(
     local_inputs: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
-    hardware: str = "auto",
+    hardware: str | PathLike[str] = "auto",
     unknown_ops: str = "discover",
     rng: str = "counter",
     strict_capture: bool = False,
@@ -162,7 +163,7 @@ def make_plan(
     example_inputs: Any = None,
     sequence_parallel: bool = True,
     data_parallel: bool | None = None,
-    hardware: str = "auto",
+    hardware: str | PathLike[str] = "auto",
     unknown_ops: str = "discover",
     rng: str = "counter",
     strict_capture: bool = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from autoparallel.errors import PlanError
@@ -146,6 +147,7 @@ class Options:
     def __post_init__(self) -> None:
         # Lists become tuples: options are compared and hashed by content.
         object.__setattr__(self, "constraints", _texts(self.constraints))
+        object.__setattr__(self, "hardware", _named(self.hardware))
         # True is a number for isinstance, and NaN compares false with everything.
         number = isinstance(self.gap, int | float) and not isinstance(self.gap, bool)
         if not number or not 0 <= self.gap < 1:
@@ -209,6 +211,22 @@ class Options:
         (1, 2)
         """
         return self.stages_per_rank or 1
+
+
+def _named(hardware: Any) -> str:
+    """Return the hardware as a plan keeps it: a preset's name, or a file's path as a text.
+
+    Raises PlanError for anything else, hardware itself included, which a plan could not be asked
+    for again.
+    """
+    if isinstance(hardware, str | PathLike):
+        return str(hardware)
+    raise PlanError(
+        f"hardware={hardware!r}",
+        why="a plan keeps the name of a preset or the path of a file, from which it is read again",
+        fix="give one of them; autoparallel.cost.hardware.write_hardware(hardware, path) writes a "
+        "file that `autoparallel calibrate` might have written",
+    )
 
 
 def _seconds(seconds: Any) -> float | None:

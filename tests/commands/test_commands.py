@@ -291,7 +291,7 @@ def test_stages_are_planned_shown_and_simulated(
     assert [row.split()[0] for row in rows[1:4]] == ["as", "2", "8"]
     assert "no plan" not in "".join(rows)
     assert main(["show", "plan.json", "--formulas"]) == 0
-    assert "bytes sent to the next stage: 256 b/tp" in capsys.readouterr().out
+    assert "bytes sent to the next stage: 64 b/tp" in capsys.readouterr().out
 
 
 def test_a_comparison_tells_the_step_that_the_plan_told(

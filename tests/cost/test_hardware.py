@@ -174,3 +174,17 @@ def test_all_wait_for_the_slowest() -> None:
     assert hardware.slowest(1) == 1.0
     assert hardware.slowest(2) - 1 == pytest.approx(0.564 * hardware.spread, rel=0.06)
     assert hardware.slowest(512) - 1 == pytest.approx(3.04 * hardware.spread, rel=0.01)
+
+
+def test_a_plan_keeps_what_its_hardware_is_called(tmp_path: Path) -> None:
+    """A path is kept as a text. Hardware itself has no name to be asked for again: it is refused.
+
+    A plan for it could be made, and not be written, or agreed on by the ranks.
+    """
+    path = tmp_path / "own.json"
+    write_hardware(replace(find_hardware("cpu"), name="own"), path)
+    model, inputs = build("mlp"), inputs_for("mlp")
+    plan = autoparallel.make_plan(model, 2, example_inputs=inputs, hardware=path)
+    assert autoparallel.Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="write_hardware"):
+        autoparallel.make_plan(model, 2, example_inputs=inputs, hardware=find_hardware("cpu"))

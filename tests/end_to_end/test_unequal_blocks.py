@@ -15,6 +15,7 @@ import torch
 from broad_cases import broad, share_of
 from families import relative_error
 from processes import run_processes
+from quick_links import QUICK_LINKS
 from torch import nn
 from torch.nn import functional
 from traces import trace_ahead
@@ -152,7 +153,9 @@ def test_gradients_are_those_of_one_device_and_nothing_is_exchanged(kind: str) -
     model(ids).backward()
     seen: set[str] = set()
     for world_size in (2, 3, 4, 8):
-        plan = autoparallel.make_plan(build(kind), world_size, example_inputs=(ids,))
+        plan = autoparallel.make_plan(
+            build(kind), world_size, example_inputs=(ids,), hardware=QUICK_LINKS
+        )
         assert Plan.from_json(plan.to_json()).storage == plan.storage
         made = autoparallel.simulate(build(kind), plan=plan, example_inputs=(ids,))
         for path, parameter in model.named_parameters():
@@ -183,13 +186,14 @@ def run(rank: int, kinds: tuple[str, ...], folder: Path) -> list[tuple[set[str],
     found = []
     for number, kind in enumerate(kinds):
         plain, model = build(kind), build(kind)
-        model = autoparallel.autoparallelize(model, 4, example_inputs=(tokens(),))
+        options: dict[str, Any] = {"example_inputs": (tokens(),), "hardware": QUICK_LINKS}
+        model = autoparallel.autoparallelize(model, 4, **options)
         optimizer = trained(model, range(2))
         kept = trained(plain, range(2))
         save_checkpoint(folder / f"{number}", model, optimizer)
         again = build(kind, seed=5)
         mesh = Mesh(dp=2, tp=2) if number % 2 else Mesh(tp=4)
-        again = autoparallel.autoparallelize(again, mesh=mesh, example_inputs=(tokens(),))
+        again = autoparallel.autoparallelize(again, mesh=mesh, **options)
         other = torch.optim.AdamW(again.parameters(), lr=0.01, eps=0.01)
         load_checkpoint(folder / f"{number}", again, other)
         trained(again, range(2, 4), other)
@@ -202,7 +206,7 @@ def run(rank: int, kinds: tuple[str, ...], folder: Path) -> list[tuple[set[str],
 
 def traced(kinds: tuple[str, ...]) -> None:
     for kind in kinds:
-        autoparallel.make_plan(build(kind), 4, example_inputs=(tokens(),))
+        autoparallel.make_plan(build(kind), 4, example_inputs=(tokens(),), hardware=QUICK_LINKS)
 
 
 @pytest.mark.parametrize("kinds", [tuple(TRAINED)[::2], *broad((tuple(TRAINED),))], ids=len)
