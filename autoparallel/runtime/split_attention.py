@@ -298,6 +298,10 @@ def _differentiable_gradients(
     work: Work,
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of query, key, value and mask, which can be differentiated in turn."""
+    # Of a tensor that is query and key at once, each gets its own share of the gradient.
+    tensors = tuple(  # type: ignore[assignment]
+        each if each is None else torch.ops.aten.alias(each) for each in tensors
+    )
     query, key, value, mask = tensors
     needed = [each for each in tensors if each is not None and each.requires_grad]
     rank = work.group.rank
