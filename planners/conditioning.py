@@ -117,10 +117,11 @@ def _searched(
         bound = max(bound, min(search.bound, best.cost))
         if best.cost - bound <= _ROUNDING * abs(best.cost) or current().is_over:
             break
-        if not left:
-            search.improve()
         # Large tables are worth their time only where nothing else is left to try.
         narrow = search.finished(limit // _LESS if left else limit)
+        if narrow is None and not left:
+            search.improve()
+            narrow = search.finished(limit)
         best = search.best
         if narrow is not None:
             bound = narrow.cost

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autoparallel.graph.part_sizes import exact_fraction
 from autoparallel.placement import (
@@ -137,50 +138,105 @@ def moves(plan: Plan, conversions: Sequence[Conversion] | None = None) -> tuple[
         dim: size for each in plan.inputs for dim, size in zip(each.dims, each.planned, strict=True)
     }
     repeated = _repeated(plan)
+    # The moves of conversions that are alike, as those of equal blocks are, are found once.
+    alike: dict[_Kind, tuple[_Move, ...]] = {}
     transfers: list[Transfer] = []
-    updated: set[tuple[str, int]] = set()
+    updated: set[str] = set()
     for conversion in plan.conversions if conversions is None else conversions:
         parameter = parameters.get(conversion.value)
-        late = late_axes(parameter)
-        twice = conversion.again or conversion.value in repeated
-        dims = conversion.shape.split(", ") if conversion.shape else []
-        shape = tuple(int(dim) if dim.isdigit() else known.get(dim) for dim in dims)
-        for phase in ("forward", "backward")[: 2 if twice else 1]:
-            for layout, step in route(conversion.source, conversion.steps):
-                again = phase == "backward"
-                transfers += _transfer(
-                    conversion, shape, step, layout, step.forward, phase, sizes, again=again
-                )
-        if conversion.requires_grad:
-            # The gradient takes the same steps in reverse, each from the target's gradient to the
-            # source's.
-            back = backward_steps(conversion.steps)
-            for layout, step in route(layout_gradient(conversion.target), back):
-                movement, together = step.forward, conversion.together
-                # ZeRO-1 and -2: only the part that the optimizer updates is wanted, so reducing to
-                # parts does.
-                if step.axis in late and movement is Movement.ALL_REDUCE:
-                    assert parameter is not None
-                    movement = Movement.REDUCE_SCATTER
-                    # Where also the gradient is held in parts (ZeRO-2), it is reduced as soon as it
-                    # is there.
-                    together &= parameter.gradient == parameter.storage
-                    layout = (*parameter.state[: step.axis], *layout[step.axis :])
-                # Only steps that move nothing forward (I -> R) are put off into the bucket.
-                together &= step.backward is Movement.NONE
-                transfers += _transfer(
-                    conversion, shape, step, layout, movement, "backward", sizes, together=together
-                )
-        for axis in late:
-            if (conversion.value, axis) not in updated:
-                assert parameter is not None
-                updated.add((conversion.value, axis))
-                step = Step(axis, parameter.state[axis], parameter.storage[axis])
-                layout = (*parameter.state[: axis + 1], *parameter.storage[axis + 1 :])
-                transfers += _transfer(
-                    conversion, shape, step, layout, step.forward, "update", sizes
-                )
+        held = parameter if late_axes(parameter) else None
+        kind = _Kind(
+            (conversion.source, conversion.target, conversion.steps),
+            (conversion.shape, conversion.nbytes),
+            conversion.requires_grad,
+            conversion.together,
+            conversion.again or conversion.value in repeated,
+            None if held is None else (held.storage, held.state, held.gradient),
+            held is not None and conversion.value not in updated,
+        )
+        if kind.updates:
+            updated.add(conversion.value)
+        found = alike.get(kind)
+        if found is None:
+            found = alike[kind] = tuple(_moves_of(conversion, held, kind, known, sizes))
+        transfers += [Transfer(conversion, *move) for move in found]
     return tuple(transfers)
+
+
+# The fields of a Transfer after the first.
+_Move = tuple[Step, Layout, str, Movement, float, bool, bool]
+
+
+class _Kind(NamedTuple):
+    """All of a conversion that its moves follow from.
+
+    ends: its source and target, and the steps. size: its shape and bytes. requires_grad, together:
+    as of a Conversion. twice: it is made again in the backward pass. held: how a parameter is
+    stored, updated and reduced that the optimizer updates in parts. updates: what is updated of it
+    is gathered.
+    """
+
+    ends: tuple[Layout, Layout, tuple[Step, ...]]
+    size: tuple[str, int]
+    requires_grad: bool
+    together: bool
+    twice: bool
+    held: tuple[Layout, Layout, Layout] | None
+    updates: bool
+
+
+def _moves_of(
+    conversion: Conversion,
+    parameter: ParameterChoice | None,
+    kind: _Kind,
+    known: Mapping[str, int],
+    sizes: tuple[int, ...],
+) -> Iterator[_Move]:
+    """Yield the moves of a conversion that take time.
+
+    parameter: the one that it converts, if the optimizer updates it in parts. known: sizes that are
+    planned for, by dim. sizes: of the mesh.
+    """
+    dims = conversion.shape.split(", ") if conversion.shape else []
+    shape = tuple(int(dim) if dim.isdigit() else known.get(dim) for dim in dims)
+
+    def move(
+        step: Step, layout: Layout, phase: str, movement: Movement, *flags: bool
+    ) -> Iterator[_Move]:
+        if movement is not Movement.NONE and sizes[step.axis] > 1:
+            others = (*layout[: step.axis], Invariant(), *layout[step.axis + 1 :])
+            nbytes = conversion.nbytes * exact_fraction(shape, others, sizes)
+            whole = int(nbytes) if nbytes.denominator == 1 else float(nbytes)
+            together, again = flags
+            yield step, layout, phase, movement, whole, together, again
+
+    late = late_axes(parameter)
+    for phase in ("forward", "backward")[: 2 if kind.twice else 1]:
+        for layout, step in route(conversion.source, conversion.steps):
+            yield from move(step, layout, phase, step.forward, False, phase == "backward")
+    if conversion.requires_grad:
+        # The gradient takes the same steps in reverse, each from the target's gradient to the
+        # source's.
+        back = backward_steps(conversion.steps)
+        for layout, step in route(layout_gradient(conversion.target), back):
+            movement, together = step.forward, conversion.together
+            # ZeRO-1 and -2: only the part that the optimizer updates is wanted, so reducing to
+            # parts does.
+            if step.axis in late and movement is Movement.ALL_REDUCE:
+                assert parameter is not None
+                movement = Movement.REDUCE_SCATTER
+                # Where also the gradient is held in parts (ZeRO-2), it is reduced as soon as it
+                # is there.
+                together &= parameter.gradient == parameter.storage
+                layout = (*parameter.state[: step.axis], *layout[step.axis :])
+            # Only steps that move nothing forward (I -> R) are put off into the bucket.
+            together &= step.backward is Movement.NONE
+            yield from move(step, layout, "backward", movement, together, False)
+    for axis in late if kind.updates else ():
+        assert parameter is not None
+        step = Step(axis, parameter.state[axis], parameter.storage[axis])
+        layout = (*parameter.state[: axis + 1], *parameter.storage[axis + 1 :])
+        yield from move(step, layout, "update", step.forward, False, False)
 
 
 def _repeated(plan: Plan) -> frozenset[str]:
@@ -202,24 +258,3 @@ def _repeated(plan: Plan) -> frozenset[str]:
         for value, readers in groups.items()
         if len(readers) == 1 and -1 not in readers and value not in outside
     )
-
-
-def _transfer(
-    conversion: Conversion,
-    shape: tuple[int | None, ...],
-    step: Step,
-    layout: Layout,
-    movement: Movement,
-    phase: str,
-    sizes: tuple[int, ...],
-    *,
-    together: bool = False,
-    again: bool = False,
-) -> list[Transfer]:
-    """Return the move as a list of one transfer, or of none where it takes no time."""
-    if movement is Movement.NONE or sizes[step.axis] == 1:
-        return []
-    others = (*layout[: step.axis], Invariant(), *layout[step.axis + 1 :])
-    nbytes = conversion.nbytes * exact_fraction(shape, others, sizes)
-    whole = int(nbytes) if nbytes.denominator == 1 else float(nbytes)
-    return [Transfer(conversion, step, layout, phase, movement, whole, together, again)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.module_copy import DEEPEST, originals
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.torch_private import in_function_transform
+from autoparallel.support.torch_private import in_function_transform, is_traced_inside
 
 __all__ = ["HeldTensors", "held_among", "refuse_views"]
 
@@ -56,6 +57,7 @@ class HeldTensors(TorchFunctionMode):
         super().__init__()
         self.folding = folding
         self.failure: AutoParallelError | None = None
+        self.transformed = False
         self.places: dict[int, list[tuple[str, nn.Module, str]]] = {}
         self.paths: dict[int, str] = {}
         self.outside: dict[int, str] = {}
@@ -110,7 +112,9 @@ class HeldTensors(TorchFunctionMode):
         The tracer's own tensors are of other types than plain tensors and parameters.
         """
         if type(item) in _PLAIN or id(item) in self.places:
-            return isinstance(item, torch.Tensor)
+            # What a transform of torch.func has wrapped is plain outside, whatever it is inside.
+            is_tensor = isinstance(item, torch.Tensor)
+            return is_tensor and not (self.transformed and is_traced_inside(item))
         if isinstance(item, (list, tuple)):
             return any(map(self.concerns, item))
         return isinstance(item, dict) and any(map(self.concerns, item.values()))
@@ -147,6 +151,15 @@ class HeldTensors(TorchFunctionMode):
             raise error
         return tensor
 
+    @contextmanager
+    def in_transform(self) -> Iterator[None]:
+        """Return a context in which a transform of torch.func is traced, with tensors it wraps."""
+        self.transformed = True
+        try:
+            yield
+        finally:
+            self.transformed = False
+
     def owns(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in the memory of a parameter or buffer."""
         return (memory_of(tensor) or 0) in self.paths
@@ -167,11 +180,12 @@ class HeldTensors(TorchFunctionMode):
             return view_error(path)
         if in_function_transform():
             return CaptureError(
-                "the forward computes under a transform of torch.func (grad, vmap, jvp)",
+                "the forward computes under a transform of torch.func that is not traced (vjp, "
+                "linearize, jacrev of a whole batch)",
                 why="the tensors there are wrapped, and the tracer does not see what becomes of "
                 "them",
-                fix="differentiate with torch.autograd.grad(..., create_graph=True), or keep it in "
-                "a submodule of its own, which then stays Python",
+                fix="use torch.func.grad, vmap or jvp, which are traced, or keep it in a submodule "
+                "of its own, which then stays Python",
             )
         if tensor.requires_grad:
             return CaptureError(

@@ -28,6 +28,7 @@ from autoparallel.capture.decompose import decomposing
 from autoparallel.capture.decomposition_registry import Known
 from autoparallel.capture.example_inputs import as_given
 from autoparallel.capture.forward_contexts import unprinted
+from autoparallel.capture.function_transforms import lowered_transforms
 from autoparallel.capture.global_reads import OuterVariables
 from autoparallel.capture.held_tensors import HeldTensors, held_among
 from autoparallel.capture.hit_loops import HitLoops
@@ -242,6 +243,7 @@ class FlatForward(nn.Module):
             idle_conversions(),
             unprinted(type(self.model).__name__),
             numbers_in_texts(),
+            lowered_transforms(tensors, self.tensors, wanted.seen),
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         if not self.twice:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -52,9 +52,15 @@ class Sym:
         return hash(self.expr)
 
     def __str__(self) -> str:
-        return str(self.expr)
+        return _text(self.expr)
 
     __repr__ = __str__
+
+
+@lru_cache(maxsize=4096)
+def _text(expr: sympy.Expr) -> str:
+    """Return an expression's text: few are in a graph, many times each, and sympy is slow at it."""
+    return str(expr)
 
 
 Dim = int | Sym

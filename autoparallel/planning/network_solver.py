@@ -58,7 +58,10 @@ class NetworkSolver(ExactOrConditioned):
             except TooWideError:
                 self.is_wide = True
         if not self.several:
-            return self.conditioned(problem)
+            solution = self.conditioned(problem, self.start)
+            # The next problem differs in its prices alone: what is good here is a beginning there.
+            self.start = solution.assignment
+            return solution
         rough = self.coarse(problem)
         if self.is_searching or rough.gap <= _PROVEN * abs(rough.cost):
             return rough

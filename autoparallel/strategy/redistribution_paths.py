@@ -138,8 +138,7 @@ class RedistributionPaths:
         self.hops = 1 if len(grid) == 1 else len(grid) + 1
         self._levels: dict[tuple[Layout, ...], list[NDArray[np.float64]]] = {}
         self._seconds: dict[tuple[Layout, ...], NDArray[np.float64]] = {}
-        self._carried: dict[tuple[tuple[Layout, ...], str], NDArray[np.float64]] = {}
-        self._copies_at_all = tuple(any(table.any() for table in each) for each in self.copies)
+        self._carried: dict[tuple[Layout, ...], tuple[NDArray[np.float64], ...]] = {}
         self._steps: dict[tuple[Layout, Layout], tuple[Step, ...]] = {}
 
     def levels(self, targets: tuple[Layout, ...]) -> list[NDArray[np.float64]]:
@@ -181,7 +180,7 @@ class RedistributionPaths:
 
         They are needed by themselves where a redistribution is done again in the backward pass.
         """
-        return self._along(targets, "forward", self.forwards)
+        return self._along(targets)[0]
 
     def copied_seconds(
         self, targets: tuple[Layout, ...]
@@ -189,12 +188,7 @@ class RedistributionPaths:
         """Return two tables[layout, target]: of the forward and of the backward seconds of the
         paths, those in which nothing is sent, but memory is written.
         """
-        ahead, back = (
-            self._along(targets, f"copied {number}", moves)
-            if self._copies_at_all[number]
-            else np.zeros((len(self.layouts), len(targets)))
-            for number, moves in enumerate(self.copies)
-        )
+        _, ahead, back = self._along(targets)
         return ahead, back
 
     def sent_seconds(
@@ -211,33 +205,38 @@ class RedistributionPaths:
         )
         return ahead, back
 
-    def _along(
-        self, targets: tuple[Layout, ...], what: str, part: list[NDArray[np.float64]]
-    ) -> NDArray[np.float64]:
-        """Return table[layout, target]: a part of the seconds of the paths that `seconds` prices.
-
-        what: its name, under which the table is kept. part: per axis, as `moves`.
+    def _along(self, targets: tuple[Layout, ...]) -> tuple[NDArray[np.float64], ...]:
+        """Return tables[layout, target] of the paths that `seconds` prices: their forward seconds,
+        and the forward and the backward seconds in which memory alone is written.
         """
-        key = targets, what
-        if key not in self._carried:
+        if targets not in self._carried:
+            parts = self.forwards, *self.copies
             levels = self.levels(targets)
-            sums = np.zeros_like(levels[0])
+            # Nothing adds up to nothing, on whatever path.
+            some = [number for number, part in enumerate(parts) if any(map(np.any, part))]
+            sums = [np.zeros_like(levels[0]) for _ in parts]
             for last in levels[:-1]:
-                best, best_sums = last, sums
-                for axis, (seconds, own) in enumerate(zip(self.moves, part, strict=True)):
+                best, best_sums = last, list(sums)
+                for axis, seconds in enumerate(self.moves):
                     over = seconds[..., None] + _after(last, axis)
-                    then = own[..., None] + _after(sums, axis)
-                    first = over.argmin(axis=-2)[..., None, :]
-                    over = np.take_along_axis(over, first, -2)[..., 0, :]
+                    # The placement that each cell goes to first, on its way to each target.
+                    first = over.argmin(axis=-2)
+                    over = np.take_along_axis(over, first[..., None, :], -2)[..., 0, :]
                     better = over < best * (1 - _RELATIVE)
                     best = np.where(better, over, best)
-                    best_sums = np.where(
-                        better, np.take_along_axis(then, first, -2)[..., 0, :], best_sums
-                    )
+                    for number in some:
+                        step = np.take_along_axis(parts[number][axis], first, -1)
+                        rest = np.take_along_axis(sums[number], first, axis)
+                        best_sums[number] = np.where(better, step + rest, best_sums[number])
                 sums = best_sums
-            table = sums.reshape(-1, len(targets))
-            self._carried[key] = self._led(table, targets, part) if self.together else table
-        return self._carried[key]
+            tables = [table.reshape(-1, len(targets)) for table in sums]
+            if self.together:
+                tables = [
+                    self._led(table, targets, part)
+                    for table, part in zip(tables, parts, strict=True)
+                ]
+            self._carried[targets] = tuple(tables)
+        return self._carried[targets]
 
     def backward_seconds(self, targets: tuple[Layout, ...]) -> NDArray[np.float64]:
         """Return table[layout, target]: backward seconds of the paths that `seconds` prices, 0

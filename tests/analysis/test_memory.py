@@ -92,28 +92,30 @@ def test_several_axes_and_blocks_that_run_again(
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("name", "mesh", "share"),
     # 3 rows: a part for each
     [
-        *broad(("deepseek-v3", Mesh(tp=1))),
-        pytest.param("vit", Mesh(tp=3), marks=attention_in_float64_without_data),
+        # What is inside of routed experts, a third of all here, is one op, which keeps it.
+        *broad(("deepseek-v3", Mesh(tp=1), 0.93)),
+        pytest.param("vit", Mesh(tp=3), 0.75, marks=attention_in_float64_without_data),
         pytest.param(
             "llama",
             Mesh(dp=3, tp=2),
+            0.75,
             marks=[attention_in_float64_without_data, pytest.mark.broad],
         ),
     ],
     ids=str,
 )
 def test_where_attention_is_fused_cheap_ops_are_made_again(
-    name: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+    name: str, mesh: Mesh, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms, activations, rotations: by a third less is kept, and by what is predicted."""
+    """Norms, activations, rotations: no more than this share is kept, and what is predicted."""
     plan = planned(name, mesh, 0.0, recompute="selective", data_parallel=len(mesh.axes) > 1)
     assert len(plan.remade) > len(plan.recompute) > 2
     assert not plan.recomputed
     kept = memory_of(plan).activations
-    assert kept < 0.75 * memory_of(replace(plan, remade=())).activations
+    assert kept < share * memory_of(replace(plan, remade=())).activations
     compare(name, plan, monkeypatch, 0.0)
 
 
@@ -176,7 +178,11 @@ def test_what_is_predicted_is_what_autograd_keeps_everywhere(
 
 
 def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every strategy of an op keeps what its program, walked without data, is seen to keep."""
+    """Every strategy of an op keeps what its program, walked without data, is seen to keep.
+
+    Experts that are dealt out keep the rows that chose them: as many as values say. Even loads are
+    predicted, which lie between those of the ranks, or near their mean but for whole rows.
+    """
     kept = Kept()
     monkeypatch.setattr(example_calls, "emit", watching(kept, monkeypatch))
     example = sample.example()
@@ -185,7 +191,13 @@ def compare_strategies(sample: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     for strategy in referee.derived(example, find(example.call), 2):
         assert referee.why_wrong(example, strategy, 2) == ""
         found = Liveness(AbstractExecution(kept.graph, kept.plan)).activations
-        assert found == max(kept.nbytes.values()), strategy
+        bytes_kept = kept.nbytes.values()
+        if strategy.kernel is not None and dict(strategy.kernel.arguments).get("count"):
+            mean = sum(bytes_kept) / len(bytes_kept)
+            between = min(bytes_kept) <= found <= max(bytes_kept)
+            assert between or found == pytest.approx(mean, rel=0.1), strategy
+        else:
+            assert found == max(bytes_kept), strategy
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class SharedKeys(nn.Module):
 
 
 class Transformed(nn.Module):
-    """Forces by torch.func.grad, which a trace does not see through: layers around it are split."""
+    """Forces by torch.func.grad: the graph has what it computes, forward and backward."""
 
     def __init__(self):
         super().__init__()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,10 @@ __all__ = [
     "current_function_mode",
     "default_device_kind",
     "in_function_transform",
+    "is_traced_inside",
     "outside_transforms",
+    "plain_ops_of",
+    "replaced_transforms",
     "users_dispatch_modes",
     "users_function_modes",
     "with_function_overrides",
@@ -132,3 +135,63 @@ def outside_transforms() -> AbstractContextManager[Any]:
         return nullcontext()
     context: AbstractContextManager[Any] = temporarily_clear_interpreter_stack()
     return context
+
+
+@contextmanager
+def replaced_transforms(run: Callable[..., Any]) -> Iterator[None]:
+    """Return a context in which `vmap`, `grad`, `grad_and_value` and `jvp` are run by `run`.
+
+    run: called with the function by which torch would run the transform, and its arguments. Also
+    where the user's module has imported the transform by a name of its own.
+    """
+    from torch._functorch import apis, eager_transforms
+
+    names = ("grad_impl", "grad_and_value_impl", "_jvp_with_argnums")
+    places = [(apis, "vmap_impl"), *((eager_transforms, name) for name in names)]
+    before = [getattr(module, name) for module, name in places]
+    for (module, name), original in zip(places, before, strict=True):
+        setattr(module, name, partial(run, original))
+    try:
+        yield
+    finally:
+        for (module, name), original in zip(places, before, strict=True):
+            setattr(module, name, original)
+
+
+def plain_ops_of(
+    function: Callable[..., Any], tensors: Sequence[torch.Tensor]
+) -> torch.fx.GraphModule:
+    """Return what a function does as a program of plain ops, which a trace around it does not see.
+
+    None of them writes to a tensor. function: of tensors, returns a list; no mode that sees calls
+    of torch's functions is left but those that it enters itself. tensors: what it is called with,
+    without data.
+    """
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+    hidden = [
+        torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())
+    ]
+    try:
+        with disable_proxy_modes_tracing():
+            # What a copy becomes that writes to nothing has no derivative of its own.
+            instead = {torch.ops.aten.copy.default: _copied}
+            return make_fx(torch.func.functionalize(function), instead)(*tensors)
+    finally:
+        for mode in reversed(hidden):
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _copied(into: torch.Tensor, source: torch.Tensor, _: bool = False) -> torch.Tensor:
+    """Return what a tensor is after another one was copied into it."""
+    return source.to(into.dtype).expand(into.shape)
+
+
+def is_traced_inside(tensor: torch.Tensor) -> bool:
+    """Return whether what transforms of torch.func have wrapped is a tensor without data."""
+    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    return isinstance(tensor, FakeTensor)

@@ -100,3 +100,57 @@ def test_outside_of_transforms() -> None:
     assert float(torch.func.jvp(square, (x,), (x,))[1]) == 24.0
     with torch_private.outside_transforms():
         assert not torch_private.in_function_transform()
+
+
+def test_transforms_can_be_run_by_another() -> None:
+    """By whatever name they were imported, and the next one as torch runs it."""
+    ran: list[str] = []
+
+    def run(original, function, *args, **kwargs):
+        ran.append(original.__name__)
+        return original(function, *args, **kwargs)
+
+    x = torch.ones(2)
+    with torch_private.replaced_transforms(run):
+        assert torch.equal(torch.vmap(torch.sin)(x), x.sin())
+        torch.func.grad(torch.sum)(x)
+        torch.func.jvp(torch.sin, (x,), (x,))
+    torch.vmap(torch.sin)(x)
+    assert ran == ["vmap_impl", "grad_impl", "grad_and_value_impl", "_jvp_with_argnums"]
+
+
+def test_plain_ops_of_a_transform() -> None:
+    """They write to nothing, and the modes around it do not see it run."""
+    seen: list[object] = []
+
+    class Counts(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def squares(x):
+        made = torch.empty_like(x)
+        made[:] = torch.vmap(torch.square)(x)
+        return [made]
+
+    x = torch.arange(3.0)
+    with Counts():
+        before = len(seen)
+        program = torch_private.plain_ops_of(squares, [x])
+        assert len(seen) == before
+    assert torch.equal(program(x)[0], x.square())
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not any(name.split(".")[1].endswith("_") for name in names), names
+
+
+def test_wrapped_tensors_without_data_are_told() -> None:
+    inside: list[bool] = []
+
+    def look(x):
+        inside.append(torch_private.is_traced_inside(x))
+        return x.sin()
+
+    torch.vmap(look)(torch.ones(2))
+    with torch_private.FakeTensorMode():
+        torch.vmap(look)(torch.ones(2))
+    assert inside == [False, True]
