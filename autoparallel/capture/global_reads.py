@@ -18,7 +18,6 @@ from torch import nn
 
 from autoparallel.capture.library_questions import compares_objects
 from autoparallel.capture.outside_answers import asking_code
-from autoparallel.capture.refused_models import refuse_function_modes
 from autoparallel.capture.remembered_calls import (
     Remembering,
     in_its_place,
@@ -258,7 +257,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     >>> hasattr(layer, "calls")
     False
     """
-    refuse_function_modes()
     with planning.held():
         before, outer = _held.outer, OuterVariables(model)
         with untouched(model, *outer.objects.values()), outer.lent(), outer.restored():

@@ -16,26 +16,8 @@ from autoparallel.capture.source_files import HANDS_ON
 from autoparallel.errors import AliasError, AutoParallelError, CaptureError, WrappedModelError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.pytree import Skeleton, leaf_paths
-from autoparallel.support.torch_private import users_function_modes
 
-__all__ = [
-    "export_failure",
-    "refuse_function_modes",
-    "refuse_running",
-    "refuse_shared_memory",
-    "refuse_wrapped",
-]
-
-
-def refuse_function_modes() -> None:
-    """Raise CaptureError where a mode of the user's would change what is traced."""
-    modes = users_function_modes()
-    if modes:
-        raise CaptureError(
-            f"{type(modes[-1]).__name__} sees calls of torch's functions while a model is planned",
-            why="the program would do what the mode does, in calls without it, too",
-            fix="plan outside of the mode; a call of the split module within it is followed",
-        )
+__all__ = ["export_failure", "refuse_running", "refuse_shared_memory", "refuse_wrapped"]
 
 
 def refuse_wrapped(model: object) -> None:

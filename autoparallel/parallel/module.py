@@ -346,7 +346,7 @@ def _run_planned(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
         compared(state, modes, args, kwargs)
-    elif not torch.compiler.is_compiling() and (reason := reason_for_python()):
+    elif not torch.compiler.is_compiling() and (reason := reason_for_python(state.tree.within)):
         _log.info("%s runs as Python: %s", state.path or "the model", reason)
         compared(state, modes, args, kwargs)
     # Where Python is all there is, and the ranks compare nothing, nothing is looked for.

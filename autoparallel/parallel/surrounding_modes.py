@@ -11,17 +11,22 @@ from autoparallel.support.torch_private import (
     users_function_modes,
 )
 
-__all__ = ["reason_for_python"]
+__all__ = ["function_modes", "reason_for_python"]
 
 _log = logging.getLogger(__name__)
 _told: set[type] = set()
 
 
-def reason_for_python() -> str:
+def function_modes() -> tuple[type, ...]:
+    """Return the types of the user's modes that see calls of torch's functions here."""
+    return tuple([type(mode) for mode in users_function_modes()])
+
+
+def reason_for_python(within: tuple[type, ...] = ()) -> str:
     """Return why the user's Python must run here in place of a program; nothing if it need not.
 
-    A mode that sees ops is told of once: it may count what a rank computes, which is its business,
-    or change it.
+    within: the modes in which the program was traced, which has what these do. A mode that sees
+    ops is told of once: it may count what a rank computes, which is its business, or change it.
 
     >>> from torch.overrides import TorchFunctionMode
     >>> class Mode(TorchFunctionMode):
@@ -41,5 +46,7 @@ def reason_for_python() -> str:
                 "it changes may differ from what it would change unsplit",
                 type(mode).__name__,
             )
-    modes = users_function_modes()
-    return f"{type(modes[-1]).__name__} sees calls of torch's functions" if modes else ""
+    modes = function_modes()
+    if not modes or modes == within:
+        return ""
+    return f"{modes[-1].__name__} sees calls of torch's functions"

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unseen import Base, Case, X, after_backward, differences, follows
 
 import autoparallel
-from autoparallel.errors import CaptureError
 
 
 class Options:
@@ -246,9 +245,15 @@ def test_hooks_and_forward_gradients_on_processes(world_size: int) -> None:
     assert run_processes(_alone, world_size) == [{}] * world_size
 
 
-def test_no_plan_is_made_of_what_a_mode_does() -> None:
-    with Doubling(), pytest.raises(CaptureError, match="Doubling sees calls of torch's functions"):
-        autoparallel.make_plan(Plain(), 2, example_inputs=X)
+def test_a_mode_in_which_a_model_was_planned_is_in_its_program() -> None:
+    class Model(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.a(x).tanh())
+
+    with Doubling():
+        split = autoparallel.autoparallelize(Model(), 1, example_inputs=X)
+        torch.testing.assert_close(split(X), Model()(X))
+        assert "tanh" in split.emitted_program
 
 
 def test_a_mode_that_sees_parts_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
