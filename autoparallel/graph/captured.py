@@ -203,6 +203,9 @@ class Captured:
         # Cheap tests first: this runs before every call.
         if types != [value.dtype for value in values]:
             return False
+        # A forward may do something else with a sparse tensor, and its parts are other ones.
+        if any(tensor.layout is not torch.strided for tensor in inputs):
+            return False
         # A gradient that was not planned for would not come back.
         pairs = zip(inputs, values, strict=True)
         if any(one.requires_grad and not planned.requires_grad for one, planned in pairs):

@@ -160,7 +160,7 @@ class Entry:
         if captured.given and not captured.alike(inputs):
             return False
         # A list is quicker to make than a generator is to run, and this is asked at every call.
-        key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])
+        key = tuple([(t.shape, t.dtype, t.layout, t.requires_grad) for t in inputs])
         if key not in self.known:
             self.known[key] = self.captured.fits(inputs)
         return self.known[key]
