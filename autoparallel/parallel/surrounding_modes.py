@@ -32,6 +32,7 @@ def reason_for_python(within: tuple[type, ...] = ()) -> str:
     >>> class Mode(TorchFunctionMode):
     ...     def __torch_function__(self, function, types, args=(), kwargs=None):
     ...         return function(*args, **(kwargs or {}))
+    >>> Mode.__module__ = "of_the_user"
     >>> with Mode():
     ...     reason_for_python()
     "Mode sees calls of torch's functions"
@@ -39,14 +40,20 @@ def reason_for_python(within: tuple[type, ...] = ()) -> str:
     if forward_gradients_are_on() or in_function_transform():
         return "programs have no other derivatives"
     for mode in users_dispatch_modes():
-        if type(mode) not in _told:
-            _told.add(type(mode))
-            _log.warning(
-                "%s sees the ops that this rank runs, on the parts of tensors that it holds: what "
-                "it changes may differ from what it would change unsplit",
-                type(mode).__name__,
-            )
+        _tell_once(
+            type(mode),
+            "sees the ops that this rank runs, on the parts of tensors that it holds: what it "
+            "changes may differ from what it would change unsplit",
+        )
     modes = function_modes()
     if not modes or modes == within:
         return ""
-    return f"{modes[-1].__name__} sees calls of torch's functions"
+    reason = "sees calls of torch's functions"
+    _tell_once(modes[-1], f"{reason}: within it, models that were split run as Python")
+    return f"{modes[-1].__name__} {reason}"
+
+
+def _tell_once(kind: type, text: str) -> None:
+    if kind not in _told:
+        _told.add(kind)
+        _log.warning("%s %s", kind.__name__, text)
