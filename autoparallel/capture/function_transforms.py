@@ -8,23 +8,68 @@ pass of `grad`. These are then called in its place, under all that the trace wat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.errors import CaptureError
 from autoparallel.support.pytree import flatten, rebuild
 from autoparallel.support.torch_private import (
+    calling_module,
     in_function_transform,
     plain_ops_of,
     replaced_transforms,
 )
 
 __all__ = ["lowered_transforms"]
+
+
+# Modules between one that asks for a gradient and a mode.
+_BETWEEN = ("autoparallel.", "torch.autograd", "torch.overrides")
+# Autograd's own backward pass reads detached copies of what the forward has saved.
+_AUTOGRAD = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
+
+
+class PlainOps(TorchFunctionMode):
+    """A mode in which what a function makes while gradients are switched off is detached.
+
+    The plain ops of a transform are written down without the regions they are in, such as those
+    under `torch.no_grad()`. A detached tensor says the same. Raises CaptureError for a tensor that
+    is written to there, and where autograd is asked for a gradient, which a transform is not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = torch.is_grad_enabled()
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function in _AUTOGRAD and _caller() != "torch":
+            raise CaptureError(
+                "the forward calls autograd under a transform of torch.func",
+                why="its gradient could not be differentiated once more in a graph",
+                fix="use torch.func.grad",
+            )
+        result = function(*args, **(kwargs or {}))
+        if not self.before or torch.is_grad_enabled():
+            return result
+        written = {id(item) for item in (*args, *(kwargs or {}).values())}
+        tensors, form = flatten(result)
+        if any(id(tensor) in written for tensor in tensors):
+            raise CaptureError(
+                "the forward writes to a tensor without gradients under a transform of torch.func",
+                why="a graph has the plain ops of a transform, and no such regions",
+                fix="compute a new tensor instead",
+            )
+        return rebuild(form, [tensor.detach() for tensor in tensors]) if tensors else result
 
 
 @contextmanager
@@ -53,7 +98,7 @@ def lowered_transforms(
         def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
             """Run the transform on tensors in the places of its own, and return what it makes."""
             args, kwargs = rebuild(form, list(tensors[: len(own)]))
-            with held.in_transform(), held, seen:
+            with held.in_transform(), held, PlainOps(), seen:
                 made, result = flatten(original(function, *args, **kwargs))
             results.append(result)
             return made
@@ -71,6 +116,14 @@ def lowered_transforms(
 
     with replaced_transforms(lowered):
         yield
+
+
+def _caller() -> str:
+    """Return the module that asks autograd for what a mode is told of, past other modes."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(_BETWEEN):
+        frame = frame.f_back
+    return "" if frame is None else calling_module(frame)
 
 
 def _tags(node: torch.fx.Node) -> Sequence[torch.Tag]:

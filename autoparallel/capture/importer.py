@@ -322,6 +322,13 @@ class Importer:
                 why=f"it writes to {', '.join(written_by(call))}; a graph has results alone",
                 fix="use an op that returns what it makes, for each tensor",
             )
+        if isinstance(example, (list, tuple)) and any(item is None for item in example):
+            raise CaptureError(
+                f"{name} leaves out one of its results",
+                where=builder.origins.where(node),
+                why="an op of a graph makes all of them",
+                fix="keep the call in a submodule of its own, which then stays Python",
+            )
         flows = builder.records(call, grad)
         passes = (
             function.examined.differentiable

@@ -29,6 +29,8 @@ from torch.func import (
 from torch.nn import functional
 
 import autoparallel
+from autoparallel.capture.export import capture
+from autoparallel.errors import CaptureError
 
 TOLERANCE = 1e-12
 # Asked by C's functions alone, of which no profile function is told.
@@ -70,6 +72,29 @@ def written(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def without_gradient(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """No gradient comes from the factor, to parameters that others give one."""
+
+    def row(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            factor = layer.row(x)
+        return layer.row(x) * factor + layer.row(x).detach().sin()
+
+    made: torch.Tensor = vmap(row)(x)
+    return made
+
+
+def curved(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Ops whose derivatives are differentiated again by formulas of their own."""
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        y = layer.row(x)
+        return (torch.softmax(y, -1) * layer.scale + functional.gelu(y) * y.sigmoid().exp()).sum()
+
+    made: torch.Tensor = vmap(grad(energy))(x)
+    return made
+
+
 def adapted(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     """As MAML does: two steps on the layer's own weights, and a call with what they become."""
     weights = dict(layer.down.named_parameters())
@@ -94,6 +119,8 @@ WORK: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
         lambda row: vmap(lambda weights: row * weights)(layer.up.weight[:6]).sum(0)
     )(layer.row(x)),
     "a gradient of each row": lambda layer, x: vmap(grad(layer.energy))(x),
+    "no gradient": without_gradient,
+    "gradients that are differentiated": curved,
     "value and gradient": value_and_slope,
     "forward derivatives": lambda layer, x: jvp(layer.row, (x,), (torch.ones_like(x),))[1],
     "jacobians": lambda layer, x: vmap(jacrev(layer.row))(x).sum(1),
@@ -110,7 +137,12 @@ WORK: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
     "a write": lambda layer, x: vmap(written)(layer.row(x)),
 }
 # Their own sizes are in what torch makes of them.
-AT_ONE_SIZE = {"in chunks", "forward derivatives", "second derivatives"}
+AT_ONE_SIZE = {
+    "in chunks",
+    "gradients that are differentiated",
+    "forward derivatives",
+    "second derivatives",
+}
 
 
 class Ensemble(nn.Module):
@@ -193,6 +225,47 @@ def test_numbers_that_change_are_seen_inside() -> None:
         return made
 
     assert "something else when it runs again" in reason(asks)
+
+
+def test_writes_without_gradient_are_refused() -> None:
+    def writes(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        def row(x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x.mul_(2)
+            return x
+
+        made: torch.Tensor = vmap(row)(layer.row(x))
+        return made
+
+    assert "writes to a tensor without gradients" in reason(writes)
+
+
+def test_autograd_inside_is_refused() -> None:
+    """What its backward pass saves is detached, once the forward has run."""
+
+    def asks(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        def row(x: torch.Tensor) -> torch.Tensor:
+            value = (x * layer.down.bias).tanh().sum()
+            return torch.autograd.grad(value, layer.down.bias, create_graph=True)[0]
+
+        made: torch.Tensor = vmap(row)(layer.row(x))
+        return made
+
+    with pytest.raises(CaptureError, match="calls autograd under a transform"):
+        capture(Model(asks), (torch.randn(8, 6),), {})
+
+
+def test_ops_that_leave_out_results_stay_python() -> None:
+    """The gradient of a norm without weights has two results that are none."""
+
+    def normed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        def energy(x: torch.Tensor) -> torch.Tensor:
+            return functional.layer_norm(x, (6,)).pow(3).sum()
+
+        made: torch.Tensor = vmap(grad(energy))(layer.row(x))
+        return made
+
+    assert "leaves out one of its results" in reason(normed)
 
 
 def test_other_transforms_stay_python() -> None:

@@ -174,7 +174,9 @@ def plain_ops_of(
     ]
     try:
         with disable_proxy_modes_tracing():
-            # What a copy becomes that writes to nothing has no derivative of its own.
+            # Nothing else may be taken apart: an op's own derivative knows what its parts do not,
+            # such as how the mean that a norm hands to its backward pass follows from its input.
+            # But a copy that writes to nothing has none.
             instead = {torch.ops.aten.copy.default: _copied}
             return make_fx(torch.func.functionalize(function), instead)(*tensors)
     finally:
