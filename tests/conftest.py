@@ -61,10 +61,13 @@ def one_trace() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_first_trace() -> Iterator[None]:
-    """In this file, equal models are traced once; what changes afterwards is traced as always."""
-    from traces import traced_once
+    """In this file, equal models are traced once; what changes afterwards is traced as always.
 
-    with traced_once(again=False):
+    Equal programs are planned once: it is about modules that are split by some plan.
+    """
+    from traces import planned_once, traced_once
+
+    with traced_once(again=False), planned_once():
         yield
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -118,14 +115,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("readme")
     code = next(text for language, text in blocks(README) if language == "python")
     (folder / "see_a_plan.py").write_text(code)
-    result = subprocess.run(
-        [sys.executable, "see_a_plan.py"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_script(folder / "see_a_plan.py", folder=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout, folder
 

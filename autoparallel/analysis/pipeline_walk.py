@@ -139,15 +139,25 @@ class StageMessages:
 
     received: of the stage before. returned: the gradients that come of the stage after. back: those
     that it sends to the one before. between: gradients that are kept until those of the weights are
-    computed of them, where a backward pass is in two halves. passing: bytes beyond all that is
-    kept, at the worst moment of a pass; the second half of a backward pass takes none.
+    computed of them, where a backward pass is in two halves. forward, backward: bytes beyond all
+    that is kept, at the worst moment of such a pass; the second half of a backward pass takes none.
+    sent: what goes to the next stage and is held until it has arrived; 0 where that is among the
+    activations.
     """
 
     received: float
     returned: float
     back: float
     between: float = 0.0
-    passing: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+    sent: float = 0.0
+
+    def taken_by(self, kind: str) -> float:
+        """Return the bytes that a pass of a kind takes beyond all that is kept."""
+        if kind == WEIGHTS:
+            return 0.0
+        return self.forward if kind == FORWARD else self.backward
 
 
 def held(
@@ -250,6 +260,9 @@ def _messages(
         if work.kind == FORWARD:
             change[message.asked] += size.received
             change[place] -= size.received
+            if message.held >= 0:
+                change[place] += size.sent
+                change[message.held] -= size.sent
         elif work.kind != WEIGHTS:
             between = size.between if work.kind == INPUTS else 0.0
             change[message.asked] += size.returned
@@ -262,6 +275,6 @@ def _messages(
                 change[place] += size.back
                 change[message.held] -= size.back
     return [
-        besides + (0.0 if work.kind == WEIGHTS else sizes[work.stage].passing)
+        besides + sizes[work.stage].taken_by(work.kind)
         for work, besides in zip(passes, accumulate(change), strict=False)
     ]

@@ -25,8 +25,9 @@ from autoparallel.plan import ParameterChoice, Pipeline, Plan
 from autoparallel.rewrite.stages import Stage, cut_plan
 from autoparallel.rules.lookup import known_rule
 from autoparallel.rules.rule import OpCall
-from autoparallel.runtime.message_orders import Messages, messages_of
+from autoparallel.runtime.message_orders import Messages, messages_of, sends_by_table
 from autoparallel.runtime.schedule_orders import BACKWARD, INPUTS, Pass, schedule_order
+from autoparallel.support.torch_versions import KEEPS_WHAT_IS_SENT
 
 __all__ = ["StageMemory", "memory_of_pipeline", "memory_of_ranks", "memory_of_stages"]
 
@@ -37,7 +38,8 @@ class StageMemory:
 
     items: of parameters, gradients, optimizer state, buffers and inputs, which are there all along.
     saved: what each micro-batch keeps until its backward pass: what autograd saves, what comes from
-    the stage before, and what goes to the next one, of which `sent` bytes are kept for that alone.
+    the stage before, and what goes to the next one. sent: of the last, what is kept for that alone;
+    in some schedules, some releases of torch let go of it when it has arrived.
     messages: what comes and goes of one micro-batch, and what a pass takes beyond all these.
     returned: of the last stage, what the caller gets of one micro-batch. parameters: those of its
     plan. in_halves: whether it may compute gradients of weights later than others. assumed: see
@@ -46,7 +48,7 @@ class StageMemory:
 
     items: tuple[Item, ...]
     saved: tuple[Item, ...]
-    sent: int
+    sent: tuple[Item, ...]
     messages: StageMessages
     returned: int
     parameters: tuple[ParameterChoice, ...]
@@ -57,6 +59,12 @@ class StageMemory:
     def activations(self) -> int:
         """The bytes that a micro-batch keeps."""
         return sum(item.nbytes for item in self.saved)
+
+    def letting_go(self) -> StageMemory:
+        """Return the bytes of a stage that no longer keeps what has arrived at the next one."""
+        sent = sum(item.nbytes for item in self.sent)
+        saved = tuple(item for item in self.saved if item not in self.sent)
+        return replace(self, saved=saved, sent=(), messages=replace(self.messages, sent=sent))
 
 
 def memory_of_stages(stages: Sequence[Stage]) -> tuple[StageMemory, ...]:
@@ -82,7 +90,8 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
         whole = replace(parameter, gradient=parameter.storage)
         items += resident(whole, plan, values[parameter.name].requires_grad)
     saved: list[Item] = []
-    sent = received = back = gradients = 0
+    sent: list[Item] = []
+    received = back = gradients = 0
     is_last = stage.number == len(stages) - 1
     out = set() if is_last else {walk.locals[number].storage for number in walk.returned}
     saving = frozenset(liveness.saved)
@@ -98,7 +107,7 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
             # The library holds on to what was sent, at which the backward pass begins.
             if number in every:
                 saved.append(item)
-                sent += 0 if number in saving else storage.nbytes
+                sent += [] if number in saving else [item]
         elif storage.kind in ("buffer", "input"):
             items.append(replace(item, category=f"{storage.kind}s"))
     if not is_last:
@@ -114,17 +123,20 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
             for name, layout in zip(stage.gives, plan.outputs, strict=True)
         )
     held_nbytes = sum(item.nbytes for item in saved) - received
-    worst = liveness.activations + liveness.temporary
+    beyond = [
+        max(int(alive.max(initial=0)), liveness.activations) - held_nbytes
+        for alive in (liveness.forward, liveness.backward)
+    ]
     return StageMemory(
         tuple(items),
         tuple(saved),
-        sent,
+        tuple(sent),
         StageMessages(
             received,
             gradients,
             back,
             _between_halves(stage, sizes),
-            passing=max(worst - held_nbytes, 0),
+            *(max(nbytes, 0) for nbytes in beyond),
         ),
         returned,
         plan.parameters,
@@ -187,6 +199,8 @@ def memory_of_ranks(
     assert plan.pipeline is not None
     count = plan.pipeline.microbatches
     accounts = []
+    if not KEEPS_WHAT_IS_SENT and not sends_by_table(*_numbers_of(plan.pipeline)):
+        stages = [stage.letting_go() for stage in stages]
     sizes = [stage.messages for stage in stages]
     order = [
         [
@@ -235,9 +249,14 @@ def memory_of_pipeline(plan: Plan, graph: Graph | None = None) -> tuple[Account,
     assert pipeline is not None
     assert plan.captured is not None
     stages = memory_of_stages(cut_plan(graph or plan.captured.graph, plan))
-    per_rank = pipeline.stages // pipeline.ranks
-    numbers = pipeline.schedule, pipeline.ranks, per_rank, pipeline.microbatches
+    numbers = _numbers_of(pipeline)
     return memory_of_ranks(plan, stages, schedule_order(*numbers), messages_of(*numbers))
+
+
+def _numbers_of(pipeline: Pipeline) -> tuple[str, int, int, int]:
+    """Return the arguments of `schedule_order`, and of what goes by it."""
+    per_rank = pipeline.stages // pipeline.ranks
+    return pipeline.schedule, pipeline.ranks, per_rank, pipeline.microbatches
 
 
 def _told(moment: Held, pipeline: Pipeline) -> str:

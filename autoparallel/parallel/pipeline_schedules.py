@@ -145,7 +145,7 @@ class PipelineSchedules:
 
         from autoparallel.parallel.pipeline_stage import Stage as TorchStage
 
-        sends = self._sends() if trains and TorchStage.keeps_sends else None
+        sends = self._sends() if trains else None
         stages = [
             TorchStage(
                 module,

@@ -405,5 +405,6 @@ def _refused(leaf: LocalParameter, why: str) -> AutoParallelError:
         where=leaf.path,
         why=why,
         fix="write values in place (under torch.no_grad: parameter.copy_(value)), and change what "
-        "else there is before the model is split",
+        "else there is before the model is split; to call it with parameters that a gradient has "
+        "changed, as in meta-learning, take that gradient by torch.func.grad, which is traced",
     )

@@ -45,8 +45,10 @@ _NEARLY = 1.1
 # What all bytes that stay are charged, one after the other, as shares of a plan's seconds.
 _PRICES = (0.0, 0.1)
 # Shares of the limit that estimates with some blocks recomputed are made to fill, one after the
-# other: what the plan itself takes differs by a few percent.
-_FILLED = (0.98, 0.95, 0.91, 0.85)
+# other: what the plan itself takes differs by a few percent. Where there are so many blocks that
+# these give more ways than are worth a try, some between the first and the last are left out.
+_FILLED = tuple(percent / 100 for percent in range(98, 84, -1))
+_MOST_MIXES = 6
 
 
 class Estimator:
@@ -259,7 +261,7 @@ class Estimator:
             if found is not None and (best is None or is_better(found, best, limit)):
                 best = replace(
                     found,
-                    mixes=tuple(dict.fromkeys(mixes)),
+                    mixes=_some(tuple(dict.fromkeys(mixes))),
                     starts=tuple(map(int, starts)),
                 )
         return best
@@ -357,6 +359,14 @@ class Estimator:
             schedule=of.options.order,
             stages_per_rank=of.options.each_rank,
         )
+
+
+def _some(mixes: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+    """Return the first and the last of these, and as many between them as are worth a try."""
+    if len(mixes) <= _MOST_MIXES:
+        return mixes
+    apart = (len(mixes) - 1) / (_MOST_MIXES - 1)
+    return tuple(mixes[round(place * apart)] for place in range(_MOST_MIXES))
 
 
 def _long_step(pipeline: Pipeline, ranks: tuple[int, ...]) -> float:

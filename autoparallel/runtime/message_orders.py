@@ -56,7 +56,8 @@ def messages_of(
 
     They are in the order of `schedule_order`. By a table, a rank asks for what the other one has
     computed in about as many turns. Otherwise a pass asks when it begins, and what is sent is held
-    until its rank sends to the same one again, or, in GPipe's order, until the step ends.
+    until its rank sends to the same one again, or, in GPipe's order, until all forward passes, or
+    those of the step, are through.
 
     >>> [each.asked for each in messages_of("1f1b", 2, 1, 2)[1]]
     [0, 1, 2, 3]
@@ -67,7 +68,12 @@ def messages_of(
     by_table = sends_by_table(schedule, ranks, per_rank, microbatches)
     asked = _asked(order) if by_table else [list(range(len(passes))) for passes in order]
     kind = schedule_class(schedule, ranks, per_rank, microbatches)
-    until = _held_until_next(order) if kind == SCHEDULES["1f1b"].alone else _held_until_known(order)
+    until = _held_until_known(order)
+    if kind == SCHEDULES["1f1b"].alone:
+        until = _held_until_next(order)
+    elif kind == SCHEDULES["gpipe"].alone:
+        count = microbatches
+        until = [[*(min(one, count) for one in each[:count]), *each[count:]] for each in until]
     return tuple(
         tuple(Messages(*each) for each in zip(some, others, strict=True))
         for some, others in zip(asked, until, strict=True)

@@ -40,7 +40,8 @@ from autoparallel.strategy.network_factors import CallStates, NetworkFactors
 from autoparallel.strategy.output_layouts import add_outputs
 from autoparallel.strategy.parameter_states import ParameterStates
 from autoparallel.strategy.recompute_modes import Recomputation
-from autoparallel.strategy.redistribution import ProducerLayouts, RedistributionTables
+from autoparallel.strategy.redistributed_copies import ProducerLayouts
+from autoparallel.strategy.redistribution import RedistributionTables
 from autoparallel.strategy.rule_matching import MatchedCall, match_rules
 from autoparallel.strategy.saved_activations import SavedActivations
 from autoparallel.strategy.stage_shares import WHOLE_MODEL, StageShares

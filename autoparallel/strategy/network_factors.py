@@ -19,7 +19,7 @@ from autoparallel.strategy.counted_moments import Left, Phase
 from autoparallel.strategy.layout_sets import ReaderLayouts
 from autoparallel.strategy.mesh_strategies import MeshStrategy
 from autoparallel.strategy.recompute_modes import Recomputation
-from autoparallel.strategy.redistribution import ProducerLayouts, RecomputedEnds
+from autoparallel.strategy.redistributed_copies import ProducerLayouts, RecomputedEnds
 from autoparallel.strategy.saved_activations import SavedActivations
 from planners import Factor
 

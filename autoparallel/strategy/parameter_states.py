@@ -17,7 +17,7 @@ from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.cost_tables import Table
 from autoparallel.strategy.equal_axes import AxisGroups, arranged_layout, arranged_storage
 from autoparallel.strategy.parameter_storage import ParameterStorage, storage_choices, stored_bytes
-from autoparallel.strategy.redistribution import ProducerLayouts
+from autoparallel.strategy.redistributed_copies import ProducerLayouts
 from autoparallel.strategy.zero_costs import exchange_seconds, update_gather_seconds
 
 __all__ = ["ParameterStates"]

@@ -18,64 +18,29 @@ from numpy.typing import NDArray
 from autoparallel.cost.hardware import Hardware, Link
 from autoparallel.cost.op_costs import nbytes
 from autoparallel.graph.graph import Value
-from autoparallel.graph.part_sizes import layout_fraction
 from autoparallel.options import Options
-from autoparallel.placement import Invariant, Layout, Movement, Placement, Replicate, Shard, Step
+from autoparallel.placement import Invariant, Layout, Movement, Placement, Shard, Step
 from autoparallel.strategy.arranged_paths import ArrangedPaths
 from autoparallel.strategy.cost_tables import Table, stacked, sum_of_columns, with_usage
-from autoparallel.strategy.counted_moments import Left, Phase
+from autoparallel.strategy.counted_moments import Left
 from autoparallel.strategy.equal_axes import AxisGroups
 from autoparallel.strategy.layout_sets import ReaderLayouts, layout_sets, offers_to_reader
-from autoparallel.strategy.parameter_storage import ParameterStorage
+from autoparallel.strategy.redistributed_copies import (
+    ProducerLayouts,
+    RecomputedEnds,
+    copied_nbytes,
+    held_nbytes,
+    weighed_table,
+)
 from autoparallel.strategy.redistribution_paths import RedistributionPaths
 from autoparallel.strategy.zero_costs import zero_gradient_table
-from planners import Alternative
 
 __all__ = [
-    "ProducerLayouts",
-    "RecomputedEnds",
     "RedistributionTable",
     "RedistributionTables",
 ]
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class ProducerLayouts:
-    """The layout of a value in each state of the variable that produces it. Known by identity.
-
-    layouts: one per state. stored: of a parameter, the states themselves. resident: the value is in
-    memory anyway, as parameters and inputs are. counted: its memory as it is produced is counted
-    elsewhere: the producer saves it, or it is a view.
-    """
-
-    layouts: tuple[Layout, ...]
-    stored: tuple[ParameterStorage, ...] = ()
-    resident: bool = False
-    counted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RecomputedEnds:
-    """The ends of a redistribution that are run again in the backward pass.
-
-    maker: the producer is. readers: per reader, whether it is. apart: the producer belongs to
-    another block than the readers, and may be recomputed there or not. alone: each of them is by
-    itself, where its result is needed; so what the maker makes is saved for no reader. phase: of
-    the block, at the moment at which bytes are counted.
-    """
-
-    maker: bool
-    readers: tuple[bool, ...]
-    apart: bool = False
-    alone: bool = False
-    phase: Phase = Phase.WAITING
-
-    @property
-    def moved_again(self) -> bool:
-        """Whether the redistribution is done once more in the backward pass."""
-        return all(self.readers) or (self.maker and self.alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,122 +259,19 @@ class RedistributionTables:
             cost = cost + sum_of_columns(ahead, targets, groups)
         if not self.memory:
             return Table(cost)
-        table = self._weighed(
-            value, produced, targets, groups, saved, cost, ahead, mode, left, passed
+        table = weighed_table(
+            value, produced, targets, groups, saved, cost, ahead, mode, left, passed, self.sizes
         )
         if not any(here):
             return table
         # Copies that are made again are there when they are needed.
         shape, size = value.shape, nbytes(value)
-        copies = _copies(size, shape, produced.layouts, targets, self.sizes)
+        copies = copied_nbytes(size, shape, produced.layouts, targets, self.sizes)
         again, gradient = (
-            _held(copies, targets, some, Left.SOME) if asked else np.zeros(cost.shape)
+            held_nbytes(copies, targets, some, Left.SOME) if asked else np.zeros(cost.shape)
             for some, asked in zip((saved, groups), here, strict=True)
         )
         return with_usage(table, again, gradient)
-
-    def _weighed(
-        self,
-        value: Value,
-        produced: ProducerLayouts,
-        targets: tuple[Layout, ...],
-        groups: tuple[tuple[Layout, ...], ...],
-        saved: tuple[tuple[Layout, ...], ...],
-        cost: Array,
-        ahead: Array,
-        mode: RecomputedEnds,
-        left: Left,
-        passed: bool,
-    ) -> Table:
-        """Return the table with bytes of what is saved, or recomputed from its source.
-
-        cost: seconds of the table. ahead: forward seconds of each redistribution, table[state,
-        target]. left: as of `between`; where only some are, the least that they may need counts. A
-        recomputed block saves the values that enter it, as they were produced, and nothing else,
-        until it is run again: then it has all that it saves.
-        The alternative to saving a redistributed copy: save the value as it was produced and
-        redistribute it once more in the backward pass.
-        """
-        shape, size = value.shape, nbytes(value)
-        absent = mode.maker and mode.phase is not Phase.AGAIN
-        # Bytes of the value as it was produced are 0 here if they are counted elsewhere.
-        free_source = produced.resident or (produced.counted and not absent and not mode.apart)
-        source = np.array(
-            [
-                0.0 if free_source else size * layout_fraction(shape, layout, self.sizes)
-                for layout in produced.layouts
-            ]
-        )
-        enters = any(mode.readers) and not mode.maker
-        stays = enters and mode.phase is not Phase.OVER
-        if mode.moved_again and mode.phase is not Phase.AGAIN:
-            usage = np.broadcast_to(source[:, None] if stays else 0.0, cost.shape)
-            return Table(cost, np.ascontiguousarray(usage))
-        if not any(saved) and not enters:
-            # At another moment, this may have bytes.
-            return Table(cost, np.zeros_like(cost) if mode.moved_again else None)
-        forms = [_storage(target) for target in targets]
-        plain = [_storage(layout) for layout in produced.layouts]
-        other = np.array([[form != produced_form for form in forms] for produced_form in plain])
-        copies = _copies(size, shape, produced.layouts, targets, self.sizes)
-        held = np.where(other, copies, source[:, None])
-        distinct = tuple(
-            tuple({_storage(layout): layout for layout in some}.values()) for some in saved
-        )
-        holds = _held(held, targets, distinct, left)
-        # Views count what they are views of, and what they are converted to can be dropped there.
-        elsewhere = holds if passed else np.zeros_like(holds)
-        redistributed = sum_of_columns(other.astype(float), targets, distinct) > 0
-        if stays:
-            # Some readers are run again: what they take stays. That may be what others save.
-            taken = _held(held, targets, groups, Left.SOME)
-            holds = np.maximum(holds, np.minimum(taken, source[:, None]))
-        if not redistributed.any() or mode.moved_again or passed:
-            return Table(cost, holds - elsewhere)
-        time = sum_of_columns(ahead * other, targets, distinct)
-        repeat = np.where(redistributed & np.isfinite(cost), cost + time, np.inf)
-        fewer = np.where(redistributed, np.broadcast_to(source[:, None], holds.shape), 0.0)
-        if left is not Left.ALL and not stays:
-            fewer = np.minimum(fewer, holds)
-        return Table(cost, holds, (Alternative(repeat, fewer),))
-
-
-def _copies(
-    size: int,
-    shape: Sequence[Any],
-    layouts: Sequence[Layout],
-    targets: Sequence[Layout],
-    sizes: tuple[int, ...],
-) -> Array:
-    """Return table[state, target]: the bytes of a copy of a value, 0 where it is the value itself.
-
-    size, shape: of the value. layouts: of the value, by state. sizes: of the mesh axes.
-    """
-    local = np.array([size * layout_fraction(shape, target, sizes) for target in targets])
-    forms = [_storage(target) for target in targets]
-    other = np.array([[form != _storage(layout) for form in forms] for layout in layouts])
-    return np.where(other, local, 0.0)
-
-
-def _held(
-    held: Array,
-    targets: tuple[Layout, ...],
-    groups: tuple[tuple[Layout, ...], ...],
-    left: Left,
-) -> Array:
-    """Return table[state, group]: the bytes of the copies of a group that are still needed.
-
-    held: table[state, target]. groups: the copies that are saved. left: as of `between`.
-    """
-    if left is Left.ALL:
-        return sum_of_columns(held, targets, groups)
-    least = np.zeros((len(held), len(groups)))
-    if left is Left.SOME:
-        place = {target: index for index, target in enumerate(targets)}
-        for number, group in enumerate(groups):
-            if group:
-                least[:, number] = held[:, [place[target] for target in group]].min(axis=1)
-    return least
 
 
 def _class(value: Value, weight: bool, together: bool) -> Any:
@@ -426,8 +288,3 @@ def _rank(placement: Placement) -> tuple[Any, ...]:
         for number in (placement.blocks, placement.unit, placement.repeat)
     )
     return ("Shard", placement.dim, blocks, unit, repeat, placement.pending)
-
-
-def _storage(layout: Layout) -> Layout:
-    """Return the layout as memory has it: I and R are the same tensor on every rank."""
-    return tuple(Invariant() if isinstance(p, Replicate) else p for p in layout)

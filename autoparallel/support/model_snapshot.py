@@ -19,7 +19,7 @@ from autoparallel.support.bare_values import container_kind, plain_contents, pla
 from autoparallel.support.memory_writes import Watch, memory_of, place_of
 from autoparallel.support.object_state import moves_on, own_attributes, random_state, second_of
 from autoparallel.support.rng_state import restore, snapshot
-from autoparallel.support.torch_private import global_call_hooks
+from autoparallel.support.torch_private import TorchDispatchMode, global_call_hooks
 
 __all__ = ["lent", "memories_of", "same_globals", "untouched"]
 
@@ -298,8 +298,12 @@ class _Tensor:
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 # Packages whose classes no forward changes.
 _NOBODYS = ("torch", "builtins", "autoparallel")
-# Objects of the interpreter and of torch whose insides are not a model's.
-_OPAQUE = (type, types.ModuleType, types.GeneratorType, torch.UntypedStorage, torch.Generator)
+# Objects of the interpreter and of torch whose insides are not a model's. A fake tensor refers to
+# the mode that it is of, and that to all sizes of a trace and where in the code each came from.
+_OPAQUE = (
+    *(type, types.ModuleType, types.GeneratorType, torch.UntypedStorage, torch.Generator),
+    TorchDispatchMode,
+)
 
 
 def _settings(kind: type) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from traces import traced_once
 
 import autoparallel
+from autoparallel.analysis import stage_memory
 from autoparallel.analysis.pipeline_walk import most_held
 from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.errors import MemoryLimitError
@@ -203,6 +204,21 @@ def test_activations_are_those_alive(names: Sequence[str], meshes: tuple[str, ..
         assert measured[rank]["1f1b", meshes[0]] < measured[rank]["gpipe", meshes[0]]
     first = [planned(name, meshes[0]) for name in ("1f1b", "gpipe")]
     assert max(first[0].pipeline.memory) < max(first[1].pipeline.memory)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["gpipe, recomputed", "zero bubble, a V"])
+def test_what_has_arrived_is_let_go_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since torch 2.15, by schedules that go by no table: what a stage has sent is then there until
+    the last forward pass, and no longer until the last backward pass.
+    """
+    most = []
+    for keeps in (True, False):
+        monkeypatch.setattr(stage_memory, "KEEPS_WHAT_IS_SENT", keeps)
+        most.append([account.total for account in memory_of_pipeline(planned(name))])
+    (first, last), (sooner, same) = most
+    assert last == same
+    # One micro-batch of hidden states goes from each rank to the next one in each pass.
+    assert (sooner < first) == name.startswith("gpipe")
 
 
 def test_stages_fit_in_a_limit() -> None:

@@ -28,6 +28,8 @@ from torch import nn
 
 import autoparallel
 from autoparallel.errors import AutoParallelError
+from autoparallel.support.fake_tensors import fake_mode
+from autoparallel.support.model_snapshot import untouched
 
 ROWS = 5
 
@@ -138,6 +140,18 @@ def test_a_model_that_sets_itself_up_runs_as_unsplit(kind: type[Base]) -> None:
     parallel = autoparallel.autoparallelize(build(kind), 1, example_inputs=batches()[0])
     expected = train(build(kind), batches())
     assert np.allclose(train(parallel, batches()), expected, rtol=1e-12, atol=0)
+
+
+def test_what_torch_knows_of_a_trace_is_not_the_models() -> None:
+    """A tensor without data refers to its mode, and that to all sizes of the trace that it is in:
+    nobody looks there, as often as a model on such tensors is planned anew.
+    """
+    with fake_mode() as mode:
+        layer = nn.Linear(2, 2)
+    with untouched(layer):
+        mode.noted = layer.weight.noted = True
+    assert mode.noted
+    assert not hasattr(layer.weight, "noted")
 
 
 def test_what_is_left_in_attributes_is_there() -> None:

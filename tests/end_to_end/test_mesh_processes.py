@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from broad_cases import broad
 from changed_plans import copies_again, spread
 from processes import run_processes
 from torch import nn
@@ -26,6 +28,8 @@ from autoparallel.train.models import GPT, GPTConfig
 
 SIZES = GPTConfig(layers=1, hidden=40, heads=10, vocabulary=31, positions=16, dropout=0.2)
 TOLERANCE = 1e-11
+# Gradients are reduced to parts when they are all there, or each as soon as it is.
+WAYS = ("as planned", "at the end", "at once")
 Steps = list[tuple[float, float]]
 
 
@@ -79,11 +83,11 @@ def plan_all() -> None:
             planned(mesh)
 
 
-def on_the_mesh(rank: int, folder: Path) -> dict[str, Any]:
-    """In every way: three steps, a checkpoint, and three more on one axis; weights whole."""
+def on_the_mesh(rank: int, folder: Path, ways: tuple[str, ...]) -> dict[str, Any]:
+    """In each way: three steps, a checkpoint, and three more on one axis; weights whole."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    for way in ("as planned", "at the end", "at once"):
+    for way in ways:
         model, optimizer = made(Mesh(dp=2, tp=2), way)
         steps = three_steps(model, optimizer, 0)
         weights = full_state_dict(model)
@@ -110,13 +114,14 @@ def on_the_mesh(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_training_is_that_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ways", [WAYS[::2], *broad((WAYS,))], ids=len)
+def test_training_is_that_of_one_process(ways: tuple[str, ...], tmp_path: Path) -> None:
     model, optimizer = made(Mesh(tp=1))
     expected = three_steps(model, optimizer, 0)
     weights = {path: value.clone() for path, value in model.state_dict().items()}
     after = three_steps(model, optimizer, 3)
-    for found in run_processes(on_the_mesh, 4, tmp_path, before=plan_all):
-        for way in ("as planned", "at the end", "at once"):
+    for found in run_processes(on_the_mesh, 4, tmp_path, ways, before=plan_all):
+        for way in ways:
             steps, whole, more, share = found.pop(way)
             torch.testing.assert_close(steps, expected, rtol=0, atol=TOLERANCE)
             torch.testing.assert_close(more, after, rtol=0, atol=TOLERANCE)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from broad_cases import broad
 from processes import run_processes
 from torch import nn
 from torch._dynamo.utils import counters
 
 import autoparallel
+from autoparallel.rewrite import block_functions
 
 pytestmark = [
     pytest.mark.usefixtures("one_trace", "fresh_compiler"),
@@ -19,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
 ]
 MANY = 40
+FEW = 5
 FUNCTIONS = 3  # before the blocks, of a block, and after them
 
 
@@ -77,11 +81,13 @@ def step(call: Any, module: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return [t.to_local() if hasattr(t, "to_local") else t for t in (x.detach() for x in tensors)]
 
 
-def worst(module: Any, other: Any, backend: str = "aot_eager") -> float:
-    """The largest difference to the module that is not compiled, in steps of two batch sizes."""
+def worst(
+    module: Any, other: Any, backend: str = "aot_eager", counts: Sequence[int] = (4, 4, 7, 9)
+) -> float:
+    """The largest difference to the module that is not compiled, in steps of so many rows."""
     call = torch.compile(module, backend=backend, fullgraph=True)
     errors = []
-    for count in (4, 4, 7, 9):
+    for count in counts:
         pairs = zip(step(call, module, rows(count)), step(other, other, rows(count)), strict=True)
         errors += [float((one - two).abs().max() / two.abs().max()) for one, two in pairs]
     return max(errors)
@@ -134,13 +140,22 @@ def test_what_is_not_needed_later_is_freed() -> None:
     assert max(alive) == 1
 
 
-def compared(rank: int) -> tuple[bool, int]:
+def compared(rank: int, blocks: int, counts: Sequence[int]) -> tuple[bool, int]:
     """On a rank: say whether a compiled module does as one that is not, and count its graphs."""
     torch._dynamo.reset()
     counters.clear()
-    error = worst(*pair((12,) * MANY, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        if blocks < MANY:
+            patch.setattr(block_functions, "_is_worth", lambda lines, count: lines >= 10)
+        error = worst(*pair((12,) * blocks, 2), counts=counts)
     return error < 1e-12, counters["stats"]["unique_graphs"]
 
 
-def test_equal_blocks_are_one_function_on_two_ranks() -> None:
-    assert run_processes(compared, 2) == [(True, 2 * FUNCTIONS)] * 2
+# With sizes that a compiler does not know, parts of unequal size take it long.
+@pytest.mark.parametrize(
+    ("blocks", "counts"), [(FEW, (4, 4)), *broad((MANY, (4, 4, 7, 9)))], ids=["few", "many"]
+)
+def test_equal_blocks_are_one_function_on_two_ranks(blocks: int, counts: tuple[int, ...]) -> None:
+    """A few of them, where these are worth a function, or as many as are worth it always."""
+    graphs = FUNCTIONS * len(set(counts[:3]))
+    assert run_processes(compared, 2, blocks, counts) == [(True, graphs)] * 2

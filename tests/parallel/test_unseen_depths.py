@@ -350,7 +350,7 @@ def test_it_is_followed(name: str) -> None:
     build, change = PLACES[name]()
     model = build()
     split = autoparallel.autoparallelize(build(), 1, example_inputs=X)
-    for number in (1.0, 2.0, 3.0, 4.0):
+    for number in (1.0, 2.0, 3.0):
         assert number > 1 or holds(split), "what has not changed is right"
         results = []
         for each in (model, split):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from broad_cases import one_of_each
 from torch import nn
 from unseen import Base, Case, X, after_backward, follows
 
@@ -224,12 +225,18 @@ def as_before() -> Iterator[None]:
         each.__name__, each.__qualname__ = name, qualified
 
 
-@pytest.mark.parametrize("name", CASES)
+def is_kept(name: str) -> bool:
+    """Say whether `make test` has a case: of kinds that are children of the interpreter's, two."""
+    _, _, kind = name.partition("attribute of a ")
+    return kind in ("", Length.__name__, Row.__name__) or "class" in kind
+
+
+@pytest.mark.parametrize("name", one_of_each(CASES, is_kept))
 def test_a_change_is_followed(name: str) -> None:
     keep, factor, change = CASES[name]
 
     def script(model: Any) -> Iterator[torch.Tensor]:
-        for value in (2.0, 5.0, 3.0):
+        for value in (2.0, 5.0):
             change(model, value)
             yield after_backward(model)
 

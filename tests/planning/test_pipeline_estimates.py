@@ -221,6 +221,10 @@ def test_blocks_have_as_much_kept_as_their_rank_has_room_for() -> None:
     assert sorted(set(ways)) == ["full", "none", "selective"]
     assert ways[:4].count("full") > ways[4:].count("full")
     assert some.seconds < alike.seconds
+    # Where there is room for fewer, plans are tried with as few as that, one block after the other.
+    tried = [mix.count("full") for mix in found("auto", int(1.05 * alike.nbytes)).mixes]
+    assert len(tried) > 2
+    assert tried == [*range(tried[0], tried[-1] + 1)]
 
 
 def test_nothing_more_is_kept_where_a_rank_has_no_room() -> None:

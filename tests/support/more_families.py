@@ -17,6 +17,8 @@ from family_makers import Family, Scored, is_installed, tensors_in
 from torch import nn
 from zoo_inputs import Inputs
 
+from autoparallel.support.torch_private import without_function_modes
+
 __all__ = ["FAMILIES", "Family", "build", "build_reference", "inputs_for", "is_installed"]
 __all__ += ["tensors_in"]
 
@@ -41,7 +43,8 @@ def build(name: str, dropout: float = 0.0) -> nn.Module:
     No weight stays at the zero, one or 1e-6 that it begins with: that would hide what lies behind.
     """
     torch.manual_seed(7)
-    model = FAMILIES[name].make(dropout)
+    with without_function_modes():  # one that widens types would meet weights of the usual one
+        model = FAMILIES[name].make(dropout)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

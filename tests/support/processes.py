@@ -9,8 +9,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from garbage import collect_rarely
-from traces import sharing, traced_once
+from traces import planned_once, sharing, traced_once
 
 
 def start_server() -> None:
@@ -49,11 +49,11 @@ def run_processes(
     """Return the results of function(rank, *arguments) of all ranks, in their order.
 
     function must live at the top level of an importable module. The default process group is gloo
-    over all ranks. Every rank plans for itself, which costs a second: put several checks into one
-    function. start: "spawn" starts each process by itself, as a launcher does, with a hash seed of
-    its own; forks of one server have its seed in common. before: runs once, in a process of which
-    all ranks are then forks, so that they have what it has cached, such as plans. It may start no
-    thread.
+    over all ranks. Of what all ranks plan alike, the first one's plan is everybody's. start:
+    "spawn" starts each process by itself, as a launcher does, with a hash seed of its own, and each
+    plans for itself; forks of one server have its seed in common. before: runs once, in a process
+    of which all ranks are then forks, so that they have what it has cached, such as plans. It may
+    start no thread.
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError if some rank
     has not finished in time; in both cases no process is left behind.
     """
@@ -62,7 +62,8 @@ def run_processes(
         start_server()
     with tempfile.TemporaryDirectory() as name:
         folder, environment = Path(name), dict(os.environ)
-        given = (world_size, arguments, folder, timeout_seconds, environment, sharing())
+        shares = sharing(), start == "forkserver"
+        given = (world_size, arguments, folder, timeout_seconds, environment, shares)
         works = [(_work, (function, rank, *given)) for rank in range(world_size)]
         if before is not None:
             works = [(_fork, (before, function, *given))]
@@ -95,7 +96,7 @@ def _fork(
     folder: Path,
     timeout_seconds: float,
     environment: dict[str, str],
-    shares: bool | None,
+    shares: tuple[bool | None, bool],
 ) -> None:
     """Run `before`, and then all ranks as forks of this process."""
     os.setpgid(0, 0)
@@ -141,7 +142,7 @@ def _work(
     folder: Path,
     timeout_seconds: float,
     environment: dict[str, str],
-    shares: bool | None,
+    shares: tuple[bool | None, bool],
 ) -> None:
     # A fork has the variables that the server was started with.
     os.environ.clear()
@@ -161,7 +162,7 @@ def _work(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        with nullcontext() if shares is None else traced_once(shares):
+        with _sharing(*shares, folder):
             result = function(rank, *arguments)
         # A reader sees a whole file or none.
         torch.save(result, written)
@@ -175,6 +176,20 @@ def _work(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+@contextmanager
+def _sharing(traces: bool | None, plans: bool, folder: Path) -> Iterator[None]:
+    """Have a rank share traces as the test that has started it does, and plans with the others.
+
+    traces: as of `sharing`. plans: not where each rank has a hash seed of its own.
+    """
+    with ExitStack() as stack:
+        if traces is not None:
+            stack.enter_context(traced_once(traces))
+        if plans:
+            stack.enter_context(planned_once(folder))
+        yield
 
 
 def _wait(processes: list[Any], world_size: int, folder: Path, deadline: float) -> None:

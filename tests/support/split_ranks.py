@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from traces import planned_once
 
 import autoparallel
 from autoparallel.parallel.module import parallel_module
@@ -71,7 +72,8 @@ def as_unsplit(
         manual_seed(split, 0)
         return list(_steps(script, split, ranks))
 
-    results = run_ranks(thread_ranks(plan.mesh, in_turn=True), work)
+    with planned_once():
+        results = run_ranks(thread_ranks(plan.mesh, in_turn=True), work)
     for steps in results:
         assert len(steps) == len(expected) + 1
         for number, (found, wanted) in enumerate(zip(steps[:-1], expected, strict=True)):

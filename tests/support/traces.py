@@ -1,9 +1,13 @@
-"""Traces that many tests of a file begin with are made once."""
+"""Traces that many tests of a file begin with are made once, and so are plans of equal programs."""
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from inspect import signature
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -13,13 +17,26 @@ from torch import nn
 
 import autoparallel.api
 from autoparallel.graph.captured import Surroundings
+from autoparallel.plan import Plan
 from autoparallel.planning import replan
+from autoparallel.planning.kept_plans import key_of
+from autoparallel.planning.plan_graphs import with_graphs
+from autoparallel.rules.strategies import strategies
+from autoparallel.strategy import build_network
 from autoparallel.support.pytree import flatten
 
-__all__ = ["sharing", "trace_ahead", "traced_once"]
+__all__ = ["planned_once", "sharing", "trace_ahead", "traced_once"]
 
-# So many traces are kept, those that were made last.
+# So many traces, and so many plans, are kept, those that were made last.
 MOST = 32
+# The functions that find a plan, and the modules that call them.
+_PLANNERS = (
+    (autoparallel.api, "fastest_plan"),
+    (replan, "search"),
+    (replan, "pipeline_plan"),
+)
+# Arguments of these of which no text tells all.
+_NOT_IN_WORDS = ("start", "judge", "eased", "step", "estimator")
 # The arguments `again` of those that last, the innermost last.
 _lasting: list[bool] = []
 
@@ -71,6 +88,60 @@ def traced_once(again: bool = True) -> Iterator[None]:
             yield
         finally:
             _lasting.pop()
+
+
+@contextmanager
+def planned_once(folder: Path | None = None) -> Iterator[None]:
+    """While this lasts, equal programs are planned once for what is asked alike.
+
+    They are equal as for plans that are kept on disk. It is for tests of what becomes of split
+    modules, whose ranks would all search for the same plan. folder: where ranks that are processes
+    find what one of them has planned; ranks of one process need none. What is planned with kernels
+    that a test asks for is planned each time.
+    """
+    plans: dict[str, Plan] = {}
+
+    def once(make: Callable[..., Plan]) -> Callable[..., Plan]:
+        parameters = signature(make)
+
+        @wraps(make)
+        def planned(*args: Any, **kwargs: Any) -> Plan:
+            asked = parameters.bind(*args, **kwargs).arguments
+            (traced,) = (asked.pop(name) for name in ("captured", "traced") if name in asked)
+            named = isinstance(asked["model"], str)
+            model, options = nn.Module() if named else asked.pop("model"), asked.pop("options")
+            key = None
+            forced = build_network.strategies is not strategies
+            if not forced and not any(map(asked.get, _NOT_IN_WORDS)):
+                key = key_of(model, traced, options, (make.__name__, asked))
+            if key is None:
+                return make(*args, **kwargs)
+            if key not in plans:
+                here = partial(make, *args, **kwargs)
+                plans[key] = here() if folder is None else _first_of(folder / key[:32], here)
+                if len(plans) > MOST:
+                    del plans[next(iter(plans))]
+            return with_graphs(plans[key], traced).checked()
+
+        return planned
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in _PLANNERS:
+            patch.setattr(module, name, once(getattr(module, name)))
+        yield
+
+
+def _first_of(path: Path, make: Callable[[], Plan]) -> Plan:
+    """Return the plan in a file, which the process that comes first makes: the others wait."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        text = file.read()
+        if text:
+            return Plan.from_json(text)
+        plan = make()
+        file.write(plan.to_json())
+        return plan
 
 
 _for_good = ExitStack()

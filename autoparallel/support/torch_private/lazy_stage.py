@@ -25,10 +25,7 @@ class LazyStage(PipelineStage):
     """A stage that has a buffer for a micro-batch from when it is asked for until it is used.
 
     What says of which size and type a buffer is to be is a tensor on the meta device.
-    keeps_sends: whether torch's schedules hold what is sent until the step ends.
     """
-
-    keeps_sends = _MAKES_BUFFERS
 
     def _get_init_p2p_neighbors_ops(self) -> list[Any]:
         """Return what connects this rank with those of the stages beside: a rank sends nothing to
