@@ -228,7 +228,7 @@ def _traced(wanted: Wanted, folding: Folding, one_by_one: bool = False) -> Captu
         modes_of(model),
         ran.written.places,
         alike_reads(reads, folding.groups, folding.hidden),
-        Surroundings(torch.get_default_dtype(), wanted.autocast),
+        Surroundings.now(wanted.device)._replace(autocast=wanted.autocast),
         ran.gradients,
         ran.given,
         ran.own,

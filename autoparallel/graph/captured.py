@@ -19,6 +19,7 @@ from autoparallel.graph.repeated_blocks import Repeats, find_repeats
 from autoparallel.graph.settled_parameters import SettledParameter
 from autoparallel.support.pytree import Skeleton, leaf_paths, rebuild, with_constants
 from autoparallel.support.rng_state import PythonDraw, PythonNumbers
+from autoparallel.support.torch_private import default_device_kind
 
 __all__ = ["Captured", "Modes", "SizeNumber", "Surroundings", "autocast_type", "modes_of"]
 
@@ -37,19 +38,22 @@ class Surroundings(NamedTuple):
     """The state of torch around a call, outside of the model, on which its graph depends.
 
     default_dtype: of tensors that the forward makes from numbers. autocast: the type in which
-    autocast computes on the model's device, None where it is off.
+    autocast computes on the model's device, None where it is off. default_device: the kind of the
+    one on which tensors lie that are made without saying where.
 
     >>> Surroundings.now(torch.device("cpu"))
-    Surroundings(default_dtype=torch.float32, autocast=None)
+    Surroundings(default_dtype=torch.float32, autocast=None, default_device='cpu')
     """
 
     default_dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
+    default_device: str = "cpu"
 
     @staticmethod
     def now(device: torch.device) -> Surroundings:
         """Return the state of this thread. device: of the model's parameters."""
-        return Surroundings(torch.get_default_dtype(), autocast_type(device))
+        dtype, autocast = torch.get_default_dtype(), autocast_type(device)
+        return Surroundings(dtype, autocast, default_device_kind())
 
 
 _USUAL = Surroundings()
@@ -198,6 +202,9 @@ class Captured:
         values = [node.result for node in self.graph.nodes if node.kind == "input"]
         # Cheap tests first: this runs before every call.
         if types != [value.dtype for value in values]:
+            return False
+        # A forward may do something else with a sparse tensor, and its parts are other ones.
+        if any(tensor.layout is not torch.strided for tensor in inputs):
             return False
         # A gradient that was not planned for would not come back.
         pairs = zip(inputs, values, strict=True)

@@ -30,9 +30,9 @@ from autoparallel.parallel.gradient_bucket import (
 from autoparallel.parallel.optimizer_steps import watch_steps
 from autoparallel.parallel.pieces import teach_torch
 from autoparallel.parallel.split_tensor import mark
-from autoparallel.placement import Layout, Partial, Placement, Shard
-from autoparallel.runtime.collectives import convert
+from autoparallel.placement import Layout
 from autoparallel.runtime.joint_moves import reduced
+from autoparallel.runtime.recorded_reduction import recorded_reduction
 from autoparallel.support.torch_private import (
     backward_pass,
     gradient_hooks_of,
@@ -177,17 +177,8 @@ class GradientReturn(GradientLayouts):
 
     def differentiable(self, grad: torch.Tensor, parameter: Any) -> torch.Tensor:
         """Return the parameter's gradient, which depends on `grad` for autograd, too."""
-        groups = self.bucket.ranks.groups
-        steps: list[tuple[int, Placement]] = []
-        # The order of `reduced`: first what becomes a part, from the outermost axis inwards.
-        for axis, (have, want) in enumerate(zip(self.produced, self.state, strict=True)):
-            if have != want and isinstance(want, Shard):
-                steps.append((axis, want))
-        for axis, (have, want) in enumerate(zip(self.produced, self.state, strict=True)):
-            if isinstance(have, Partial) and not isinstance(want, (Partial, Shard)):
-                steps.append((axis, want))
-        for axis, want in steps:
-            grad = convert(grad, groups[axis], self.produced[axis], want)
+        ranks = self.bucket.ranks
+        grad = recorded_reduction(grad, self.produced, self.state, self.shape, ranks)
         if not isinstance(parameter, DTensor):
             return grad
         return as_distributed(grad, self.state, self.shape, parameter.device_mesh)

@@ -135,15 +135,37 @@ class _Rows(torch.autograd.Function):
     """The whole batch, of which this rank's rows are known to come from its own tensor."""
 
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, whole: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the whole. own: this rank's rows of it, from `start` on."""
-        ctx.rows = slice(start, start + len(own))
+    def forward(
+        ctx: Any, own: torch.Tensor, whole: torch.Tensor, lengths: list[int], group: Group
+    ) -> torch.Tensor:
+        """Return the whole. own: this rank's rows of it. lengths: of all ranks' rows."""
+        ctx.lengths, ctx.group = lengths, group
         return whole.view_as(whole)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """Return the rows of this rank: all ranks have the gradient of the whole."""
-        return gradient[ctx.rows], None, None
+        return _OwnRows.apply(gradient, ctx.lengths, ctx.group), None, None, None
+
+
+class _OwnRows(torch.autograd.Function):
+    """This rank's rows of the whole batch; the whole of gradients of the gradient is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, lengths: list[int], group: Group) -> torch.Tensor:
+        """Return the rows. lengths: of all ranks' rows."""
+        ctx.lengths, ctx.group = lengths, group
+        return whole.split(lengths)[group.rank].clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Gather what every rank has for its own rows."""
+        lengths, group = ctx.lengths, ctx.group
+        filling = gradient.new_zeros((max(lengths) - len(gradient), *gradient.shape[1:]))
+        rows = group.all_gather(torch.cat([gradient.detach(), filling]))
+        parts = zip(rows, lengths, strict=True)
+        whole = torch.cat([part[:length] for part, length in parts])
+        return _Rows.apply(gradient, whole, lengths, group), None, None
 
 
 def _gathered(own: list[torch.Tensor], kinds: str, group: Group) -> list[torch.Tensor]:
@@ -190,8 +212,7 @@ def _gathered(own: list[torch.Tensor], kinds: str, group: Group) -> list[torch.T
             ]
             whole = torch.cat(pieces)
             if own[index].requires_grad:
-                start = sum(row[n] for row in lengths[: group.rank])
-                whole = _Rows.apply(own[index], whole, start)
+                whole = _Rows.apply(own[index], whole, [row[n] for row in lengths], group)
             result[index] = whole
     return result
 

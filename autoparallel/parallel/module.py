@@ -70,6 +70,7 @@ from autoparallel.parallel.shown_parameters import held_by
 from autoparallel.parallel.skeletons import attributes_of, traceable
 from autoparallel.parallel.split_classes import class_of_classes
 from autoparallel.parallel.state_dicts import split_loaded
+from autoparallel.parallel.surrounding_modes import reason_for_python
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.plan import Plan
@@ -80,10 +81,6 @@ from autoparallel.support.memory_writes import paused
 from autoparallel.support.module_copy import on_meta, shallow_copy
 from autoparallel.support.module_paths import join_path
 from autoparallel.support.pytree import flatten
-from autoparallel.support.torch_private import (
-    forward_gradients_are_on,
-    in_function_transform,
-)
 
 __all__ = ["parallel_module"]
 
@@ -349,10 +346,8 @@ def _run_planned(
                 "%s runs as Python: hooks were registered in it", state.path or "the model"
             )
         compared(state, modes, args, kwargs)
-    elif not torch.compiler.is_compiling() and (
-        forward_gradients_are_on() or in_function_transform()
-    ):
-        _log.info("%s runs as Python: programs have no other derivatives", state.path)
+    elif not torch.compiler.is_compiling() and (reason := reason_for_python(state.tree.within)):
+        _log.info("%s runs as Python: %s", state.path or "the model", reason)
         compared(state, modes, args, kwargs)
     # Where Python is all there is, and the ranks compare nothing, nothing is looked for.
     elif (

@@ -30,6 +30,7 @@ from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, Param
 from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.split_outputs import SplitOutputs
+from autoparallel.parallel.surrounding_modes import function_modes
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.placement import Layout, Shard
@@ -159,7 +160,7 @@ class Entry:
         if captured.given and not captured.alike(inputs):
             return False
         # A list is quicker to make than a generator is to run, and this is asked at every call.
-        key = tuple([(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs])
+        key = tuple([(t.shape, t.dtype, t.layout, t.requires_grad) for t in inputs])
         if key not in self.known:
             self.known[key] = self.captured.fits(inputs)
         return self.known[key]
@@ -181,7 +182,8 @@ class Tree:
     exchange in every call of the user's, None where they compare nothing. classes: those of split
     modules, by the user's classes and the prefixes of their names. lent: the values of parameters
     that calls have returned, weakly, with their versions. left: what programs have left in
-    attributes of modules. pipeline: this rank's place in it, None
+    attributes of modules. within: the modes that saw calls of torch's functions when it was made,
+    in which it was planned. pipeline: this rank's place in it, None
     where there are no stages; `ranks` and `mesh` are then those of its stage.
     """
 
@@ -203,6 +205,7 @@ class Tree:
     elsewhere: dict[torch.device, nn.Module] = field(default_factory=dict)
     lent: dict[str, tuple[Any, int]] = field(default_factory=dict)
     left: LeftValues = field(default_factory=LeftValues)
+    within: tuple[type, ...] = field(default_factory=function_modes)
     pipeline: PipelinePlace | None = None
 
     def take_up_parameters(self) -> None:

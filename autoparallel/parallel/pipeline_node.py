@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from autoparallel.errors import AutoParallelError
 from autoparallel.parallel.pipeline_call import PipelineCall
 from autoparallel.rewrite.stage_programs import Travelling
 from autoparallel.support.torch_private import without_function_overrides
@@ -64,8 +64,14 @@ class PipelineStep(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            # Torch's once_differentiable would return constants here, and say nothing.
+            raise AutoParallelError(
+                "gradients of a model in stages are to be differentiated (create_graph=True)",
+                why="its micro-batches have run, and their graphs are gone, when gradients come",
+                fix="split it without stages: leave the axis pp out of the mesh",
+            )
         run: RunOfStages = ctx.run
         others = [g for place, g in enumerate(gradients) if g is not None and place != run.loss]
         loss = None if run.loss is None else gradients[run.loss]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -256,7 +257,8 @@ def _simulate_parts(
     ranks = thread_ranks(plan.mesh, in_turn=True)
     tensors, skeleton = flatten((args, dict(kwargs)))
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    autocast = Surroundings.now(device).autocast
+    around = Surroundings.now(device)
+    autocast, usual_device = around.autocast, around.default_device == "cpu"
 
     def work(rank: Ranks) -> tuple[_Ran, Skeleton, Mapping[str, Layout]]:
         """Make one rank's parallel module, and run a step of it."""
@@ -265,8 +267,11 @@ def _simulate_parts(
         # Copies, as each rank has its own, and Python may write to them.
         local_inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
         local_args, local_kwargs = rebuild(skeleton, local_inputs)
-        # A thread begins without the autocast that is around this call.
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        # A thread begins without the autocast and the default device that are around this call.
+        with (
+            torch.autocast(device.type, autocast, enabled=autocast is not None),
+            nullcontext() if usual_device else torch.device(around.default_device),
+        ):
             output = module(*local_args, **local_kwargs)
         if backward:
             loss = _loss_of(output) if backward is True else backward(output)

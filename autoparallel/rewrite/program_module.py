@@ -241,6 +241,9 @@ class _Reader:
         if isinstance(expression, (ast.List, ast.Tuple)):
             items = [self.value(item) for item in expression.elts]
             return items if isinstance(expression, ast.List) else tuple(items)
+        if isinstance(expression, ast.Dict) and None not in expression.keys:
+            pairs = zip(expression.keys, expression.values, strict=True)
+            return {self.value(key): self.value(item) for key, item in pairs if key is not None}
         if isinstance(expression, ast.Call):
             return self.call(expression, name)
         if isinstance(expression, ast.BinOp) and type(expression.op) in _BINARY:

@@ -53,8 +53,9 @@ def _passed_on(group: ProcessGroup, numbers: Sequence[int]) -> list[list[int]]:
     and those of the ranks that follow it. Source: J. Bruck et al., IEEE TPDS 8(11), 1997.
     """
     ranks, here, link = group.world_size, group.rank, group.process_group
-    table = torch.empty((ranks, len(numbers)), dtype=torch.int64)
-    table[0] = torch.tensor(numbers)
+    # Whatever device tensors lie on by default.
+    table = torch.empty((ranks, len(numbers)), dtype=torch.int64, device="cpu")
+    table[0] = torch.tensor(numbers, device="cpu")
     known = 1
     while known < ranks:
         more = min(known, ranks - known)

@@ -298,6 +298,10 @@ def _differentiable_gradients(
     work: Work,
 ) -> tuple[torch.Tensor | None, ...]:
     """Return the gradients of query, key, value and mask, which can be differentiated in turn."""
+    # Of a tensor that is query and key at once, each gets its own share of the gradient.
+    tensors = tuple(  # type: ignore[assignment]
+        each if each is None else torch.ops.aten.alias(each) for each in tensors
+    )
     query, key, value, mask = tensors
     needed = [each for each in tensors if each is not None and each.requires_grad]
     rank = work.group.rank
@@ -307,7 +311,8 @@ def _differentiable_gradients(
             held = collected(each, work.group, work.keys) if work.causal else each
             shard = Shard(SEQUENCE)
             each = convert(held, work.group, shard, Replicate(), work.keys.size)
-        whole.append(each.repeat_interleave(query.size(1) // each.size(1), 1))
+        # A rank may have no heads.
+        whole.append(each.repeat_interleave(query.size(1) // max(each.size(1), 1), 1))
     scores = query @ whole[0].mT * work.scale
     if work.causal:
         places = [torch.arange(*each, device=query.device) for each in work.queries.intervals[rank]]

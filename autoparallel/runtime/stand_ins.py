@@ -66,7 +66,7 @@ def silenced(x: torch.Tensor, silent: torch.Tensor) -> torch.Tensor:
     >>> x.grad
     tensor([0., 0.])
     """
-    if not x.requires_grad:
+    if not (x.requires_grad and torch.is_grad_enabled()):
         return x
     return _at_once(_Silenced.apply(x, silent))
 
@@ -78,7 +78,7 @@ def _at_once(tensor: torch.Tensor) -> torch.Tensor:
     parameters, because some are reduced on arrival, on all ranks together. In a compiled program
     they all arrive together.
     """
-    if tensor.requires_grad and not torch.compiler.is_compiling():
+    if tensor.grad_fn is not None and not torch.compiler.is_compiling():
         run_when_ready(tensor)
     return tensor
 

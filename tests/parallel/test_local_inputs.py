@@ -47,6 +47,28 @@ def agree(model: nn.Module, local: Any, whole: Any) -> None:
     torch.testing.assert_close(own.grad, x.grad[start : start + len(own)], rtol=1e-10, atol=1e-13)
 
 
+def agree_twice(model: nn.Module, local: Any, whole: Any) -> None:
+    """So it is with a penalty on the gradients of the inputs, to which each rank adds its rows."""
+
+    def penalized(module: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> None:
+        module.zero_grad()
+        loss = module(x, labels)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + 100 * first.square().sum()).backward()
+
+    reference = plain()
+    start = sum(len(x) for x, _ in whole[0])
+    x, labels = (torch.cat(parts) for parts in zip(*whole[1], strict=True))
+    penalized(reference, x.requires_grad_(), labels)
+    own = local[0].clone().requires_grad_()
+    penalized(model, own, local[1])
+    for path, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, gradients(reference)[path], rtol=1e-10, atol=1e-13)
+    assert x.grad is not None
+    assert own.grad is not None
+    torch.testing.assert_close(own.grad, x.grad[start : start + len(own)], rtol=1e-10, atol=1e-13)
+
+
 def work_with_local_batches(rank: int) -> None:
     """On 2 x 2 ranks each of two batches goes to two ranks; lengths differ, and one is empty."""
     mesh = Mesh(dp=2, tp=2)
@@ -58,6 +80,7 @@ def work_with_local_batches(rank: int) -> None:
     for lengths in ((4, 4), (5, 3), (0, 7)):
         batches = [rows(count, seed) for seed, count in enumerate(lengths)]
         agree(model, batches[row], (batches[:row], batches))
+        agree_twice(model, batches[row], (batches[:row], batches))
     # As training scripts have it; the last batches have two rows and one.
     data = TensorDataset(*rows(11, 9))
     sampler: Any = DistributedSampler(data, 2, row, shuffle=True, seed=1)

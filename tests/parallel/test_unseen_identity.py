@@ -129,3 +129,20 @@ def test_functions_that_torch_hands_on_by_name(
         monkeypatch.setattr(nn.functional, "softmax", patched)
     with pytest.raises(AutoParallelError, match=r"softmax is a function of .* now"):
         _called(monkeypatch, patched)
+
+
+class Layouts(Base):
+    """It does something else with a sparse tensor than a program for dense ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_sparse:
+            return self.out(torch.sparse.mm(x, self.a.weight.t()) * 2)
+        return self.out(self.a(x).tanh())
+
+
+def test_sparse_inputs_of_a_model_that_was_planned_for_dense_ones() -> None:
+    def script(model: Any) -> Any:
+        for x in (X, X.to_sparse(), X):
+            yield after_backward(model, x)
+
+    follows(lambda: (Layouts(), script), 2)

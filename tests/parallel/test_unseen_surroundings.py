@@ -15,6 +15,8 @@ from broad_cases import broad, share_of
 from processes import run_processes
 from torch import nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from unseen import Base, Case, X, after_backward, differences, follows
 
 import autoparallel
@@ -186,10 +188,46 @@ def function_transform_inside() -> Case:
     return Model(), lambda model: iter([after_backward(model)])
 
 
+class Doubling(TorchFunctionMode):
+    """Takes a function by the name that the model calls it by: a program calls another one."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.Tensor.tanh else result
+
+
+def function_mode_around() -> Case:
+    class Model(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.a(x).tanh())
+
+    def script(model: Any) -> Any:
+        yield after_backward(model)
+        with Doubling():
+            yield after_backward(model)
+        yield after_backward(model)
+
+    return Model(), script
+
+
+def default_device_around() -> Case:
+    class Model(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            here = torch.ones(12).device == x.device
+            return self.out(self.a(x).tanh() * (1.0 if here else 2.0))
+
+    def script(model: Any) -> Any:
+        for device in ("cpu", "meta", "cpu"):
+            with torch.device(device):
+                yield after_backward(model)
+
+    return Model(), script
+
+
 # What these register or enter is one for all threads of a process.
 ALONE = [
     *(global_hooks, forward_gradients_inside, forward_gradients_around),
-    function_transform_inside,
+    *(function_transform_inside, function_mode_around, default_device_around),
 ]
 
 
@@ -205,6 +243,30 @@ def _alone(rank: int) -> dict[str, str]:
 @pytest.mark.parametrize("world_size", [*broad(2), 3])
 def test_hooks_and_forward_gradients_on_processes(world_size: int) -> None:
     assert run_processes(_alone, world_size) == [{}] * world_size
+
+
+def test_a_mode_in_which_a_model_was_planned_is_in_its_program() -> None:
+    class Model(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.a(x).tanh())
+
+    with Doubling():
+        split = autoparallel.autoparallelize(Model(), 1, example_inputs=X)
+        torch.testing.assert_close(split(X), Model()(X))
+        assert "tanh" in split.emitted_program
+
+
+def test_a_mode_that_sees_parts_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+            return function(*args, **(kwargs or {}))
+
+    model = autoparallel.autoparallelize(Plain(), 1, example_inputs=X)
+    for _ in range(2):
+        with Counting():
+            model(X)
+    told = [row for row in caplog.messages if "Counting sees the ops that this rank runs" in row]
+    assert len(told) == 1
 
 
 def test_hooks_of_planning_are_no_hooks_of_the_user() -> None:

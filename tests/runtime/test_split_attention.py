@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoparallel.runtime.attention_blocks import Total, block, levelled, seen
 from autoparallel.runtime.attention_work import Work, deal_of_sequence
@@ -84,3 +87,30 @@ def test_queries_that_see_nothing_are_put_together_of_blocks(least: float) -> No
     rows = [0, 2] if least == -torch.inf else [0, 1, 2]  # 0 is filled in at the end
     difference = (total.result - whole)[..., rows, :].abs().max()
     assert difference < (1e-3 if least == -1e4 else 1e-6)
+
+
+def test_second_derivatives_where_a_rank_has_no_heads() -> None:
+    """An outer axis may leave a rank none, which takes part as the others do."""
+    tensors = [torch.ones(2, 0, 3, 4, requires_grad=True) for _ in range(3)]
+    result = attention_queries(*tensors, is_causal=True, group=SingleGroup(), size=3)
+    firsts = torch.autograd.grad(result.sum(), tensors, create_graph=True)
+    sum(first.square().sum() for first in firsts).backward()
+    assert [tuple(each.grad.shape) for each in tensors] == [(2, 0, 3, 4)] * 3
+
+
+def test_second_derivatives_of_a_tensor_that_is_query_key_and_value() -> None:
+    """Each place has its own gradient, and not that of all three."""
+
+    def twice(attention: Any) -> list[torch.Tensor]:
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(1, 2, 3, 4).requires_grad_()
+        (first,) = torch.autograd.grad(attention(x).sin().sum(), x, create_graph=True)
+        return [first, *torch.autograd.grad(first.pow(3).sum(), x)]
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return attention_queries(x, x, x, is_causal=True, group=SingleGroup(), size=3)
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    torch.testing.assert_close(twice(split), twice(plain), rtol=1e-10, atol=1e-12)

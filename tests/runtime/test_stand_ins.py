@@ -95,6 +95,14 @@ def test_what_refuses_nothing_was_tried() -> None:
     assert "aten.scaled_dot_product_attention.default" in tried  # with a mask that is trained
 
 
+def test_a_trained_operand_where_no_gradient_is_recorded() -> None:
+    """As of a rank without a row in a call under no_grad."""
+    operands = [torch.ones(0, 2), torch.ones(3, requires_grad=True)]
+    with torch.no_grad():
+        rows, weight = standing.stand_ins_for(operands, [[0], []])
+    assert (rows.shape, weight.grad_fn) == ((1, 2), None)
+
+
 class Head(nn.Module):
     """Rows of twelve numbers, and an op whose gradient on zeros is no number."""
 

@@ -24,6 +24,19 @@ REGRESSIONS = {
         v3 = v1a.logsumexp((0, 1), keepdim=True)
         return {'a': v2, 'b': (v3)}
     """),
+    "second derivatives: groups that do not divide by the ranks": Program("""
+        p0 = parameter(2, 7, 5)
+        p1 = parameter(14, 1, 1)
+        v0 = F.conv1d(p0, p1, groups=7)
+        return v0.sin()
+    """),
+    "second derivatives: blocks of unequal size": Program("""
+        p0 = parameter(4, 19)
+        p1 = parameter(19)
+        v0 = p0 * p1
+        v1a, v1b = v0.split((14, 5), dim=-1)
+        return v1a.sin(), v1b.cos()
+    """),
     "no input": Program("""
         p0 = parameter(5)
         return p0.tanh()
@@ -85,6 +98,15 @@ REGRESSIONS = {
 
 # Programs with the one way in which they failed on a mesh of several axes.
 ON_SEVERAL_AXES = {
+    "second derivatives: a rank has nothing to look up": (
+        Program("""
+        i0 = integers(3, 7)
+        p0 = parameter(7, 4)
+        v0 = F.embedding(i0, p0)
+        return v0.sin()
+        """),
+        Split(4, conversions=0.3, data_parallel=True),
+    ),
     "what the first rank keeps of a copy that is dropped, where the others make zeros": (
         Program("""
         i0 = input(12)

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from changed_plans import gathered_anew
 from fuzz_programs import Program
+from fuzz_second import Second, split_second, whole_second
 from noted_copies import noted_copies
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import autoparallel
 from autoparallel.capture.export import capture
@@ -102,6 +104,7 @@ class Coverage:
     refused: int = 0
     other_sizes: int = 0
     traced_again: int = 0
+    twice: int = 0
     worlds: Counter[int] = field(default_factory=Counter)
     strategies: dict[str, Counter[str]] = field(default_factory=dict)
     conversions: Counter[str] = field(default_factory=Counter)
@@ -126,7 +129,7 @@ class Coverage:
             f"{sum(self.worlds.values())} plans, on "
             + ", ".join(f"{size} ranks {count}" for size, count in sorted(self.worlds.items()))
             + f"; {self.other_sizes} runs with other sizes of the inputs, "
-            f"{self.traced_again} of them traced again",
+            f"{self.traced_again} of them traced again; {self.twice} plans differentiated twice",
             f"{sum(map(len, self.strategies.values()))} strategies of {len(self.strategies)} ops:",
         ]
         for target, found in sorted(self.strategies.items()):
@@ -235,6 +238,7 @@ class Subject:
         coverage.add(plan)
         assert Plan.from_json(plan.to_json()) == plan
         self.compare(plan, tuple(self.program.arguments()), self.expected)
+        coverage.twice += self.compare_twice(plan)
         other = self.other_sizes(split)
         if not other:
             return
@@ -274,6 +278,36 @@ class Subject:
         )
         differences = list(_differences(_ran(made), expected))
         assert not differences, "\n".join(differences)
+
+    @cached_property
+    def expected_twice(self) -> Second | None:
+        """The second derivatives, None where torch has none or they run away."""
+        inputs = tuple(self.program.arguments())
+        try:
+            second = whole_second(self.model, inputs, loss_of)
+        except RuntimeError:
+            return None
+        if self.draws:
+            second = split_second(self.model, self.alone, fresh(inputs), loss_of)
+        penalty, gradients = second
+        tame = all(bool((tensor.abs() < 1e5).all()) for tensor in (penalty, *gradients.values()))
+        return second if tame else None
+
+    def compare_twice(self, plan: Plan) -> bool:
+        """Compare the derivatives of a penalty on all gradients; return whether there are such."""
+        # Torch's fused attention has no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            if self.expected_twice is None:
+                return False
+            inputs = tuple(self.program.arguments())
+            made = split_second(self.model, plan, inputs, loss_of)
+        penalty, gradients = self.expected_twice
+        differences = [
+            *_apart("penalty", {"": made[0]}, {"": penalty}),
+            *_apart("second gradient", made[1], gradients),
+        ]
+        assert not differences, "\n".join(differences)
+        return True
 
     def other_sizes(self, split: Split) -> dict[tuple[str, int], int]:
         """Return other numbers for the sizes that capture kept symbolic."""

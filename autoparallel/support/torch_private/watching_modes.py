@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 __all__ = [
     "current_dispatch_mode",
     "current_function_mode",
+    "default_device_kind",
     "in_function_transform",
     "is_traced_inside",
     "outside_transforms",
     "plain_ops_of",
     "replaced_transforms",
+    "users_dispatch_modes",
+    "users_function_modes",
     "with_function_overrides",
     "without_function_modes",
     "without_function_overrides",
@@ -39,6 +42,47 @@ def current_function_mode() -> Any:
     from torch.overrides import _get_current_function_mode
 
     return _get_current_function_mode()
+
+
+def default_device_kind() -> str:
+    """Return the type of the device on which tensors lie that are made without saying where.
+
+    >>> with torch.device("meta"):
+    ...     default_device_kind()
+    'meta'
+    """
+    if not torch._C._len_torch_function_stack():
+        return "cpu"
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    modes = reversed(_get_current_function_mode_stack())
+    return next((mode.device.type for mode in modes if isinstance(mode, DeviceContext)), "cpu")
+
+
+def users_function_modes() -> list[Any]:
+    """Return the modes that see calls of torch's functions, but for those of torch itself, such as
+    that of a default device, and of this project.
+    """
+    if not torch._C._len_torch_function_stack():
+        return []
+    from torch.overrides import _get_current_function_mode_stack
+
+    return [mode for mode in _get_current_function_mode_stack() if _is_users(mode)]
+
+
+def users_dispatch_modes() -> list[Any]:
+    """Return the modes that see ops, but for those of torch itself and of this project."""
+    if not torch._C._len_torch_dispatch_stack():
+        return []
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return [mode for mode in _get_current_dispatch_mode_stack() if _is_users(mode)]
+
+
+def _is_users(mode: Any) -> bool:
+    known = ("torch", __name__.partition(".")[0])
+    return type(mode).__module__.partition(".")[0] not in known
 
 
 def without_modes() -> AbstractContextManager[Any]:

@@ -68,6 +68,16 @@ def stages(case: Case) -> None:
     case.same(dict(autoparallel.full_state_dict(split)), dict(unsplit.state_dict()))
 
 
+@habit("backward(create_graph=True) of a model in stages")
+def stages_twice(case: Case) -> None:
+    def script(model: Any) -> Any:
+        loss = model(*rows(6, 0))
+        loss.backward(create_graph=True)
+        return loss
+
+    case.compare(script, mesh=autoparallel.Mesh(pp=case.world_size))
+
+
 def own_rows(case: Case, lengths: tuple[int, ...]) -> tuple[Any, Any]:
     """Return this rank's rows, and those of all ranks together. lengths: of the ranks' rows."""
     parts = [rows(length, rank + 3) for rank, length in enumerate(lengths[: case.world_size])]
@@ -92,6 +102,22 @@ def local_inputs(case: Case) -> None:
 @habit("batches of different lengths on the ranks, with local_inputs='dp'")
 def local_lengths(case: Case) -> None:
     local_batches(case, (6, 3))
+
+
+@habit("a gradient penalty on the rows that each rank brings, of different lengths")
+def local_penalty(case: Case) -> None:
+    def penalized(model: Any, batch: Any) -> Any:
+        x = batch[0].clone().requires_grad_()
+        loss = model(x, batch[1])
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + slope.square().sum()).backward()
+        return loss
+
+    own, together = own_rows(case, (6, 3))
+    mesh = autoparallel.Mesh(dp=case.world_size)
+    model, unsplit = case.split(plain(), own, mesh=mesh, local_inputs="dp"), plain()
+    case.same(penalized(model, own), penalized(unsplit, together))
+    case.same_module(model, unsplit)
 
 
 @habit("a DistributedSampler and a DataLoader, with local_inputs='dp'")
