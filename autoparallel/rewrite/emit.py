@@ -30,6 +30,7 @@ from autoparallel.rewrite.joined_lines import ProductLine, with_joined_lines
 from autoparallel.rewrite.names import layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of, names_of
 from autoparallel.rules.any_order import IN_ORDER
+from autoparallel.rules.ops.attention import ATTENTION
 from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.runtime.ranks import Ranks
@@ -244,6 +245,8 @@ class _Emitter(ConversionEmitter):
             expression = f"kernels.{rule.function}({text})"
         elif target in IN_ORDER and names[0] in self.order.moved:
             expression = f"kernels.{IN_ORDER[target]}({text})"
+        elif target == ATTENTION and self.local.may_hold_nothing(node, choice):
+            expression = f"kernels.attention({text})"
         elif late:
             expression = late.format(text)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from autoparallel.errors import PlanError
@@ -56,6 +57,21 @@ class LocalCalls:
             and any(map(rule.needs_elements, loops[placement.dim]))
         }
         return sorted(dims)
+
+    def may_hold_nothing(self, node: Node, choice: OpChoice) -> bool:
+        """Return whether a rank may hold nothing of an operand, for some inputs."""
+        return any(
+            isinstance(placement, Shard) and self._may_be_nothing(name, layout, placement.dim)
+            for name, layout in zip(node.operands(), choice.operands, strict=True)
+            for placement in layout
+        )
+
+    def _may_be_nothing(self, name: str, layout: Layout, dim: int) -> bool:
+        """Return whether a rank's part of a split dim may be empty."""
+        size = self.graph.values[name].shape[dim]
+        cuts = [p.dim if isinstance(p, Shard) else None for p in layout]
+        counts = [n for n, cut in zip(self.ranks.sizes, cuts, strict=True) if cut == dim]
+        return isinstance(size, Sym) or size < prod(counts)
 
     def args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
         """Return the call's args for this rank's part of its results, by its rule's local_args."""

@@ -68,6 +68,7 @@ __all__ = [
     "amin_split",
     "argmax_split",
     "argmin_split",
+    "attention",
     "attention_queries",
     "attention_ring",
     "batch_norm_split",
@@ -106,7 +107,8 @@ __all__ = [
     "without_stand_ins",
 ]
 
-_HELPERS = {"kernel_arguments", "layer_norm", "rms_norm", "stand_ins_for", "without_stand_ins"}
+_HELPERS = {"attention", "kernel_arguments", "layer_norm", "rms_norm"}
+_HELPERS |= {"stand_ins_for", "without_stand_ins"}
 # What an emitted program itself gives to kernels.
 _GIVEN = {"group", "size", "run", "dim", "extent"}
 
@@ -126,6 +128,34 @@ def kernel_arguments(name: str) -> frozenset[str]:
     parameters = inspect.signature(globals()[name]).parameters.values()
     named = (each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
     return frozenset(named) - _GIVEN
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *arguments: Any,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """Return torch's fused attention, on a rank too that holds nothing of it.
+
+    Arguments: as of `torch.nn.functional.scaled_dot_product_attention`. Gradients of what torch
+    returns for no elements depend on nothing. In gradients of gradients such a rank would leave out
+    what the others send; so it computes the products, of nothing.
+    """
+    if query.numel() and key.numel():
+        options["enable_gqa"] = enable_gqa
+        attend = functional.scaled_dot_product_attention
+        return attend(query, key, value, mask, *arguments, **options)
+    if enable_gqa and key.size(-3):
+        times = query.size(-3) // key.size(-3)
+        key, value = (each.repeat_interleave(times, -3) for each in (key, value))
+    scores = query @ key.transpose(-2, -1)
+    if mask is not None and mask.requires_grad:
+        scores = scores + mask
+    return scores.softmax(-1) @ value
 
 
 def layer_norm(x: torch.Tensor, shape: Any, *arguments: Any) -> torch.Tensor:

@@ -1,0 +1,40 @@
+"""Attention on a rank that holds nothing of it has derivatives as on the others."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch.nn import functional
+
+from autoparallel.runtime.kernels import attention
+
+SHAPES = [(0, 4, 5, 3), (2, 0, 5, 3), (2, 4, 0, 3), (0, 5, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_of_gradients_reach_what_they_depend_on(shape: tuple[int, ...]) -> None:
+    """Else the rank leaves out what the others send. Torch 2.13 gives them no graph."""
+    query, key, value = (torch.ones(shape, requires_grad=True) for _ in range(3))
+    result = attention(query, key, value)
+    assert result.shape == functional.scaled_dot_product_attention(query, key, value).shape
+    weight = torch.ones_like(result, requires_grad=True)
+    gradients = torch.autograd.grad(result, (query, key, value), weight, create_graph=True)
+    for (name, one), other in product(zip("qkv", gradients, strict=True), (query, key, weight)):
+        (second,) = torch.autograd.grad(one.sum(), other, retain_graph=True, allow_unused=True)
+        assert second is not None, name
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_where_there_is_something_it_is_torchs(heads: int) -> None:
+    query, key, value = torch.randn(2, 4, 5, 3), *torch.randn(2, 2, heads, 5, 3).unbind()
+    options = {"is_causal": True, "enable_gqa": heads != 4}
+    expected = functional.scaled_dot_product_attention(query, key, value, None, 0.0, **options)
+    assert torch.equal(attention(query, key, value, None, 0.0, **options), expected)
+
+
+def test_heads_that_are_shared() -> None:
+    """Of a batch of nothing, each key is repeated for its queries."""
+    query, key = torch.ones(0, 4, 5, 3), torch.ones(0, 2, 5, 3)
+    assert attention(query, key, key, enable_gqa=True).shape == (0, 4, 5, 3)
