@@ -224,8 +224,8 @@ def _named(hardware: Any) -> str:
     raise PlanError(
         f"hardware={hardware!r}",
         why="a plan keeps the name of a preset or the path of a file, from which it is read again",
-        fix="give one of them; autoparallel.cost.hardware.write_hardware(hardware, path) writes a "
-        "file that `autoparallel calibrate` might have written",
+        fix='choose one of the presets ("dgx-a100", "cpu", ..), "auto", or the path of a .json '
+        "file, which autoparallel.cost.hardware.write_hardware(hardware, path) writes",
     )
 
 

@@ -30,12 +30,18 @@ from autoparallel.rewrite.joined_lines import ProductLine, with_joined_lines
 from autoparallel.rewrite.names import layout_name
 from autoparallel.rewrite.program import Block, Line, Program, compiled, lines_of, names_of
 from autoparallel.rules.any_order import IN_ORDER
-from autoparallel.rules.ops.attention import ATTENTION
 from autoparallel.rules.ops.contraction import LATE_PRODUCTS
 from autoparallel.rules.rule import ShardingRule
 from autoparallel.runtime.ranks import Ranks
 
 __all__ = ["Program", "emit"]
+
+# Ops of which torch gives no second derivatives on a rank that holds nothing, and the functions of
+# the runtime that give them.
+_OF_NOTHING = {
+    "aten.embedding.default": "embedding",
+    "aten.scaled_dot_product_attention.default": "attention",
+}
 
 
 def emit(
@@ -245,8 +251,8 @@ class _Emitter(ConversionEmitter):
             expression = f"kernels.{rule.function}({text})"
         elif target in IN_ORDER and names[0] in self.order.moved:
             expression = f"kernels.{IN_ORDER[target]}({text})"
-        elif target == ATTENTION and self.local.may_hold_nothing(node, choice):
-            expression = f"kernels.attention({text})"
+        elif target in _OF_NOTHING and self.local.may_hold_nothing(node, choice):
+            expression = f"kernels.{_OF_NOTHING[target]}({text})"
         elif late:
             expression = late.format(text)
         else:

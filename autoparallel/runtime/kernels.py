@@ -80,6 +80,7 @@ __all__ = [
     "cross_entropy_classes",
     "cross_entropy_rows",
     "cross_entropy_tokens",
+    "embedding",
     "embedding_rows",
     "experts_exchanged",
     "experts_inner",
@@ -107,7 +108,7 @@ __all__ = [
     "without_stand_ins",
 ]
 
-_HELPERS = {"attention", "kernel_arguments", "layer_norm", "rms_norm"}
+_HELPERS = {"attention", "embedding", "kernel_arguments", "layer_norm", "rms_norm"}
 _HELPERS |= {"stand_ins_for", "without_stand_ins"}
 # What an emitted program itself gives to kernels.
 _GIVEN = {"group", "size", "run", "dim", "extent"}
@@ -156,6 +157,16 @@ def attention(
     if mask is not None and mask.requires_grad:
         scores = scores + mask
     return scores.softmax(-1) @ value
+
+
+def embedding(weight: torch.Tensor, index: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Return torch's embedding, on a rank too that looks up nothing.
+
+    Arguments: as of `torch.embedding`, which cannot be differentiated twice there.
+    """
+    if index.numel():
+        return torch.embedding(weight, index, *arguments)
+    return weight.index_select(0, index.flatten()).view(*index.shape, weight.size(1))
 
 
 def layer_norm(x: torch.Tensor, shape: Any, *arguments: Any) -> torch.Tensor:

@@ -8,16 +8,13 @@ from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Exchange, Kernel, Loops, OpCall, ShardingRule
 from autoparallel.support import torch_versions
 
-__all__ = ["ATTENTION"]
-
-ATTENTION = "aten.scaled_dot_product_attention.default"
 # Fused kernels leave out blocks of so many keys and queries that a causal mask hides.
 _BLOCK = 128
 # Bytes of the numbers that gradients are added up in, at least.
 _PRECISE = 4
 
 
-@rule(ATTENTION)
+@rule("aten.scaled_dot_product_attention.default")
 def attention(call: OpCall) -> ShardingRule:
     """y[.., n, s, e] = sum_t softmax_t(sum_d q[.., n, s, d] k[.., n, t, d]) v[.., n, t, e].
 

@@ -12,7 +12,7 @@ from autoparallel.rules.registry import rule
 from autoparallel.rules.rule import Dims, Kernel, Loops, OpCall, ShardingRule, loop_per_dim
 
 
-@rule("aten.embedding.default", takes_empty=False)
+@rule("aten.embedding.default")
 def embedding(call: OpCall) -> ShardingRule:
     """y[..., h] = w[index[...], h].
 

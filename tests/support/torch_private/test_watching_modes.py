@@ -154,3 +154,22 @@ def test_wrapped_tensors_without_data_are_told() -> None:
     with torch_private.FakeTensorMode():
         torch.vmap(look)(torch.ones(2))
     assert inside == [False, True]
+
+
+def test_modes_of_the_users_are_told() -> None:
+    """Not those of torch, such as that of a default device, whose device is told."""
+
+    class Sees(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    class SeesOps(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    assert torch_private.users_function_modes() == torch_private.users_dispatch_modes() == []
+    assert torch_private.default_device_kind() == "cpu"
+    with torch.device("meta"), Sees() as one, torch_private.FakeTensorMode(), SeesOps() as other:
+        assert torch_private.users_function_modes() == [one]
+        assert torch_private.users_dispatch_modes() == [other]
+        assert torch_private.default_device_kind() == "meta"

@@ -1,4 +1,4 @@
-"""Attention on a rank that holds nothing of it has derivatives as on the others."""
+"""Attention and look-ups on a rank that holds nothing have derivatives as on the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from autoparallel.runtime.kernels import attention
+from autoparallel.runtime.kernels import attention, embedding
 
 SHAPES = [(0, 4, 5, 3), (2, 0, 5, 3), (2, 4, 0, 3), (0, 5, 3)]
 
@@ -38,3 +38,16 @@ def test_heads_that_are_shared() -> None:
     """Of a batch of nothing, each key is repeated for its queries."""
     query, key = torch.ones(0, 4, 5, 3), torch.ones(0, 2, 5, 3)
     assert attention(query, key, key, enable_gqa=True).shape == (0, 4, 5, 3)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_look_ups(rows: int) -> None:
+    """Torch 2.13 cannot reshape what comes back for no tokens."""
+    weight = torch.randn(5, 3, requires_grad=True)
+    index = torch.arange(4 * rows).view(rows, 4) % 5
+    result = embedding(weight, index, 1)
+    assert torch.equal(result, functional.embedding(index, weight, 1))
+    given = torch.ones_like(result, requires_grad=True)
+    (first,) = torch.autograd.grad(result, weight, given, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), given)
+    assert second.shape == result.shape
