@@ -30,7 +30,7 @@ from autoparallel.parallel.parameters import GatheredCopy, LocalParameter, Param
 from autoparallel.parallel.pipeline_place import PipelinePlace
 from autoparallel.parallel.seeds import generator_of
 from autoparallel.parallel.split_outputs import SplitOutputs
-from autoparallel.parallel.surrounding_modes import function_modes
+from autoparallel.parallel.surrounding_modes import modes_of_split
 from autoparallel.parallel.tree_shape import TreeShape
 from autoparallel.parallel.uncaptured_python import WholeParameters
 from autoparallel.placement import Layout, Shard
@@ -205,7 +205,7 @@ class Tree:
     elsewhere: dict[torch.device, nn.Module] = field(default_factory=dict)
     lent: dict[str, tuple[Any, int]] = field(default_factory=dict)
     left: LeftValues = field(default_factory=LeftValues)
-    within: tuple[type, ...] = field(default_factory=function_modes)
+    within: tuple[type, ...] = field(default_factory=modes_of_split)
     pipeline: PipelinePlace | None = None
 
     def take_up_parameters(self) -> None:

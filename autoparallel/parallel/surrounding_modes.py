@@ -11,15 +11,30 @@ from autoparallel.support.torch_private import (
     users_function_modes,
 )
 
-__all__ = ["function_modes", "reason_for_python"]
+__all__ = ["modes_of_split", "reason_for_python"]
 
 _log = logging.getLogger(__name__)
-_told: set[type] = set()
+_told: set[tuple[type, str]] = set()
 
 
-def function_modes() -> tuple[type, ...]:
+def _function_modes() -> tuple[type, ...]:
     """Return the types of the user's modes that see calls of torch's functions here."""
     return tuple([type(mode) for mode in users_function_modes()])
+
+
+def modes_of_split() -> tuple[type, ...]:
+    """Return the modes in which a model is split here, and tell what comes of it once for each.
+
+    Example: `modes_of_split()` is () where there are none.
+    """
+    modes = _function_modes()
+    for mode in modes:
+        _tell_once(
+            mode,
+            "sees calls of torch's functions: what it does stays in the programs of models that "
+            "are planned within it, also when they are called outside of it",
+        )
+    return modes
 
 
 def reason_for_python(within: tuple[type, ...] = ()) -> str:
@@ -45,7 +60,7 @@ def reason_for_python(within: tuple[type, ...] = ()) -> str:
             "sees the ops that this rank runs, on the parts of tensors that it holds: what it "
             "changes may differ from what it would change unsplit",
         )
-    modes = function_modes()
+    modes = _function_modes()
     if not modes or modes == within:
         return ""
     reason = "sees calls of torch's functions"
@@ -54,6 +69,6 @@ def reason_for_python(within: tuple[type, ...] = ()) -> str:
 
 
 def _tell_once(kind: type, text: str) -> None:
-    if kind not in _told:
-        _told.add(kind)
+    if (kind, text) not in _told:
+        _told.add((kind, text))
         _log.warning("%s %s", kind.__name__, text)

@@ -245,7 +245,11 @@ def test_hooks_and_forward_gradients_on_processes(world_size: int) -> None:
     assert run_processes(_alone, world_size) == [{}] * world_size
 
 
-def test_a_mode_in_which_a_model_was_planned_is_in_its_program() -> None:
+def test_a_mode_in_which_a_model_was_planned_is_in_its_program(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also in calls outside of it, which is said when the model is split."""
+
     class Model(Base):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.out(self.a(x).tanh())
@@ -254,6 +258,9 @@ def test_a_mode_in_which_a_model_was_planned_is_in_its_program() -> None:
         split = autoparallel.autoparallelize(Model(), 1, example_inputs=X)
         torch.testing.assert_close(split(X), Model()(X))
         assert "tanh" in split.emitted_program
+    told = [record.message for record in caplog.records if "called outside" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith("Doubling sees calls of torch's functions")
 
 
 def test_a_mode_that_sees_parts_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
