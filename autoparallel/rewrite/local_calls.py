@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 from autoparallel.errors import PlanError
@@ -69,9 +68,13 @@ class LocalCalls:
     def _may_be_nothing(self, name: str, layout: Layout, dim: int) -> bool:
         """Return whether a rank's part of a split dim may be empty."""
         size = self.graph.values[name].shape[dim]
-        cuts = [p.dim if isinstance(p, Shard) else None for p in layout]
-        counts = [n for n, cut in zip(self.ranks.sizes, cuts, strict=True) if cut == dim]
-        return isinstance(size, Sym) or size < prod(counts)
+        if isinstance(size, Sym):
+            return True
+        sizes = {size}
+        for cut, count in zip(layout, self.ranks.sizes, strict=True):
+            if isinstance(cut, Shard) and cut.dim == dim:
+                sizes = {local_size(n, cut, count, rank) for n in sizes for rank in range(count)}
+        return 0 in sizes
 
     def args(self, node: Node, choice: OpChoice) -> tuple[Any, ...]:
         """Return the call's args for this rank's part of its results, by its rule's local_args."""

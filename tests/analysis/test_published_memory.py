@@ -11,6 +11,7 @@ from autoparallel.analysis.memory_account import Account
 from autoparallel.analysis.stage_memory import memory_of_pipeline
 from autoparallel.cost.hardware import find_hardware
 from autoparallel.plan import Plan
+from autoparallel.support import torch_versions
 from benchmarks.published_choices import LIMIT
 from benchmarks.published_pipelines import ROWS, planned
 from megatron_rules.papers import Transformer
@@ -68,7 +69,10 @@ def test_a_layer_keeps_what_the_paper_says(recompute: str, sequence: bool) -> No
     """
     plan, ranks = accounts(8, 4, 1, recompute, sequence)
     for held, account in zip((4, 3), ranks, strict=False):
-        assert in_layers(account) == pytest.approx(2 * held * LAYERS[recompute, sequence], rel=0.01)
+        # What a later release lets go of, once it has arrived, is the second layer's result.
+        sent = 0 if torch_versions.KEEPS_WHAT_IS_SENT else held * LAYERS["full", sequence]
+        kept = 2 * held * LAYERS[recompute, sequence] - sent
+        assert in_layers(account) == pytest.approx(kept, rel=0.01)
     # A layer's products with their biases, of which those by rows are whole, and two norms.
     elements = 2 * ((12 * HIDDEN**2 + 7 * HIDDEN) / TENSOR + 6 * HIDDEN)
     stays = ranks[1].parameters + ranks[1].gradients + ranks[1].optimizer_state

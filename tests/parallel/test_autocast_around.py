@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from broad_cases import broad
+from releases import tried_under_autocast
 from split_ranks import as_unsplit, programs_of
 from torch import nn
 from torch.nn import functional as F
@@ -101,6 +102,7 @@ class Decorated(Model):
         return super().forward(ids)
 
 
+@tried_under_autocast
 def test_a_decorated_forward_is_traced_whole() -> None:
     """The context notes at each entry what was set before, which is no effect of the model's."""
     module = autoparallel.autoparallelize(Decorated(), 1, example_inputs=IDS)

@@ -18,7 +18,7 @@ def test_gradients_of_gradients_reach_what_they_depend_on(shape: tuple[int, ...]
     """Else the rank leaves out what the others send. Torch 2.13 gives them no graph."""
     query, key, value = (torch.ones(shape, requires_grad=True) for _ in range(3))
     result = attention(query, key, value)
-    assert result.shape == functional.scaled_dot_product_attention(query, key, value).shape
+    assert result.shape == shape
     weight = torch.ones_like(result, requires_grad=True)
     gradients = torch.autograd.grad(result, (query, key, value), weight, create_graph=True)
     for (name, one), other in product(zip("qkv", gradients, strict=True), (query, key, weight)):

@@ -13,6 +13,7 @@ __all__ = [
     "float_indices_are_refused",
     "lstm_states",
     "tried_under_autocast",
+    "whole_tensors_differentiated_twice",
 ]
 
 attention_without_heads = pytest.mark.skipif(
@@ -32,4 +33,8 @@ applied_by_keyword = pytest.mark.skipif(
 )
 tried_under_autocast = pytest.mark.skipif(
     RELEASE < (2, 13), reason="this torch cannot try products of symbolic sizes under autocast"
+)
+whole_tensors_differentiated_twice = pytest.mark.skipif(
+    RELEASE < (2, 13),
+    reason="second derivatives of a DTensor's full_tensor() are wrong in this torch",
 )
