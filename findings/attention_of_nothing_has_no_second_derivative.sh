@@ -26,7 +26,7 @@ def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 
 
 def depends(attend: Callable[..., torch.Tensor], rows: int) -> list[bool]:
-    """Whether gradients of queries, keys and values can be differentiated once more."""
+    """Say of the gradients of queries, keys and values whether they can be differentiated again."""
     inputs = [torch.ones(rows, 2, 5, 4, requires_grad=True) for _ in range(3)]
     with sdpa_kernel(SDPBackend.MATH):
         result = attend(*inputs)

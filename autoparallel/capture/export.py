@@ -286,6 +286,7 @@ def _exported(
     device = next((parameter.device for parameter in model.parameters()), None)
     samples = tuple(_sample(tensor, device) for tensor in tensors)
     ran: list[Ran] = []
+    refused: list[CaptureError] = []
     held = HeldTensors(model, folding, wanted.around)
     free, static = torch.export.Dim.AUTO, torch.export.Dim.STATIC
     shapes = tuple(
@@ -311,10 +312,10 @@ def _exported(
             remembering_arithmetic(),
             keeping_frames(files.__contains__, inside=traced_forward.__file__),
         ):
-            flat = FlatForward(wanted, inputs, folding, held, twice, ran)
+            flat = FlatForward(wanted, inputs, folding, held, twice, ran, refused)
             program = torch.export.export(flat, samples, strict=False, dynamic_shapes=dynamic)
         failure = flat.calls.failure or flat.no_replacing.failure or flat.facts.failure
-        failure = failure or next(iter(flat.refused), None)
+        failure = failure or next(iter(refused), None)
         if failure is not None:
             raise failure
     # Of a machine that has no memory left, the model is not the reason.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from autoparallel.errors import AliasError, AutoParallelError, CaptureError
 from autoparallel.support.memory_writes import memory_of
 from autoparallel.support.module_copy import DEEPEST, originals
 from autoparallel.support.module_paths import join_path
-from autoparallel.support.torch_private import in_function_transform, is_traced_inside
+from autoparallel.support.torch_private import in_function_transform
 
 __all__ = ["HeldTensors", "held_among", "refuse_views"]
 
@@ -57,7 +56,6 @@ class HeldTensors(TorchFunctionMode):
         super().__init__()
         self.folding = folding
         self.failure: AutoParallelError | None = None
-        self.transformed = False
         self.places: dict[int, list[tuple[str, nn.Module, str]]] = {}
         self.paths: dict[int, str] = {}
         self.outside: dict[int, str] = {}
@@ -112,9 +110,7 @@ class HeldTensors(TorchFunctionMode):
         The tracer's own tensors are of other types than plain tensors and parameters.
         """
         if type(item) in _PLAIN or id(item) in self.places:
-            # What a transform of torch.func has wrapped is plain outside, whatever it is inside.
-            is_tensor = isinstance(item, torch.Tensor)
-            return is_tensor and not (self.transformed and is_traced_inside(item))
+            return isinstance(item, torch.Tensor)
         if isinstance(item, (list, tuple)):
             return any(map(self.concerns, item))
         return isinstance(item, dict) and any(map(self.concerns, item.values()))
@@ -150,15 +146,6 @@ class HeldTensors(TorchFunctionMode):
             self.failure = self.failure or error
             raise error
         return tensor
-
-    @contextmanager
-    def in_transform(self) -> Iterator[None]:
-        """Return a context in which a transform of torch.func is traced, with tensors it wraps."""
-        self.transformed = True
-        try:
-            yield
-        finally:
-            self.transformed = False
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor lies in the memory of a parameter or buffer."""

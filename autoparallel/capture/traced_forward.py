@@ -114,10 +114,11 @@ class FlatForward(nn.Module):
 
     wanted: the model and how it is traced. inputs: skeleton of its arguments. folding, tensors: the
     modes under which it runs. twice: call it twice, the second time as the first has left it (see
-    steady_forward.py), and return both results. ran: a list that gets what is known afterwards;
-    attributes of this module are no place for that, as export puts them back.
+    steady_forward.py), and return both results. ran, refused: lists that get what is known
+    afterwards, and errors that the model may have caught; attributes of this module are no place
+    for that, as export puts them back.
 
-    Example: `FlatForward(wanted, inputs, folding, held, False, ran)`.
+    Example: `FlatForward(wanted, inputs, folding, held, False, ran, refused)`.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class FlatForward(nn.Module):
         tensors: HeldTensors,
         twice: bool,
         ran: list[Ran],
+        refused: list[CaptureError],
     ) -> None:
         super().__init__()
         self.model, self.wanted, self.tensors = wanted.model, wanted, tensors
@@ -143,7 +145,7 @@ class FlatForward(nn.Module):
         self.asked: list[str] = ["a variable"] * wanted.outer.asks_gradients
         given = None if wanted.part else flatten(dict(wanted.bound.arguments))[0]
         self.facts = TensorFacts(wanted.model, given, folding)
-        self.refused: list[CaptureError] = []
+        self.refused = refused
         self.numbers: tuple[PythonNumbers | PythonDraw, ...] = ()
         self.levels: dict[str, AttributeRead] = {}
 
@@ -243,7 +245,7 @@ class FlatForward(nn.Module):
             idle_conversions(),
             unprinted(type(self.model).__name__),
             numbers_in_texts(),
-            lowered_transforms(tensors, self.tensors, wanted.seen),
+            lowered_transforms(tensors, wanted.seen, self.refused),
             TakeWays(wanted.ways, wanted.asked, decided=self.folding.refuse_branch),
         )
         if not self.twice:

@@ -12,7 +12,7 @@ import torch
 
 from autoparallel.support.replaced_functions import refuse_replaced
 
-__all__ = ["FunctionKind", "kind_of", "writes"]
+__all__ = ["FunctionKind", "kind_of"]
 
 
 class FunctionKind(Enum):
@@ -122,9 +122,3 @@ def _draws(name: str) -> bool:
 def _views(name: str) -> bool:
     """Return whether an op returns a view of its argument."""
     return any(one.is_view for one in _overloads(name))
-
-
-def writes(function: Any) -> bool:
-    """Return whether a function writes to its first argument, by torch's convention for names."""
-    name = function.__name__
-    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")

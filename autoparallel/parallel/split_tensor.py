@@ -29,7 +29,7 @@ from autoparallel.parallel.function_arguments import (
     without_own_device,
     written_argument,
 )
-from autoparallel.parallel.function_kinds import FunctionKind, kind_of, writes
+from autoparallel.parallel.function_kinds import FunctionKind, kind_of
 from autoparallel.parallel.given_gradients import derived
 from autoparallel.parallel.pipelined_parameters import refuse_norms_of_stages
 from autoparallel.parallel.recorded_gathers import recorded_part, recorded_whole
@@ -48,6 +48,7 @@ from autoparallel.parallel.split_views import (
     without_history,
 )
 from autoparallel.runtime.faults import explained, is_lost
+from autoparallel.support.memory_writes import writes
 from autoparallel.support.torch_private import (
     local_part,
     placed_alike,

@@ -65,7 +65,7 @@ class RecomputedEnds:
 
     @property
     def moved_again(self) -> bool:
-        """Whether the redistribution is done once more in the backward pass."""
+        """True where the redistribution is done once more in the backward pass."""
         return all(self.readers) or (self.maker and self.alone)
 
 

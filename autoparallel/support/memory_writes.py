@@ -22,7 +22,7 @@ from autoparallel.support.torch_private import (
     tree_leaves,
 )
 
-__all__ = ["Watch", "memory_of", "paused", "place_of"]
+__all__ = ["Watch", "memory_of", "paused", "place_of", "writes"]
 
 
 def memory_of(tensor: torch.Tensor) -> int | None:
@@ -56,6 +56,16 @@ def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     looks = (tuple(tensor.shape), tensor.dtype, tensor.device)
     memory = memory_of(tensor)
     return looks if memory is None else (*looks, memory, tensor.storage_offset(), tensor.stride())
+
+
+def writes(function: Any) -> bool:
+    """Return whether a function writes to its first argument, by torch's convention for names.
+
+    >>> writes(torch.Tensor.add_), writes(torch.Tensor.add), writes(torch.ops.aten.add_.Tensor)
+    (True, False, True)
+    """
+    name = str(function.__name__).partition(".")[0]
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 class Watch:

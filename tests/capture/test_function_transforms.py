@@ -27,6 +27,7 @@ from torch.func import (
     vmap,
 )
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import autoparallel
 from autoparallel.capture.export import capture
@@ -95,6 +96,14 @@ def curved(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def weights_alone(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Sizes of what is given otherwise are known within."""
+    some = layer.up.weight.view(8, 2, 6)
+    hidden = vmap(lambda weights: torch.relu(x @ weights.T))(some)
+    made: torch.Tensor = layer.down(hidden.permute(1, 0, 2).flatten(1))
+    return made
+
+
 def adapted(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     """As MAML does: two steps on the layer's own weights, and a call with what they become."""
     weights = dict(layer.down.named_parameters())
@@ -128,6 +137,7 @@ WORK: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
         1
     ),
     "steps of training": adapted,
+    "weights alone": weights_alone,
     "a buffer": lambda layer, x: vmap(lambda row: row * layer.scale)(layer.row(x)),
     "a weight in a list": lambda layer, x: vmap(lambda row: layer.down(row @ layer.held[0].T))(x),
     "a tensor that is made": lambda layer, x: vmap(lambda row: row + torch.arange(6.0))(
@@ -227,11 +237,23 @@ def test_numbers_that_change_are_seen_inside() -> None:
     assert "something else when it runs again" in reason(asks)
 
 
-def test_writes_without_gradient_are_refused() -> None:
+def by_op(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def by_index(x: torch.Tensor) -> None:
+    x[0] = 0.0
+
+
+@pytest.mark.parametrize("write", [by_op, by_index])
+def test_writes_without_gradient_are_refused(write: Callable[[torch.Tensor], None]) -> None:
+    """The gradient of what was there before goes on, which no plain op says."""
+
     def writes(layer: Layer, x: torch.Tensor) -> torch.Tensor:
         def row(x: torch.Tensor) -> torch.Tensor:
+            x = x * 1
             with torch.no_grad():
-                x.mul_(2)
+                write(x)
             return x
 
         made: torch.Tensor = vmap(row)(layer.row(x))
@@ -240,8 +262,97 @@ def test_writes_without_gradient_are_refused() -> None:
     assert "writes to a tensor without gradients" in reason(writes)
 
 
+def test_errors_that_the_model_catches_count() -> None:
+    """It would go another way than it does when it is not traced."""
+
+    def tries(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        try:
+            made: torch.Tensor = vmap(functional.dropout, randomness="different")(layer.row(x))
+        except Exception:
+            return layer.row(x)
+        return made
+
+    assert "draws random numbers under a transform" in reason(tries)
+
+
+class Seen:
+    """An object of the user's that a function under a transform is given, and writes to."""
+
+    def __init__(self, factor: torch.Tensor) -> None:
+        self.factor, self.calls = factor, 0
+
+
+class Doubled(TorchFunctionMode):
+    """A mode of the user's in which a sine is doubled."""
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.sin else result
+
+
+def handed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """The object is the user's own within: it is not taken apart and put together anew."""
+    seen = Seen(x * 2)
+
+    def energy(x: torch.Tensor, seen: Seen) -> torch.Tensor:
+        seen.calls += 1
+        return (layer.row(x) * seen.factor).square().sum()
+
+    made: torch.Tensor = grad(energy)(x, seen)
+    return made * seen.calls
+
+
+def kept(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """What is handed back as it was has the graph that it had."""
+
+    def row(x: torch.Tensor) -> torch.Tensor:
+        y = layer.row(x)
+        with torch.no_grad():
+            z = y.contiguous()
+        return z * x
+
+    made: torch.Tensor = vmap(row)(x)
+    return made
+
+
+@pytest.mark.parametrize("work", [handed, kept])
+def test_what_is_around_and_within_is_the_users(
+    work: Callable[[Any, torch.Tensor], torch.Tensor],
+) -> None:
+    x = torch.randn(8, 6).double()
+    torch.manual_seed(3)
+    model = Model(work).double()
+    plan = autoparallel.make_plan(model, 2, example_inputs=x)
+    assert not plan.breaks
+    split = autoparallel.simulate(model, plan=plan, example_inputs=x)
+    loss = model(x)
+    loss.backward()
+    assert relative_error(split.output, loss.detach()) < TOLERANCE
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert relative_error(split.gradients[path], parameter.grad, 1e-9) < TOLERANCE, path
+
+
+def test_a_mode_around_sees_what_is_within() -> None:
+    """What is planned in a mode of the user's does what the mode does, in transforms too."""
+
+    def sine(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = vmap(lambda row: torch.sin(layer.row(row)))(x)
+        return made
+
+    x = torch.randn(8, 6).double()
+    torch.manual_seed(3)
+    model = Model(sine).double()
+    with Doubled():
+        split = autoparallel.simulate(model, 2, example_inputs=x)
+        assert relative_error(split.output, model(x).detach()) < TOLERANCE
+    assert relative_error(split.output, model(x).detach()) > 0.01
+
+
 def test_autograd_inside_is_refused() -> None:
-    """What its backward pass saves is detached, once the forward has run."""
+    """Autograd detaches what its backward pass reads, once the forward has run."""
 
     def asks(layer: Layer, x: torch.Tensor) -> torch.Tensor:
         def row(x: torch.Tensor) -> torch.Tensor:

@@ -353,3 +353,21 @@ def test_products_that_stay_python_are_not_split() -> None:
     assert plan.breaks[0].flops == 24 / 32
     assert plan.split_flops == plan.split_parameter_bytes == 8 / 32
     assert Plan.from_json(plan.to_json()).split_flops == 8 / 32
+
+
+class Catching(Mapped):
+    """It goes another way where the trace refuses the first one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the loss."""
+        try:
+            with torch.inference_mode():
+                h = self.large(x)
+        except Exception:
+            return self.small(x).square().mean()
+        return self.small(h.clone()).square().mean()
+
+
+def test_refusals_that_the_model_catches_count() -> None:
+    plan = autoparallel.make_plan(Catching(), 2, example_inputs=torch.randn(6, 24))
+    assert "enters torch.inference_mode" in plan.breaks[0].reason

@@ -28,7 +28,7 @@ class Plain(Base):
 
 
 class Hidden(Base):
-    """What it returns beside the loss is split, and the user computes with it."""
+    """A model that returns a split tensor beside the loss, with which the user computes."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.a(x).tanh()

@@ -1,4 +1,4 @@
-"""What no op of a trace tells of, on two processes; and in copies of split modules."""
+"""Python that no op of a trace tells of, on two processes, and in copies of split modules."""
 
 from __future__ import annotations
 

@@ -44,3 +44,28 @@ def test_an_assignment_to_begin_with_changes_nothing_but_the_way(kind: str) -> N
     solution = conditioning.solve(problem, start=start, max_table_entries=4**2)
     assert solution.cost == pytest.approx(best.cost, rel=1e-12)
     assert solution.lower_bound == pytest.approx(best.cost, rel=1e-9)
+
+
+def test_single_states_are_improved_where_nothing_else_ends_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is left stays too wide here: the best that was found is no worse than any beside it."""
+    kind = conditioning._Conditioning
+    asked: list[str] = []
+
+    def noting(name: str, result: object) -> object:
+        def noted(*arguments: object) -> object:
+            asked.append(name)
+            return result(*arguments) if callable(result) else result
+
+        return noted
+
+    monkeypatch.setattr(kind, "finished", noting("finished", None))
+    monkeypatch.setattr(kind, "improve", noting("improve", kind.improve))
+    problem = loop(16, 5, 6, 1)
+    names = conditioning.cutset(problem, 4**2)
+    solution = conditioning.solve(problem, max_table_entries=4**2)
+    assert asked == [*["finished"] * 4, "improve", "finished"]
+    for name in names:
+        others = {other: solution.assignment[other] for other in names if other != name}
+        assert exact.solve(problem.pinned(others)).cost == pytest.approx(solution.cost, rel=1e-9)

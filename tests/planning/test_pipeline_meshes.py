@@ -1,4 +1,4 @@
-"""Which meshes, micro-batches and stages on a rank are looked at, by estimates that are given."""
+"""Estimates that are given decide which meshes, micro-batches and stages are looked at."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,6 @@ __all__ = [
     "current_function_mode",
     "default_device_kind",
     "in_function_transform",
-    "is_traced_inside",
     "outside_transforms",
     "plain_ops_of",
     "replaced_transforms",
@@ -137,25 +137,54 @@ def outside_transforms() -> AbstractContextManager[Any]:
     return context
 
 
+# What runs the transforms of a thread in place of torch, the innermost last, by the thread.
+_transform_runs: dict[int, list[Callable[..., Any]]] = {}
+_transforms_lock = threading.Lock()
+
+
 @contextmanager
 def replaced_transforms(run: Callable[..., Any]) -> Iterator[None]:
-    """Return a context in which `vmap`, `grad`, `grad_and_value` and `jvp` are run by `run`.
+    """Return a context in which `vmap`, `grad`, `grad_and_value` and `jvp` of torch.func, in this
+    thread, are run by `run`.
 
     run: called with the function by which torch would run the transform, and its arguments. Also
     where the user's module has imported the transform by a name of its own.
     """
-    from torch._functorch import apis, eager_transforms
-
-    names = ("grad_impl", "grad_and_value_impl", "_jvp_with_argnums")
-    places = [(apis, "vmap_impl"), *((eager_transforms, name) for name in names)]
-    before = [getattr(module, name) for module, name in places]
-    for (module, name), original in zip(places, before, strict=True):
-        setattr(module, name, partial(run, original))
+    thread = threading.get_ident()
+    with _transforms_lock:
+        if not _transform_runs:
+            for module, name in _places_of_transforms():
+                setattr(module, name, _run_instead(getattr(module, name)))
+        _transform_runs.setdefault(thread, []).append(run)
     try:
         yield
     finally:
-        for (module, name), original in zip(places, before, strict=True):
-            setattr(module, name, original)
+        with _transforms_lock:
+            _transform_runs[thread].pop()
+            if not _transform_runs[thread]:
+                del _transform_runs[thread]
+            if not _transform_runs:
+                for module, name in _places_of_transforms():
+                    setattr(module, name, getattr(module, name).__wrapped__)
+
+
+def _places_of_transforms() -> list[tuple[Any, str]]:
+    """Return the modules of torch and the names there of the functions that run transforms."""
+    from torch._functorch import apis, eager_transforms
+
+    names = ("grad_impl", "grad_and_value_impl", "_jvp_with_argnums")
+    return [(apis, "vmap_impl"), *((eager_transforms, name) for name in names)]
+
+
+def _run_instead(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of torch that what replaces it in its thread runs, if there is any."""
+
+    @wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        runs = _transform_runs.get(threading.get_ident())
+        return runs[-1](original, *args, **kwargs) if runs else original(*args, **kwargs)
+
+    return run
 
 
 def plain_ops_of(
@@ -163,15 +192,19 @@ def plain_ops_of(
 ) -> torch.fx.GraphModule:
     """Return what a function does as a program of plain ops, which a trace around it does not see.
 
-    None of them writes to a tensor. function: of tensors, returns a list; no mode that sees calls
-    of torch's functions is left but those that it enters itself. tensors: what it is called with,
-    without data.
+    None of them writes to a tensor. function: of tensors, returns a list; of modes that see calls
+    of torch's functions, the user's are left, and those that it enters itself. tensors: what it is
+    called with, without data.
     """
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+    from torch.utils._device import DeviceContext
 
-    hidden = [
+    modes = [
         torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())
     ]
+    # Those of the user's, and that of a default device, change what the function computes.
+    kept = [mode for mode in modes if _is_users(mode) or isinstance(mode, DeviceContext)]
+    _enter(kept)
     try:
         with disable_proxy_modes_tracing():
             # Nothing else may be taken apart: an op's own derivative knows what its parts do not,
@@ -180,20 +213,17 @@ def plain_ops_of(
             instead = {torch.ops.aten.copy.default: _copied}
             return make_fx(torch.func.functionalize(function), instead)(*tensors)
     finally:
-        for mode in reversed(hidden):
-            torch._C._push_on_torch_function_stack(mode)
+        for _ in kept:
+            torch._C._pop_torch_function_stack()
+        _enter(modes)
+
+
+def _enter(modes: Sequence[Any]) -> None:
+    """Have modes see calls of torch's functions. modes: the innermost first."""
+    for mode in reversed(modes):
+        torch._C._push_on_torch_function_stack(mode)
 
 
 def _copied(into: torch.Tensor, source: torch.Tensor, _: bool = False) -> torch.Tensor:
     """Return what a tensor is after another one was copied into it."""
     return source.to(into.dtype).expand(into.shape)
-
-
-def is_traced_inside(tensor: torch.Tensor) -> bool:
-    """Return whether what transforms of torch.func have wrapped is a tensor without data."""
-    from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    while is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return isinstance(tensor, FakeTensor)
