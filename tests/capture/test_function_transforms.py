@@ -279,7 +279,7 @@ class Seen:
     """An object of the user's that a function under a transform is given, and writes to."""
 
     def __init__(self, factor: torch.Tensor) -> None:
-        self.factor, self.calls = factor, 0
+        self.factor, self.uses = factor, 0
 
 
 class Doubled(TorchFunctionMode):
@@ -297,11 +297,11 @@ def handed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     seen = Seen(x * 2)
 
     def energy(x: torch.Tensor, seen: Seen) -> torch.Tensor:
-        seen.calls += 1
+        seen.uses += 1
         return (layer.row(x) * seen.factor).square().sum()
 
     made: torch.Tensor = grad(energy)(x, seen)
-    return made * seen.calls
+    return made * seen.uses
 
 
 def kept(layer: Layer, x: torch.Tensor) -> torch.Tensor:
