@@ -20,6 +20,7 @@ from autoparallel.capture.branch_ways import BRANCH
 from autoparallel.capture.canonical_order import in_canonical_order
 from autoparallel.capture.checkpoint_regions import BEGIN, END, CheckpointRegions
 from autoparallel.capture.constant_keys import constant_keys
+from autoparallel.capture.counted_splits import CHECKS, CountedSplits, is_checked
 from autoparallel.capture.custom_functions import function_op
 from autoparallel.capture.differentiable_results import differentiable_results
 from autoparallel.capture.function_calls import FunctionCalls
@@ -70,6 +71,7 @@ class Importer:
         self.checkpoints = CheckpointRegions(folding, builder)
         self.functions = FunctionCalls(builder)
         self.turns = HitTurns(builder)
+        self.splits = CountedSplits(builder)
         self.constants: dict[str, torch.Tensor] = {}
         self.guards: tuple[sympy.Basic, ...] = ()
         self.autocast = AutocastRegions(builder)
@@ -230,7 +232,7 @@ class Importer:
         grad: whether gradients are recorded where it is. Raises CaptureError and Unfoldable.
         """
         name = str(node.target)
-        if name.startswith("aten._assert_tensor_metadata") or name in _CHECKS:
+        if name.startswith("aten._assert_tensor_metadata") or name in CHECKS:
             return
         if name in MARKS:
             self.regions.mark(node, name)
@@ -269,10 +271,10 @@ class Importer:
         """
         example = node.meta["val"]
         unknown = not isinstance(example, int) and hint_of(example) is None
-        if unknown and all(str(user.target) in _CHECKS for user in node.users):
+        if unknown and is_checked(node):
             return  # such as that a number of true values is not negative
         # A size is known to the tensor that has it, and so is what is computed of sizes alone.
-        if unknown and not self.of_sizes(node):
+        if unknown and not (self.of_sizes(node) or self.splits.reads(node)):
             origins = self.builder.origins
             path, line = origins.path(node), origins.line(node)
             raise CaptureError(
@@ -312,7 +314,7 @@ class Importer:
         function = function_op(name)
         if function is not None:
             args = self.functions.detached(node, function, args, grad)
-        call = Node("", "call", name, (), args, kwargs)
+        call = self.splits.call(node, Node("", "call", name, (), args, kwargs))
         if example is None and not schema_of(target).is_mutable:
             return  # it only checks its operands
         if example is None:
@@ -389,12 +391,3 @@ class Importer:
         )
         with region:
             self.builder.translated[node] = self.body(body, inner)
-
-
-# Checks of values, which a graph leaves out: they compute nothing.
-_CHECKS = {
-    "aten.sym_constrain_range_for_size.default",
-    "aten.sym_constrain_range.default",
-    "aten._assert_scalar.default",
-    "aten._assert_async.msg",
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +23,9 @@ from autoparallel.graph.row_program import (
     RowStep,
 )
 
-__all__ = ["join_experts_in_turn"]
+__all__ = ["PRODUCTS", "ExpertSearch", "join_experts_in_turn", "stacked"]
+
+PRODUCTS = {"aten.linear.default", "aten.mm.default", "aten.matmul.default"}
 
 _ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
 
@@ -98,20 +101,20 @@ def _joined(graph: Graph, node: Node, turns: list[_Turn]) -> list[Node] | None:
     """Return the op of routed experts in the place of the last sum, behind the stacked parameters;
     None where the turns are not those of alike experts.
     """
-    experts: dict[int, _Expert] = {}
+    experts: dict[int, ExpertSearch] = {}
     try:
         for turn in turns:
             chosen, number = chosen_expert(graph, turn.tokens)
-            experts[number] = _Expert.of(graph, turn, chosen, node)
+            experts[number] = ExpertSearch.of(graph, turn, chosen, node)
         inputs = [experts[number] for number in range(len(turns))]
     except (NoRowsError, KeyError):
         return None
     first = inputs[0]
     same = all((each.chosen, each.content) == (first.chosen, first.content) for each in inputs)
-    return _stacked(graph, node, inputs) if same and _are_all(graph, first, inputs) else None
+    return stacked(graph, node, inputs) if same and _are_all(graph, first, inputs) else None
 
 
-def _are_all(graph: Graph, first: _Expert, experts: list[_Expert]) -> bool:
+def _are_all(graph: Graph, first: ExpertSearch, experts: list[ExpertSearch]) -> bool:
     """Return whether a token's choices are different ones among exactly these experts."""
     if first.masks:
         return graph.values[first.chosen].shape[1:] == (1, len(experts))
@@ -126,7 +129,7 @@ def _are_all(graph: Graph, first: _Expert, experts: list[_Expert]) -> bool:
 
 
 @dataclass(kw_only=True)
-class _Expert(RowSearch):
+class ExpertSearch(RowSearch):
     """The search for what one expert makes of its rows.
 
     chosen: the value with the chosen experts, or a mask. places: the indices of its rows, of
@@ -142,7 +145,7 @@ class _Expert(RowSearch):
     ranks: dict[int, int] = field(default_factory=dict)
 
     @staticmethod
-    def of(graph: Graph, turn: _Turn, chosen: str, last: Node) -> _Expert:
+    def of(graph: Graph, turn: _Turn, chosen: str, last: Node) -> ExpertSearch:
         """Return the search of one turn, after it succeeded. Raises NoRowsError where it fails."""
         shape = graph.values[chosen].shape
         rank = len(shape)
@@ -150,7 +153,7 @@ class _Expert(RowSearch):
             raise NoRowsError
         where = graph.producers[turn.tokens]
         (choices,) = (value.name for value in where.results if value.name != turn.tokens)
-        search = _Expert(
+        search = ExpertSearch(
             graph=graph, tokens=shape[0], choices=shape[1], start=turn.made, order=NATURAL
         )
         search.chosen, search.places = chosen, (turn.tokens, choices)
@@ -209,7 +212,7 @@ class _Expert(RowSearch):
                     value_ = Ref(self.given("value", base.name))
                     return self.step("aten.unsqueeze.default", value_, -1)
             return self.given("value", source.name)
-        if node.target in ("aten.linear.default", "aten.mm.default", "aten.matmul.default"):
+        if node.target in PRODUCTS:
             return self.multiplied(node, order)
         return self.row_by_row(node, name, order)
 
@@ -255,7 +258,7 @@ class _Expert(RowSearch):
         return made
 
 
-def _stacked(graph: Graph, node: Node, experts: list[_Expert]) -> list[Node] | None:
+def stacked(graph: Graph, node: Node, experts: Sequence[ExpertSearch]) -> list[Node] | None:
     """Return the stacks of parameters, and the op that reads them."""
     first = experts[0]
     nodes: list[Node] = []
@@ -276,7 +279,10 @@ def _stacked(graph: Graph, node: Node, experts: list[_Expert]) -> list[Node] | N
         grad = any(value.requires_grad for value in values)
         table = Value(f"{node.name}_table{len(tables)}", shape, values[0].dtype, grad)
         names[f"other{at}"] = Ref(f"table{len(tables)}")
-        tables.append(Ref(table.name))
+        whole = _whole(graph, slot)
+        tables.append(Ref(whole or table.name))
+        if whole:
+            continue
         stack = replace(node, name=table.name, target="aten.stack.default", results=(table,))
         nodes.append(replace(stack, args=(tuple(map(Ref, slot)), 0), kwargs=()))
     steps: list[RowStep] = []
@@ -317,6 +323,19 @@ def _stacked(graph: Graph, node: Node, experts: list[_Expert]) -> list[Node] | N
         nodes += _unmasked(graph, node, first.chosen)
         arguments = (rows, Ref(nodes[-1].name), *given, NOT_ALL)
     return [*nodes, replace(node, target=ROUTED, args=arguments, kwargs=())]
+
+
+def _whole(graph: Graph, parts: list[str]) -> str:
+    """Return the value of which these are the parts along the first dim; "" where they are not."""
+    places = [graph.producers[name] for name in parts]
+    sources = {(node.target, *node.operands()) for node in places}
+    if len(sources) > 1 or [node.args[1:] for node in places] != [
+        (0, at) for at in range(len(parts))
+    ]:
+        return ""
+    target, source = sources.pop()
+    fits = target == "aten.select.int" and graph.values[source].shape[0] == len(parts)
+    return source if fits else ""
 
 
 def _unmasked(graph: Graph, node: Node, mask: str) -> list[Node]:

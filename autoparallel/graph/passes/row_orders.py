@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, size_expression
 from autoparallel.graph.passes.editing import first_operand
 
-__all__ = ["FLOOR", "INDEX", "NATURAL", "ZEROS", "RowOrders"]
+__all__ = ["COUNTED", "FLOOR", "INDEX", "NATURAL", "ZEROS", "RowOrders"]
+__all__ += ["counted_places", "numel"]
 
 # The order of rows as the choices lie: token by token. Others have the name of a permutation.
 NATURAL = ""
@@ -16,6 +18,8 @@ INDEX = {"aten.index.Tensor"}
 FLOOR = {"aten.floor_divide.default", "aten.div.Tensor_mode"}
 ZEROS = {"aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default"}
 _EMPTY = {"aten.empty_like.default", "aten.new_empty.default", "aten.empty.memory_format", *ZEROS}
+# The op that returns 0 as often as the first number says, 1 as often as the second, and so on.
+COUNTED = "aten.repeat_interleave.Tensor"
 # Ops that change nothing but the type, or nothing at all.
 _COPIES = {"aten.to.dtype", "aten.clone.default", "aten.contiguous.default", "aten.detach.default"}
 _SORTS = {"aten.sort.default", "aten.sort.stable"}
@@ -58,6 +62,9 @@ class RowOrders:
         if order != NATURAL:
             if producer.target in INDEX and producer.args[1] == (Ref(order),):
                 return self.is_chosen(producer.operands()[0], NATURAL)
+            if producer.target == COUNTED:
+                places = counted_places(self.graph, producer.operands()[0])
+                return self.ascends(order) and self.uncopied(self.experts) == places
             if producer.target not in _SORTS or not self.is_sort_of(producer, order):
                 return False
             return name == producer.results[0].name and self.is_flat_choice(producer.operands()[0])
@@ -79,21 +86,19 @@ class RowOrders:
         before = self.graph.values[producer.operands()[0]]
         if self.experts:
             return before.name == self.experts
-        fits = len(before.shape) > 1 and before.shape[-1] == self.choices
+        # Choices may count as tokens of one choice each.
+        apart = len(before.shape) > 1 and before.shape[-1] == self.choices
+        fits = (apart and before.shape[0] == self.tokens) or self.choices == 1
         if not fits or size_expression(value.shape[0]) != self.count:
             return False
-        if before.dtype.is_floating_point or before.shape[0] != self.tokens:
+        if before.dtype.is_floating_point:
             return False
         self.experts = before.name
         return True
 
     def uncopied(self, name: str) -> str:
         """Return the value that others are copies of, perhaps of another type."""
-        producer = self.graph.producers[name]
-        while producer.target in _COPIES:
-            name = producer.operands()[0]
-            producer = self.graph.producers[name]
-        return name
+        return _uncopied(self.graph, name)
 
     def are_places(self, name: str) -> bool:
         """Return whether a value's numbers are places that an op found, none of them negative."""
@@ -111,6 +116,10 @@ class RowOrders:
         if producer.target in _ARGSORTS:
             return self.is_flat_choice(producer.operands()[0])
         return False
+
+    def ascends(self, name: str) -> bool:
+        """Return whether a value is that permutation, with the first expert's rows first."""
+        return self.is_order(name) and not self.graph.producers[name].argument(2, "descending")
 
     def inverted(self, name: str) -> str:
         """Return the permutation of which a value is the inverse; "" where it is none."""
@@ -146,7 +155,11 @@ class RowOrders:
         producer = self.graph.producers[self.uncopied(name)]
         if self.choices == 1 and name == order:
             return True
-        if producer.target not in FLOOR or producer.args[1] != self.choices:
+        return self.is_floor(producer, order) and bool(producer.args[1] == self.choices)
+
+    def is_floor(self, producer: Node, order: str) -> bool:
+        """Return whether a node divides the numbers of rows, in that order, and rounds down."""
+        if producer.target not in FLOOR or not isinstance(producer.args[1], int):
             return False
         if producer.target == "aten.div.Tensor_mode" and producer.keyword("rounding_mode") not in (
             "floor",
@@ -159,7 +172,7 @@ class RowOrders:
     def are_ends(self, name: str, order: str, count: Dim) -> bool:
         """Return whether a value says where the rows of each expert end, in that order of rows."""
         producer = self.graph.producers[self.uncopied(name)]
-        if order == NATURAL or not isinstance(count, int) or not self.is_order(order):
+        if order == NATURAL or not isinstance(count, int) or not self.ascends(order):
             return False
         if producer.target != "aten.cumsum.default" or producer.args[1] not in (0, -1):
             return False
@@ -171,3 +184,57 @@ class RowOrders:
         return counts.args[3] in (count - 1, count) and (
             self.is_chosen(counted, order) or self.is_chosen(counted, NATURAL)
         )
+
+
+def numel(shape: tuple[Dim, ...]) -> Any:
+    """Return the number of elements of a tensor, as an expression.
+
+    >>> numel((2, 3))
+    6
+    """
+    return math.prod(map(size_expression, shape))
+
+
+def counted_places(graph: Graph, name: str) -> str:
+    """Return the chosen experts of which a value says how often each was chosen; "" if of none.
+
+    Example: `counted_places(graph, "counts")`.
+    """
+    node = graph.producers[_uncopied(graph, name)]
+    if node.target != "aten.sum.dim_IntList" or node.argument(2, "keepdim", False):
+        return ""
+    flags = graph.producers[_uncopied(graph, node.operands()[0])]
+    count = flags.result.shape[-1]
+    rank = len(flags.result.shape)
+    if sorted(dim % rank for dim in node.argument(1, "dim", ())) != [*range(rank - 1)]:
+        return ""
+    if flags.target == "aten.scatter.value" and rank == 2:
+        zeros, dim, places, one = flags.args
+        if graph.producers[zeros.name].target not in ZEROS or dim not in (1, -1) or one != 1:
+            return ""
+    elif flags.target == "aten.eq.Tensor":
+        column, numbers = (graph.producers[each] for each in flags.operands())
+        if numbers.target != "aten.arange.default" or numbers.args != (count,):
+            return ""
+        if column.target != "aten.unsqueeze.default" or column.args[1] not in (-1, rank - 1):
+            return ""
+        places = column.args[0]
+    else:
+        return ""
+    # They are different ones for each token, and none is too large.
+    chosen = _uncopied(graph, places.name)
+    top = graph.producers[chosen]
+    if top.target != "aten.topk.default" or chosen != top.results[1].name:
+        return ""
+    scores = graph.values[top.operands()[0]].shape
+    last = top.argument(2, "dim", -1) in (-1, len(scores) - 1)
+    return chosen if last and scores[-1] == count else ""
+
+
+def _uncopied(graph: Graph, name: str) -> str:
+    """Return the value that others are copies of, perhaps of another type."""
+    producer = graph.producers[name]
+    while producer.target in _COPIES:
+        name = producer.operands()[0]
+        producer = graph.producers[name]
+    return name

@@ -31,6 +31,7 @@ from autoparallel.graph.passes.normalize import (
 )
 from autoparallel.graph.passes.repeats import explicit_repeats
 from autoparallel.graph.passes.sorted_experts import join_routed_experts
+from autoparallel.graph.passes.split_rows import join_split_rows
 
 __all__ = ["PASSES", "run_passes"]
 
@@ -53,6 +54,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     join_slices,
     join_writes,
     explicit_repeats,
+    join_split_rows,
     join_routed_experts,
     join_experts_in_turn,
     # What is left of sizes that depend on values: rows that a mask drops.

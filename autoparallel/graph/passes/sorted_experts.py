@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from autoparallel.graph.graph import Dim, Graph, Node, Ref, Value, map_leaves, size_expression
-from autoparallel.graph.operators import draws
-from autoparallel.graph.passes.editing import rebuilt
+from autoparallel.graph.passes.editing import expand_to, first_operand, rebuilt, reshape_to
 from autoparallel.graph.passes.flattened_batches import is_pointwise
-from autoparallel.graph.passes.row_orders import FLOOR, INDEX, NATURAL, ZEROS, RowOrders
+from autoparallel.graph.passes.row_orders import FLOOR, INDEX, NATURAL, ZEROS, RowOrders, numel
+from autoparallel.graph.passes.rows_apart import keeps_rows_apart
 from autoparallel.graph.row_program import (
     LOOKUP,
     PRODUCT,
@@ -24,25 +24,6 @@ from autoparallel.graph.row_program import (
 __all__ = ["NoRowsError", "RowSearch", "join_routed_experts"]
 
 _GROUPED = {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default"}
-# Ops on rows that name dims of their operand, and at which place of their arguments: none of them
-# may be the dim of rows.
-_NAMED_DIMS = {
-    "aten.chunk.default": 2,
-    "aten.split.Tensor": 2,
-    "aten.split_with_sizes.default": 2,
-    "aten.slice.Tensor": 1,
-    "aten.select.int": 1,
-    "aten.softmax.int": 1,
-    "aten.log_softmax.int": 1,
-    "aten.sum.dim_IntList": 1,
-    "aten.mean.dim": 1,
-    "aten.amax.default": 1,
-    "aten.unsqueeze.default": 1,
-    "aten.squeeze.dim": 1,
-    "aten.unbind.int": 1,
-}
-# Ops of the last dims of their first operand, whatever lies before them.
-_OF_LAST_DIMS = {"aten.linear.default", "aten.layer_norm.default", "aten.rms_norm.default"}
 
 
 def join_routed_experts(graph: Graph) -> Graph:
@@ -59,8 +40,7 @@ def join_routed_experts(graph: Graph) -> Graph:
     """
     nodes: list[Node] = []
     for node in graph.nodes:
-        joined = _joined(graph, node) if node.kind == "call" else None
-        nodes.append(node if joined is None else joined)
+        nodes += [node] if node.kind != "call" else _joined(graph, node)
     return _with_types(rebuilt(graph, nodes, {}))
 
 
@@ -86,13 +66,14 @@ class NoRowsError(Exception):
     """A value does not follow row by row from tokens, choices and tables."""
 
 
-def _joined(graph: Graph, node: Node) -> Node | None:
-    """Return the op of routed experts that a node ends; None where it ends none."""
+def _joined(graph: Graph, node: Node) -> list[Node]:
+    """Return the op of routed experts that a node ends, behind what it reads; else the node."""
     try:
         search = RowSearch.at(graph, node)
-        return None if search is None else search.joined(node)
+        joined = None if search is None else search.joined(node)
     except NoRowsError:
-        return None
+        joined = None
+    return [node] if search is None or joined is None else [*search.added, joined]
 
 
 @dataclass(kw_only=True)
@@ -101,7 +82,7 @@ class RowSearch(RowOrders):
 
     start, order: the rows that are summed, and the order in which they lie. steps: found so far,
     first to last. known: the program's value by the graph's and the order of its rows. inputs: by
-    kind, the graph's values that the program reads.
+    kind, the values that the program reads. added: nodes before the op, which it needs.
     """
 
     start: str
@@ -111,6 +92,7 @@ class RowSearch(RowOrders):
     inputs: dict[str, list[str]] = field(
         default_factory=lambda: {"row": [], "value": [], "table": [], "plain": []}
     )
+    added: list[Node] = field(default_factory=list)
 
     @staticmethod
     def at(graph: Graph, node: Node) -> RowSearch | None:
@@ -161,13 +143,14 @@ class RowSearch(RowOrders):
     def joined(self, node: Node) -> Node | None:
         """Return the op of routed experts. Raises NoRowsError where there is none."""
         result = self.rows(self.start, self.order)
-        tables = [self.graph.values[name] for name in self.inputs["table"]]
+        values = {**self.graph.values, **{each.name: each.result for each in self.added}}
+        tables = [values[name] for name in self.inputs["table"]]
         if not self.experts or not any(step.target == PRODUCT for step in self.steps):
             return None
         if len({table.shape[0] for table in tables}) != 1:
             return None
         inputs = {
-            f"{kind}{at}": self.graph.values[name]
+            f"{kind}{at}": values[name]
             for kind, names in self.inputs.items()
             for at, name in enumerate(names)
         }
@@ -176,9 +159,27 @@ class RowSearch(RowOrders):
         except ValueError:
             return None
         kinds = ("row", "value", "table", "plain")
-        rows, values, tables_, plain = (tuple(map(Ref, self.inputs[kind])) for kind in kinds)
-        args = (rows, Ref(self.experts), values, tables_, plain, text, None)
-        return replace(node, target=ROUTED, args=args, kwargs=())
+        rows, numbers, tables_, plain = (tuple(map(Ref, self.inputs[kind])) for kind in kinds)
+        chosen = self.experts
+        if values[chosen].shape != (self.tokens, self.choices):
+            chosen = self.reshape(chosen, (self.tokens, self.choices))
+        args = (rows, Ref(chosen), numbers, tables_, plain, text, None)
+        node = replace(node, target=ROUTED, args=args, kwargs=())
+        self.added = [replace(each, scope=node.scope, line=node.line) for each in self.added]
+        return node
+
+    def reshape(self, name: str, *shapes: tuple[Dim, ...]) -> str:
+        """Add nodes that give a value one shape after the other, a dim of 1 growing; return the
+        last one's name.
+        """
+        value = self.graph.values[name]
+        for shape in shapes:
+            grows = numel(shape) != numel(value.shape)
+            view = expand_to if grows else reshape_to
+            made = replace(value, name=f"{self.start}_rows{len(self.added)}", shape=shape)
+            self.added.append(view(self.graph.producers[self.start], made, value))
+            value = made
+        return value.name
 
     # -- inputs
 
@@ -218,6 +219,8 @@ class RowSearch(RowOrders):
                 0,
             ):
                 return self.given("row", self.of_tokens(node.operands()[0]))
+        if node.target == ROUTED:
+            return self.routed(node, order)
         if node.target in _GROUPED:
             return self.product(node, order)
         if node.target == "aten.bmm.default":
@@ -243,6 +246,9 @@ class RowSearch(RowOrders):
             raise NoRowsError
         if self.are_tokens(index.name, order):
             return self.given("row", self.of_tokens(source))
+        place = self.graph.producers[index.name]
+        if self.choices == 1 and self.is_floor(place, order):
+            return self.repeated(source, place.args[1])
         if order == NATURAL:
             permutation = self.inverted(index.name)
             if permutation and self.is_order(permutation):
@@ -253,6 +259,14 @@ class RowSearch(RowOrders):
             return self.step(LOOKUP, Ref(self.given("table", source)))
         raise NoRowsError
 
+    def repeated(self, name: str, times: int) -> str:
+        """Return rows of which each of some tokens has several, one behind the other."""
+        count, *behind = self.graph.values[name].shape
+        if size_expression(count) * times != self.count:
+            raise NoRowsError
+        shapes = [(count, 1, *behind), (count, times, *behind), (self.tokens, *behind)]
+        return self.given("row", self.reshape(name, *shapes))
+
     def reshaped(self, node: Node) -> str:
         """Return rows that a reshape makes of a value with a dim of tokens and one of choices, or
         of rows with other dims behind.
@@ -262,7 +276,10 @@ class RowSearch(RowOrders):
         if self.has_rows(source):
             return self.step_on_rows(node, (-1, *behind), NATURAL)
         if source.shape[:2] != (self.tokens, self.choices) or source.shape[2:] != behind:
-            raise NoRowsError
+            if source.shape[len(source.shape) - len(behind) :] != behind:
+                raise NoRowsError
+            shape = (self.tokens, self.choices, *behind)
+            return self.given("value", self.reshape(source.name, shape))
         # A token that is repeated for each choice, or what was computed for each of them.
         producer = self.graph.producers[source.name]
         if producer.target == "aten.expand.default":
@@ -296,6 +313,30 @@ class RowSearch(RowOrders):
         rows = Ref(self.rows(x.name, order))
         return self.step(PRODUCT, rows, Ref(self.given("table", weight.name)))
 
+    def routed(self, node: Node, order: str) -> str:
+        """Return what routed experts make of rows, as steps of this program."""
+        rows, experts, values, tables, plain, text, *others = node.args
+        column = self.graph.producers[experts.name]
+        one = column.target == "aten.unsqueeze.default" and column.args[1] == 1
+        if not one or values or any(others) or not self.is_chosen(first_operand(column), order):
+            raise NoRowsError
+        names = {f"row{at}": self.rows(each.name, order) for at, each in enumerate(rows)}
+        for kind, given in (("table", tables), ("plain", plain)):
+            names |= {f"{kind}{at}": self.given(kind, each.name) for at, each in enumerate(given)}
+        program = RowProgram.parse(text)
+        for step in program.steps:
+            made = {name: f"v{len(self.steps)}_{at}" for at, name in enumerate(step.makes)}
+            renamed = {name: Ref(other) for name, other in names.items()}
+
+            def leaf(item: Any, renamed: dict[str, Ref] = renamed) -> Any:
+                """Return an argument with the name that this program has for what it reads."""
+                return renamed[item.name] if isinstance(item, Ref) else item
+
+            args, kwargs = map_leaves(leaf, step.args), map_leaves(leaf, step.kwargs)
+            self.steps.append(RowStep(tuple(made.values()), step.target, args, kwargs))
+            names |= made
+        return names[program.result]
+
     def batched_product(self, node: Node, order: str) -> str:
         """Return the product of each row with the matrix of its expert, which was looked up."""
         left, right = (self.graph.values[name] for name in node.operands())
@@ -320,7 +361,7 @@ class RowSearch(RowOrders):
 
     def row_by_row(self, node: Node, name: str, order: str) -> str:
         """Return what an op that treats every row by itself makes of rows."""
-        if not self.keeps_rows_apart(node):
+        if not keeps_rows_apart(self.graph, node, self.has_rows):
             raise NoRowsError
         if node.target in ("aten.reshape.default", "aten.view.default"):
             return self.step_on_rows(node, (-1, *node.result.shape[1:]), order)
@@ -352,32 +393,6 @@ class RowSearch(RowOrders):
         for value, made in zip(node.results, makes, strict=True):
             self.known[value.name, order] = made
         return self.known[name, order]
-
-    def keeps_rows_apart(self, node: Node) -> bool:
-        """Return whether an op treats each row by itself, and draws no numbers."""
-        if draws(node.target) or "dropout" in node.target:
-            return False
-        if is_pointwise(node.target):
-            return True
-        rank = len(self.graph.values[node.operands()[0]].shape) if node.operands() else 0
-        if node.target in _OF_LAST_DIMS:
-            dims = len(node.args[1]) if "norm" in node.target else 1
-            return dims < rank
-        if node.target == "aten.cat.default":
-            return all(isinstance(item, Ref) for item in node.args[0]) and (
-                node.argument(1, "dim", 0) % len(node.result.shape) != 0
-            )
-        if node.target in ("aten.reshape.default", "aten.view.default"):
-            return self.has_rows(self.graph.values[node.operands()[0]])
-        if node.target == "aten.transpose.int":
-            return all(dim % rank != 0 for dim in node.args[1:3])
-        position = _NAMED_DIMS.get(node.target)
-        if position is None:
-            return False
-        unsqueezed = rank + (node.target == "aten.unsqueeze.default")
-        given = node.argument(position, "dim", 0)
-        named: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
-        return bool(named) and all(isinstance(dim, int) and dim % unsqueezed != 0 for dim in named)
 
     def step(self, target: str, *args: Any) -> str:
         """Append a step with one result, and return its name."""
