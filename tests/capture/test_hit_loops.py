@@ -359,6 +359,56 @@ def test_what_an_expert_does_not_take_is_nobodys(kernel: str, world_size: int) -
     assert error < 1e-10, where
 
 
+class Flagged(Routed):
+    """Flags of the experts that a token takes are the numbers of experts, as a library has it: a
+    token has an expert several times. Some numbers may be those of no expert.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.gate(x).softmax(-1)
+        chosen = (weights > weights.mean(-1, keepdim=True)).long()
+        if self.form == "none":
+            chosen = chosen * 2 + self.gate(x).argmax(-1, keepdim=True)
+        masks = functional.one_hot(chosen, EXPERTS + 2).permute(2, 1, 0)
+        y = torch.zeros_like(x)
+        for number in torch.greater(masks.sum(dim=(-1, -2)), 0).nonzero():
+            if number >= EXPERTS:
+                continue
+            choice, token = torch.where(masks[number].squeeze(0))
+            made = self.experts[number](x[token]) * weights[token, choice, None]
+            if self.form == "written":
+                y[token] += made
+            else:
+                y.index_add_(0, token, made)
+        return y.pow(2).sum()
+
+
+@pytest.mark.parametrize("form", ["some", "none"])
+@pytest.mark.parametrize(("kernel", "world_size"), [("experts_summed", 3), ("experts_inner", 2)])
+def test_a_token_may_choose_an_expert_twice(form: str, kernel: str, world_size: int) -> None:
+    model, x = Flagged(form).double(), inputs(1)
+    traced = autoparallel.make_plan(model, 1, example_inputs=(inputs(0),))
+    assert not traced.breaks
+    assert sum(op.target == ROUTED for op in traced.ops) == 1
+    assert traced.captured is not None
+    with expert_families.only(*[kernel] * (world_size - 1)):
+        plan = search(traced.captured, traced.model, Mesh(tp=world_size), Options())
+    expected = model(x)
+    expected.backward()
+    named = model.named_parameters(remove_duplicate=False)
+    gradients = {path: p.grad for path, p in named if p.grad is not None}
+    run = autoparallel.simulate(model, plan=plan, example_inputs=(x,))
+    assert relative_error(run.output.detach(), expected.detach()) < 1e-10
+    error, where = worst_gradient({path: run.gradients[path] for path in gradients}, gradients)
+    assert error < 1e-10, where
+
+
+def test_rows_that_are_written_are_not_added() -> None:
+    """Of several choices of one expert, one row is added, whichever comes last."""
+    with pytest.raises(CaptureError, match="depends on the values"):
+        trace(Flagged("written").double(), (inputs(0),), {}, known=find_rule)
+
+
 def test_a_mask_of_several_experts_is_no_choice() -> None:
     """A row may be of more experts than there are choices, and stays the user's Python."""
     x = torch.randn(4, 6, WIDTH, dtype=torch.float64)

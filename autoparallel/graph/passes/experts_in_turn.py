@@ -110,14 +110,21 @@ def _joined(graph: Graph, node: Node, turns: list[_Turn]) -> list[Node] | None:
     except (NoRowsError, KeyError):
         return None
     first = inputs[0]
-    same = all((each.chosen, each.content) == (first.chosen, first.content) for each in inputs)
-    return stacked(graph, node, inputs) if same and _are_all(graph, first, inputs) else None
+    if any((each.chosen, each.content) != (first.chosen, first.content) for each in inputs):
+        return None
+    if first.masks:
+        fits = graph.values[first.chosen].shape[1:] == (1, len(inputs))
+        return stacked(graph, node, inputs) if fits else None
+    if _are_all(graph, first, inputs):
+        return stacked(graph, node, inputs)
+    # A choice that is no expert's has no turn; a token that has several choices of one expert has
+    # as many rows there, all of which have to be added.
+    adds = all(turn.sum.target == "aten.index_add.default" for turn in turns)
+    return stacked(graph, node, inputs, present=NOT_ALL) if adds else None
 
 
 def _are_all(graph: Graph, first: ExpertSearch, experts: list[ExpertSearch]) -> bool:
     """Return whether a token's choices are different ones among exactly these experts."""
-    if first.masks:
-        return graph.values[first.chosen].shape[1:] == (1, len(experts))
     producer = graph.producers[first.chosen]
     source = graph.values[producer.operands()[0]] if producer.operands() else None
     return (
@@ -258,8 +265,13 @@ class ExpertSearch(RowSearch):
         return made
 
 
-def stacked(graph: Graph, node: Node, experts: Sequence[ExpertSearch]) -> list[Node] | None:
-    """Return the stacks of parameters, and the op that reads them."""
+def stacked(
+    graph: Graph, node: Node, experts: Sequence[ExpertSearch], present: float = 1.0
+) -> list[Node] | None:
+    """Return the stacks of parameters, and the op that reads them.
+
+    present: the share of choices that are some expert's.
+    """
     first = experts[0]
     nodes: list[Node] = []
     tables: list[Ref] = []
@@ -318,7 +330,8 @@ def stacked(graph: Graph, node: Node, experts: Sequence[ExpertSearch]) -> list[N
         return None
     given = (values_, tuple(tables), tuple(plain), text, None)
     if not first.masks:
-        arguments: tuple[Any, ...] = (rows, Ref(first.chosen), *given)
+        absent = () if present == 1.0 else (present,)
+        arguments: tuple[Any, ...] = (rows, Ref(first.chosen), *given, *absent)
     else:
         nodes += _unmasked(graph, node, first.chosen)
         arguments = (rows, Ref(nodes[-1].name), *given, NOT_ALL)
@@ -327,15 +340,12 @@ def stacked(graph: Graph, node: Node, experts: Sequence[ExpertSearch]) -> list[N
 
 def _whole(graph: Graph, parts: list[str]) -> str:
     """Return the value of which these are the parts along the first dim; "" where they are not."""
-    places = [graph.producers[name] for name in parts]
-    sources = {(node.target, *node.operands()) for node in places}
-    if len(sources) > 1 or [node.args[1:] for node in places] != [
-        (0, at) for at in range(len(parts))
-    ]:
+    picks = [graph.producers[name] for name in parts]
+    whole = picks[0].args[0] if picks[0].target == "aten.select.int" else None
+    if not isinstance(whole, Ref) or graph.values[whole.name].shape[0] != len(parts):
         return ""
-    target, source = sources.pop()
-    fits = target == "aten.select.int" and graph.values[source].shape[0] == len(parts)
-    return source if fits else ""
+    expected = [("aten.select.int", (whole, 0, at)) for at in range(len(parts))]
+    return whole.name if [(node.target, node.args) for node in picks] == expected else ""
 
 
 def _unmasked(graph: Graph, node: Node, mask: str) -> list[Node]:
