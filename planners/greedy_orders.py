@@ -12,8 +12,11 @@ from planners.reduction import Network
 
 __all__ = ["SCORES", "TooWideError", "greedy_order", "hubs_of", "inserted", "variable_classes"]
 
-# By what the next variable may be chosen, see `_Graph`; the quickest first.
-SCORES = ("weight", "balance", "fill")
+# By what the next variable may be chosen, see `_Graph`, in the order in which they are tried.
+SCORES = ("weight", "balance", "fill", "thin", "thinner")
+# How often fill counts beside the size of the joint table, and how often it is divided by the
+# variable's own size.
+_POWERS = {"balance": (1, 2), "thin": (2, 1), "thinner": (2, 0)}
 # Variables with more neighbours are not worth scoring by fill: they go late anyway.
 _MAX_FILL_DEGREE = 60
 # So many neighbours make a variable a hub, as the mode of a block that may be recomputed is one.
@@ -153,8 +156,9 @@ class _Graph:
     weight), the logarithm of the joint table's size; by "fill" it is (fill, weight), where fill is
     the size of the tables between neighbours that are not connected yet; by "balance" it is the
     logarithm of fill * result / own size: a variable of few states between large ones waits, as it
-    keeps them apart at little cost. weights are fixed-point base-2 logarithms. hubs: variables that
-    are no part of it.
+    keeps them apart at little cost. By "thin" and "thinner" fill counts twice, and the own size
+    once or not at all. weights are fixed-point base-2 logarithms. hubs: variables that are no part
+    of it.
     """
 
     def __init__(self, network: Network, score: str, hubs: Sequence[int] = ()) -> None:
@@ -216,8 +220,9 @@ class _Graph:
             return fill, weight
         # The logarithm of an integer's length in bits would be too coarse; it is rounded to fixed
         # point, as the weights are.
-        balance = round(math.log2(1 + fill) * 2**20) + weight - 2 * self.logs[variable]
-        return balance, weight
+        to_come, own = _POWERS[self.score]
+        logarithm = to_come * round(math.log2(1 + fill) * 2**20)
+        return logarithm + weight - own * self.logs[variable], weight
 
 
 def variable_classes(network: Network, free: list[int]) -> dict[int, int]:

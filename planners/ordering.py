@@ -29,7 +29,9 @@ _MOST_ENTRIES = 2**28
 # Schedules of more work than this, in the same unit, take longer than some ten seconds.
 _MUCH_WORK = 2**34
 # How many times the time of finding an order the work must be for another to be looked for.
-_WORTHWHILE = {"weight": 1, "balance": 4, "fill": 100}
+_WORTHWHILE = {"weight": 1, "balance": 4, "thin": 32, "thinner": 32, "fill": 100}
+# Orders by these are hardly ever the only ones that are narrow enough, but often the quickest.
+_LATER = ("thin", "thinner")
 # An order that was found for a similar network is taken if its work has grown by no more than this.
 _AS_GOOD = 1.5
 # One in so many variables may be new to it: states that were dominated there, and are not here.
@@ -107,7 +109,7 @@ def schedule(
     orders: Orders | None = None,
     scores: tuple[str, ...] = SCORES,
 ) -> Schedule:
-    """Return the cheapest of up to twelve greedy orders, as a schedule.
+    """Return the cheapest of up to twenty greedy orders, as a schedule.
 
     The next variable is the one whose step has the smallest joint table (min-weight). If that
     leaves many distinct steps, whole classes of equal variables are also tried; if it leaves big
@@ -164,7 +166,7 @@ def schedule(
         worthwhile = _WORTHWHILE[score]
         if hubs and not aside and score != SCORES[0]:
             worthwhile = max(_WORTHWHILE.values())
-        if best_work <= search_work * worthwhile:
+        if best_work <= search_work * worthwhile or (best is None and score in _LATER):
             continue
         if by_class and not alike:
             alike = variable_classes(network, free)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import networkx
@@ -24,7 +25,7 @@ from planners import (
     exact,
     exhaustive,
 )
-from planners.greedy_orders import greedy_order, hubs_of
+from planners.greedy_orders import SCORES, greedy_order, hubs_of
 from planners.interaction_graph import (
     components,
     interaction_graph,
@@ -240,7 +241,7 @@ def test_hubs_are_set_aside_and_come_back_where_they_cost_least() -> None:
     hubs = hubs_of(network)
     assert [problem.names[hub] for hub in hubs] == [f"mode {block}" for block in range(6)]
     alone = {variable: variable for variable in range(len(network.sizes))}
-    for score in ("weight", "balance", "fill"):
+    for score in SCORES:
         order = greedy_order(network, alone, score, 2**20, hubs)
         assert sorted(order) == sorted(alone)
         # A block is left by one of its variables and its mode.
@@ -250,6 +251,22 @@ def test_hubs_are_set_aside_and_come_back_where_they_cost_least() -> None:
     # The limit on tables holds for hubs, too.
     with pytest.raises(TooWideError):
         greedy_order(network, alone, "weight", 8, hubs)
+
+
+@pytest.mark.parametrize("seed", [16, 21])
+def test_where_there_is_much_work_another_order_saves_most_of_it(seed: int) -> None:
+    """Tables to come count twice beside that of the step: a grid of variables of many sizes."""
+    rows, columns, draw = 8, 10, random.Random(seed)
+    states = tuple(np.arange(draw.choice([3, 4, 6, 9])) for _ in range(rows * columns))
+    pairs = [
+        (at, at + step)
+        for at in range(rows * columns)
+        for step in (1, columns)
+        if (step == columns or (at + 1) % columns) and at + step < rows * columns
+    ]
+    network = Network(states, tuple((pair, 0) for pair in pairs), (), {})
+    work = {scores: schedule(network, 2**26, scores=scores).work for scores in (SCORES[:3], SCORES)}
+    assert 2 * work[SCORES] < work[SCORES[:3]]
 
 
 def test_an_order_by_one_score_is_not_taken_for_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
