@@ -172,10 +172,10 @@ def ctc_loss_of_batch(
 ) -> Any:
     """The loss of each sequence over its length, by an op that returns nothing else; their mean.
 
-    Targets of all sequences in one row, and a single sequence, are traced as they are.
+    A single sequence is traced as it is.
     """
     lengths = (score_lengths, target_lengths)
-    if scores.dim() != 3 or targets.dim() != 2 or any(each.dim() != 1 for each in lengths):
+    if scores.dim() != 3 or any(each.dim() != 1 for each in lengths):
         return NotImplemented
     losses = ctc_loss(scores, targets, *lengths, blank, zero_infinity)
     if reduction == _MEAN:

@@ -23,8 +23,9 @@ def ctc_loss(
 ) -> torch.Tensor:
     """Return the loss of each sequence.
 
-    scores: (t, n, c), logarithms of probabilities. targets: (n, s). score_lengths, target_lengths:
-    (n,). blank, zero_infinity: as in torch.nn.functional.ctc_loss.
+    scores: (t, n, c), logarithms of probabilities. targets: (n, s), or those of all sequences, one
+    behind the other. score_lengths, target_lengths: (n,). blank, zero_infinity: as in
+    torch.nn.functional.ctc_loss.
 
     >>> scores = torch.zeros(3, 1, 2).log_softmax(-1)
     >>> one = torch.ones(1, dtype=torch.long)
@@ -40,8 +41,16 @@ def ctc_loss(
 
 
 @ctc_loss.register_fake
-def _shape(scores: torch.Tensor, *others: Any) -> torch.Tensor:
+def _shape(
+    scores: torch.Tensor,
+    targets: torch.Tensor,
+    score_lengths: torch.Tensor,
+    target_lengths: torch.Tensor,
+    *options: Any,
+) -> torch.Tensor:
     """Return losses without numbers, for a trace."""
+    for lengths in (score_lengths, target_lengths):
+        torch._check(lengths.shape[0] == scores.shape[1])
     return scores.new_empty(scores.shape[1:2])
 
 

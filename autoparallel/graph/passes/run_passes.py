@@ -18,6 +18,7 @@ from autoparallel.graph.passes.flattened_products import unflatten_products, unm
 from autoparallel.graph.passes.functionalize import functional
 from autoparallel.graph.passes.join_norms import join_norms
 from autoparallel.graph.passes.join_slices import join_slices, join_writes
+from autoparallel.graph.passes.label_rows import apart_labels
 from autoparallel.graph.passes.masked_rows import keep_masked_rows
 from autoparallel.graph.passes.merged_dims import see_through_merges
 from autoparallel.graph.passes.no_grad import explicit_stops
@@ -57,6 +58,7 @@ PASSES: tuple[Callable[[Graph], Graph], ...] = (
     join_split_rows,
     join_routed_experts,
     join_experts_in_turn,
+    apart_labels,
     # What is left of sizes that depend on values: rows that a mask drops.
     keep_masked_rows,
     check_counts,
