@@ -91,7 +91,12 @@ def nll_loss(call: OpCall) -> ShardingRule:
 
 @rule("autoparallel.ctc_loss.default")
 def ctc_loss(call: OpCall) -> ShardingRule:
-    """The loss of each sequence n, over all its times t, classes c and labels s."""
+    """The loss of each sequence n, over all its times t, classes c and labels s.
+
+    Where the labels of a sequence begin in one row l of all labels, all of them say.
+    """
+    if len(call.operands[1].shape) == 1:
+        return ShardingRule.parse("t n c, l, n, n -> n", call, whole="tncl")
     return ShardingRule.parse("t n c, n s, n, n -> n", call, whole="tcs")
 
 

@@ -79,3 +79,30 @@ def test_each_sequence_has_its_own_labels(form: str, world_size: int) -> None:
 def test_a_row_that_is_counted_otherwise_is_refused() -> None:
     with pytest.raises(CaptureError, match="depends on the values"):
         trace(Speech("other counts").double(), inputs(0), {}, known=find_rule)
+
+
+class Given(nn.Module):
+    """A loss of labels that are in one row as they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor, row: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        scores = functional.log_softmax(self.head(x), dim=-1).transpose(0, 1)
+        return functional.ctc_loss(scores, row, torch.full_like(counts, 9), counts)
+
+
+def test_a_row_that_is_given_stays_whole() -> None:
+    torch.manual_seed(0)
+    model, (x, _, _) = Given().double(), inputs(0)
+    given = (x, torch.tensor([1, 2, 3, 4, 5, 1, 2]), torch.tensor([2, 1, 0, 3, 1]))
+    expected = model(*given)
+    expected.backward()
+    plan = autoparallel.make_plan(model, 3, example_inputs=given)
+    assert not plan.breaks
+    run = autoparallel.simulate(model, plan=plan, example_inputs=given)
+    assert relative_error(run.output.detach(), expected.detach()) < 1e-10
+    gradients = {path: p.grad for path, p in model.named_parameters()}
+    error, where = worst_gradient(run.gradients, gradients)
+    assert error < 1e-10, where
