@@ -106,7 +106,7 @@ def _cutset(problem: Problem, max_table_entries: int) -> tuple[str, ...]:
     chosen = ranked[:high]
     for variable in chosen[:_MOST_SPARED][::-1]:
         fewer = [other for other in chosen if other != variable]
-        if narrowness.without(fewer):
+        if narrowness.without(fewer, ways=2):
             chosen = fewer
     return tuple(problem.names[variable] for variable in chosen)
 
@@ -122,13 +122,16 @@ class _Narrowness:
         self.network, self.limit = network, limit
         self.scores = list(_SCORES)
 
-    def without(self, decided: Sequence[int]) -> bool:
-        """Say whether elimination of the variables that are left keeps within the limit."""
+    def without(self, decided: Sequence[int], ways: int = len(_SCORES)) -> bool:
+        """Say whether elimination of the variables that are left keeps within the limit.
+
+        ways: how many ways to look for an order are tried, those first that were right before.
+        """
         out = set(decided)
         network = only(self.network, [v for v in range(len(self.network.states)) if v not in out])
         free = [variable for variable, size in enumerate(network.sizes) if size > 1]
         alone = {variable: place for place, variable in enumerate(free)}
-        for score in self.scores:
+        for score in self.scores[:ways]:
             try:
                 greedy_order(network, alone, score, self.limit)
             except TooWideError:

@@ -66,7 +66,10 @@ def greedy_order(
             members.setdefault(number, []).append(variable)
 
     def score_of(number: int) -> tuple[int, int]:
-        return max([graph.scores[variable] for variable in members[number]])
+        own = members[number]
+        if len(own) == 1:
+            return graph.scores[own[0]]
+        return max([graph.scores[variable] for variable in own])
 
     heap = [(score_of(number), number) for number in members]
     heapq.heapify(heap)
