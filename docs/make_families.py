@@ -53,9 +53,9 @@ the first is for 2 ranks and the second for 3.
 
 What breaks are left, by what makes them:
 
-- How many rows there are, or how far they are moved, follows from values: patches that are drawn
-  among those of a mask (vilt), delays that are read as whole numbers (autoformer). What can be
-  prepared outside of the model is better there.
+- How many rows there are follows from values: patches that are drawn among those of a mask (vilt).
+  What can be prepared outside of the model is better there.
+- A library makes a mask in a trace, and none in a call, and its model cannot take it (autoformer).
 - The forward reads the sizes of images out of a tensor, others in each batch (qwen2-vl).
 - The forward registers a buffer in its first call (x-alibi): call it once before it is split.
 - An autograd Function runs modules (reformer) or numpy (ibert) in its passes.

@@ -28,6 +28,7 @@ from autoparallel.capture.graph_builder import GraphBuilder, written_by
 from autoparallel.capture.held_tensors import HeldTensors
 from autoparallel.capture.hit_loops import TURN
 from autoparallel.capture.hit_turns import HitTurns
+from autoparallel.capture.value_places import ValuePlaces
 from autoparallel.errors import CaptureError
 from autoparallel.graph.graph import Graph, Node, Ref, Sym, Value
 from autoparallel.graph.operators import BRANCH_TAKEN
@@ -72,6 +73,7 @@ class Importer:
         self.functions = FunctionCalls(builder)
         self.turns = HitTurns(builder)
         self.splits = CountedSplits(builder)
+        self.places = ValuePlaces(builder)
         self.constants: dict[str, torch.Tensor] = {}
         self.guards: tuple[sympy.Basic, ...] = ()
         self.autocast = AutocastRegions(builder)
@@ -116,6 +118,7 @@ class Importer:
         )
         returned = self.body(module, grad=True)
         self.functions.require_unwritten()
+        self.places.require_unwritten()
         outputs: list[str] = []
         mutations: list[tuple[str, str]] = []
         for spec, leaf in zip(signature.output_specs, returned, strict=True):
@@ -274,6 +277,8 @@ class Importer:
         if unknown and is_checked(node):
             return  # such as that a number of true values is not negative
         # A size is known to the tensor that has it, and so is what is computed of sizes alone.
+        if unknown and self.places.reads(node):
+            return
         if unknown and not (self.of_sizes(node) or self.splits.reads(node)):
             origins = self.builder.origins
             path, line = origins.path(node), origins.line(node)
@@ -301,6 +306,8 @@ class Importer:
         """
         target, name, example = node.target, str(node.target), node.meta.get("val")
         builder, grad = self.builder, grad and self.checkpoints.records
+        if self.places.looks_up(node, grad):
+            return
         args = builder.leaf_all(node.args)
         kwargs = tuple((key, builder.leaf_all(value)) for key, value in node.kwargs.items())
         if name == "aten.slice.Tensor":

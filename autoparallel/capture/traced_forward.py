@@ -36,6 +36,7 @@ from autoparallel.capture.intricate_sizes import WatchedSizes
 from autoparallel.capture.module_conversions import idle_conversions
 from autoparallel.capture.outside_answers import OutsideAnswers
 from autoparallel.capture.python_draws import PythonDraws
+from autoparallel.capture.read_shifts import ReadShifts
 from autoparallel.capture.refused_models import refuse_running
 from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.capture.seeded_draws import SeededDraws
@@ -251,10 +252,12 @@ class FlatForward(nn.Module):
         if not self.twice:
             wanted.seen.clear()
         seen = contextlib.nullcontext() if self.twice else wanted.seen
+        shifts = ReadShifts()
         with contextlib.ExitStack() as stack:
-            for mode in (*modes, self.tensors, HitLoops(), seen, answers.installed()):
+            for mode in (*modes, self.tensors, HitLoops(), shifts, seen, answers.installed()):
                 stack.enter_context(mode)
             results.append(self.model.forward(*args, **kwargs))
+            shifts.finish()
             seeds.finish()
         refuse_effects(before, self.state(arguments) if wanted.part else written_arguments(boxes))
         moving = (*self.reads.moving, *wanted.outer.moving)

@@ -65,7 +65,8 @@ class Routed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores, loads = self.router(x)
         parts = x[scores.argmax(-1).argsort()].split(loads)
-        outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]
+        alike = zip(self.experts, parts, loads, strict=True)
+        outputs = [expert(part) / (1 + load) for expert, part, load in alike]
         return torch.cat(outputs).square().sum() + scores.square().sum()
 
 
