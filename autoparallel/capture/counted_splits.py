@@ -7,6 +7,7 @@ counts instead. A pass may see what becomes of the parts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from autoparallel.graph.passes.row_orders import numel
 from autoparallel.graph.passes.split_rows import SPLIT
 from autoparallel.support.torch_private import expression_of
 
-__all__ = ["CHECKS", "CountedSplits", "is_checked"]
+__all__ = ["CHECKS", "ITEMS", "CountedSplits", "is_checked", "is_only_for"]
 
 # Checks of values, which a graph leaves out: they compute nothing.
 CHECKS = {
@@ -28,7 +29,8 @@ CHECKS = {
     "aten._assert_async.msg",
 }
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_ITEMS = {"aten.item.default", "aten._local_scalar_dense.default"}
+# Ops that read a number out of a tensor.
+ITEMS = {"aten.item.default", "aten._local_scalar_dense.default"}
 _SPLITS = {"aten.split_with_sizes.default", "aten.split.sizes"}
 
 
@@ -49,7 +51,7 @@ class CountedSplits:
         it; remember the vector that it is read of.
         """
         vector = _place(node)[0]
-        if vector is None or not all(_vector(user) or is_checked(user) for user in node.users):
+        if vector is None or not is_only_for(node, lambda user: _vector(user) is not None):
             return False
         if vector not in self.counts:
             builder = self.builder
@@ -80,10 +82,28 @@ class CountedSplits:
 def is_checked(node: Any) -> bool:
     """Return whether a node is a check, or a number that is computed for checks alone.
 
+    What is read out of a tensor for a check of the user's is more than that.
+
     Example: `is_checked(node)`, a node of an exported program.
     """
+    if str(node.target) in ITEMS:
+        return all(str(user.target) in CHECKS for user in node.users)
+    return _ends_in_checks(node)
+
+
+def is_only_for(node: Any, takes: Callable[[Any], bool]) -> bool:
+    """Return whether a number that is read out of a tensor is for what takes it, and for checks.
+
+    takes: whether a node takes the number. Example: `is_only_for(node, lambda user: True)`.
+    """
+    others = [user for user in node.users if not takes(user)]
+    return len(others) < len(node.users) and all(map(_ends_in_checks, others))
+
+
+def _ends_in_checks(node: Any) -> bool:
+    """Return whether a node is a check, or a number of which nothing but checks is made."""
     return str(node.target) in CHECKS or (
-        isinstance(node.meta.get("val"), _NUMBERS) and all(map(is_checked, node.users))
+        isinstance(node.meta.get("val"), _NUMBERS) and all(map(_ends_in_checks, node.users))
     )
 
 
@@ -99,7 +119,7 @@ def _vector(node: Any) -> Any:
 
 def _place(node: Any) -> tuple[Any, int]:
     """Return the vector of which a number is an element, and its place there; (None, 0) if none."""
-    if not isinstance(node, torch.fx.Node) or str(node.target) not in _ITEMS:
+    if not isinstance(node, torch.fx.Node) or str(node.target) not in ITEMS:
         return None, 0
     item: Any = node.args[0]
     picks = getattr(item.target, "__name__", "") == "getitem"

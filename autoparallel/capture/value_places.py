@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from autoparallel.capture.counted_splits import is_checked
+from autoparallel.capture.counted_splits import ITEMS, is_only_for
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.errors import CaptureError
 from autoparallel.graph.aliasing import owner_of
@@ -16,7 +16,6 @@ from autoparallel.graph.graph import Node, Ref, Value
 
 __all__ = ["ValuePlaces"]
 
-_ITEMS = {"aten.item.default", "aten._local_scalar_dense.default"}
 _SELECT = "aten.select.int"
 
 
@@ -38,9 +37,9 @@ class ValuePlaces:
         """Return whether a number is a place that is selected, and nothing else is done with it;
         remember the place.
         """
-        if str(node.target) not in _ITEMS or node.args[0].meta["val"].is_floating_point():
+        if str(node.target) not in ITEMS or node.args[0].meta["val"].is_floating_point():
             return False
-        if not all(_selects(user, node) or is_checked(user) for user in node.users):
+        if not is_only_for(node, lambda user: _selects(user, node)):
             return False
         example = node.args[0].meta["val"]
         (source,) = self.builder.leaf_all((node.args[0],))

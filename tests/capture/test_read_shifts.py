@@ -71,6 +71,11 @@ class Delayed(nn.Module):
         y[:, delay].mul_(2.0)
         return y
 
+    def checked(self, y, delay):
+        """A check is for the user to see."""
+        torch._check(delay.item() * 2 < 99)
+        return y
+
     def flat(self, y, delay):
         return y.roll(int(delay))
 
@@ -99,7 +104,9 @@ def test_a_roll_by_a_value_is_a_look_up(form: str) -> None:
             assert error < 1e-10, where
 
 
-@pytest.mark.parametrize("form", ["kept", "least", "doubled", "inside", "flat", "written"])
+@pytest.mark.parametrize(
+    "form", ["kept", "least", "doubled", "inside", "flat", "written", "checked"]
+)
 def test_other_uses_of_a_value_are_refused(form: str) -> None:
     with pytest.raises(CaptureError):
         trace(Delayed(form).double(), (inputs(0),), {}, known=find_rule)
