@@ -65,8 +65,10 @@ def _counted(graph: Graph, node: Node, unknown: set[Any]) -> _Counted | None:
         dims, masks = [0], read
     elif node.target not in _COUNTING:
         return None
-    shape = node.result.shape
+    shape = node.results[0].shape
     if any(isinstance(size, Sym) and size.expr.free_symbols & unknown for size in shape):
+        return None
+    if 0 in read[0].shape:  # of nothing, the number is known
         return None
     if len(masks) != 1 or masks[0].dtype != torch.bool:
         raise CaptureError(

@@ -68,3 +68,18 @@ def test_other_ops_of_such_results_stay_python() -> None:
     """And where there is nothing else, it is said."""
     with pytest.raises(CaptureError, match="depends on values, is taken for known"):
         autoparallel.make_plan(Net(selected), 2, example_inputs=given(20_000, 20_000))
+
+
+def test_of_nothing_the_number_is_known() -> None:
+    """There is no mask to count, also where an op returns several tensors of that number."""
+
+    class Distinct(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            found = torch.unique_consecutive(x.detach()[:, :0], return_inverse=True, dim=1)
+            return (x * self.scale).sum() + sum(each.numel() for each in found)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    plan = autoparallel.make_plan(Distinct(by_mask), 2, example_inputs=x)
+    assert not plan.breaks
+    split = autoparallel.simulate(Distinct(by_mask), plan=plan, example_inputs=x)
+    torch.testing.assert_close(split.output, (x * 0.5).sum())
