@@ -112,8 +112,9 @@ def on_ranks(rank: int, cases: tuple[Case, ...], steps: int) -> list[dict[str, A
 
 
 def reference(family: str, steps: int) -> dict[str, Any]:
+    model = model_of(family)  # as ranks build it: what is drawn depends on the type
     with Float64():
-        return trained(model_of(family), family, steps)
+        return trained(model, family, steps)
 
 
 def compare(cases: tuple[Case, ...], steps: int) -> None:
