@@ -182,3 +182,19 @@ def test_ranks_that_hold_nothing_are_told(rows: int, idle: int) -> None:
     assert len(lines) == (1 if idle else 0)
     told = f"{idle} of 8 ranks hold nothing of input, whose dim 0 has {rows} elements"
     assert all(told in line for line in lines)
+
+
+@pytest.mark.parametrize("stages", [2, 6])
+def test_more_stages_than_there_is_work_for_are_told(stages: int) -> None:
+    """Two layers are no work for six stages: all wait for those that have a layer."""
+    layers = [torch.nn.Linear(2048, 2048), torch.nn.Tanh(), torch.nn.Linear(2048, 2048)]
+    layers += [torch.nn.Tanh() for _ in range(3)]
+    plan = autoparallel.make_plan(
+        torch.nn.Sequential(*layers),
+        mesh=Mesh(pp=stages),
+        example_inputs=torch.ones(4096, 2048),
+        microbatches=8,
+        hardware="dgx-a100",
+    )
+    for text in (str(plan), plan_text(plan)):
+        assert ("pp=2 would be about as fast" in " ".join(text.split())) == (stages > 2)
