@@ -34,7 +34,7 @@ from autoparallel.support.torch_private import (
 __all__ = ["key_of", "load", "load_refusal", "refusal_key", "store", "store_refusal"]
 
 # To be raised when a rule that is on disk would be found differently today.
-VERSION = 6
+VERSION = 7
 
 
 def key_of(call: OpCall) -> str:

@@ -159,7 +159,7 @@ def _wrong_strategy(rule: ShardingRule, trial: Trial) -> str:
         for world_size in ranks:
             tiles = trial.tiles(small, world_size)
             for strategy in trial.strategies(example, small, tiles, world_size):
-                wrong = trial.wrong(example, small, strategy, world_size)
+                wrong = trial.wrong(example, small, strategy, world_size, twice=True)
                 if wrong:
                     split = f"split along {strategy.tile.loop!r}" if strategy.tile else "run"
                     return (

@@ -205,8 +205,8 @@ class RuleAuthor:
         return self.emptied(draft)
 
     def emptied(self, draft: DiscoveredRule) -> DiscoveredRule:
-        """Return the rule with `takes_empty` set if it holds:
-        as few ranks as leave one without elements.
+        """Return the rule with `takes_empty` set if it holds: as few ranks as leave one without
+        elements, whose gradients depend on what those of the others do.
         """
         if not self.probe.checks:
             return draft
@@ -220,7 +220,7 @@ class RuleAuthor:
             # So many ranks that the last one gets nothing.
             ranks = next(n for n in range(2, size + 2) if part_bounds(size, n, n - 1)[0] == size)
             for strategy in self.trial.strategies(example, rule, [LoopSplit(loop)], ranks):
-                if strategy.tile and self.trial.wrong(example, rule, strategy, ranks):
+                if strategy.tile and self.trial.wrong(example, rule, strategy, ranks, twice=True):
                     return draft
         return replace(draft, takes_empty=True)
 

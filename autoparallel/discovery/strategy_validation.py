@@ -282,9 +282,13 @@ def why_wrong(
             like, kind = seeds[number], strategy.results[number]
             unsplit = example.seeds[number]
         actual = [None if each is None else each[name] for each in seconds]
-        if expected is None and all(part is None for part in actual):
+        absent = [rank for rank, part in enumerate(actual) if part is None]
+        if expected is None and len(absent) == world_size:
             continue
-        # Zeros count as none: on some ranks, or unsplit, nothing may depend on the tensor.
+        # A rank that reaches no operand would leave out the collectives that other ranks enter.
+        if absent and len(absent) < world_size:
+            return f"second derivative by {name}: none comes on rank {absent[0]}"
+        # Zeros count as none: unsplit, nothing may depend on the tensor.
         parts: list[torch.Tensor] = [
             torch.zeros_like(here) if part is None else part
             for part, here in zip(actual, like, strict=True)

@@ -201,9 +201,17 @@ class Trial:
         return strategies(rule, tiles, operands, results, world_size)
 
     def wrong(
-        self, example: Example, rule: ShardingRule, strategy: Strategy, world_size: int
+        self,
+        example: Example,
+        rule: ShardingRule,
+        strategy: Strategy,
+        world_size: int,
+        twice: bool = False,
     ) -> str:
-        """Return the fault of a strategy as text, "" if it has none."""
+        """Return the fault of a strategy as text, "" if it has none.
+
+        twice: whether derivatives of gradients are compared too.
+        """
         pairs = zip(example.results, strategy.results, strict=True)
         for result in [result for result, placement in pairs if isinstance(placement, Partial)]:
             if result.dtype == torch.bool:
@@ -214,7 +222,7 @@ class Trial:
                 return "a sum of zeros proves nothing"
         self.faults += 1
         return self.probe.survived(
-            lambda: why_wrong(example, strategy, world_size, rule, self.tolerance)
+            lambda: why_wrong(example, strategy, world_size, rule, self.tolerance, twice)
         )
 
     def try_loop(self, discovered: DiscoveredRule, loop: str) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from planners import InfeasibleError, exact
 from planners.problem import Problem
 
-__all__ = ["exchanged"]
+__all__ = ["answered", "exchanged"]
 
 
 def exchanged(
@@ -43,6 +44,51 @@ def exchanged(
             most -= 1
             if not most:
                 return
+
+
+def answered(
+    assignment: Mapping[str, int], estimate: Problem, most: int
+) -> Iterator[dict[str, int]]:
+    """Yield assignments in which one variable has another state, in all equal layers alike, and
+    those that share a table with it have the states that go best with that.
+
+    Two choices may be shorter together where neither is by itself. estimate: costs that say what
+    goes best, and which of them come first. most: how many are solved for; of a problem that has
+    more of them there are none.
+
+    >>> from planners.variables import Factor, Variable
+    >>> apart = Factor(("a", "b"), np.array([[0.0, 9.0], [9.0, 0.0]]))
+    >>> two = Problem((Variable("a", np.zeros(2)), Variable("b", np.zeros(2))), (apart,))
+    >>> [*answered({"a": 0, "b": 0}, two, most=8)]
+    [{'a': 1, 'b': 1}]
+    """
+    sizes = {variable.name: variable.size for variable in estimate.variables}
+    groups = _alike(estimate, assignment)
+    if sum(sizes[names[0]] - 1 for names in groups) > most:
+        return
+    near: dict[str, set[str]] = {name: set() for name in sizes}
+    for factor in estimate.factors:
+        for name in factor.scope:
+            near[name].update(factor.scope)
+    found: dict[tuple[int, ...], tuple[float, dict[str, int]]] = {}
+    for names in groups:
+        free = set().union(*(near[name] for name in names))
+        for state in range(sizes[names[0]]):
+            if state == assignment[names[0]]:
+                continue
+            fixed = {**assignment, **dict.fromkeys(names, state)}
+            kept = {
+                name: np.arange(size) == fixed[name]
+                for name, size in sizes.items()
+                if name in names or name not in free
+            }
+            try:
+                solution = exact.solve(estimate.among(kept))
+            except InfeasibleError:
+                continue
+            found[tuple(solution.assignment.values())] = solution.cost, dict(solution.assignment)
+    for _, other in sorted(found.values(), key=lambda one: one[0]):
+        yield other
 
 
 def _tables(problem: Problem) -> dict[str, list[tuple[int, int]]]:

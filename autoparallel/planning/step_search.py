@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from autoparallel.plan import Plan
 from autoparallel.planning.least_bytes import LeastBytes
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
-from autoparallel.planning.step_exchanges import exchanged
+from autoparallel.planning.step_exchanges import answered, exchanged
 from autoparallel.strategy.cost_network import CostNetwork
 from autoparallel.strategy.layout_families import Family, LayoutFamilies
 from autoparallel.strategy.step_parts import Kind, Means, StepParts, least_step
@@ -302,8 +303,8 @@ class StepSearch:
                 self.try_families(groups[outline], level + 1)
 
     def exchange(self) -> None:
-        """Consider the plans that differ from the best one in a single choice, as long as one of
-        them is shorter.
+        """Consider the plans that differ from the best one in a single choice, and in what answers
+        it, as long as one of them is shorter.
 
         With stages, what is timed here is a micro-batch on all of them: a plan that is shorter by a
         little of this may be cut into stages that are longer.
@@ -318,7 +319,10 @@ class StepSearch:
             if assignment.keys() != self.sum.assignment.keys() or best.step > _NEAR * self.enough:
                 return
             most = max(_MOST_TRIED, _MOST_NODES // len(self.captured.graph.nodes))
-            for other in exchanged(self.problem, assignment, self.estimate, most):
+            for other in chain(
+                exchanged(self.problem, assignment, self.estimate, most),
+                answered(assignment, self.estimate, most),
+            ):
                 self.consider(best.name, other)
                 if self.best is not best or self.is_done:
                     break

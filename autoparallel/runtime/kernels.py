@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ __all__ = [
     "max_split",
     "min_split",
     "pool_edges",
+    "repeat",
     "resample_edges",
     "rms_norm",
     "rms_norm_split",
@@ -108,7 +109,7 @@ __all__ = [
     "without_stand_ins",
 ]
 
-_HELPERS = {"attention", "embedding", "kernel_arguments", "layer_norm", "rms_norm"}
+_HELPERS = {"attention", "embedding", "kernel_arguments", "layer_norm", "repeat", "rms_norm"}
 _HELPERS |= {"stand_ins_for", "without_stand_ins"}
 # What an emitted program itself gives to kernels.
 _GIVEN = {"group", "size", "run", "dim", "extent"}
@@ -167,6 +168,21 @@ def embedding(weight: torch.Tensor, index: torch.Tensor, *arguments: Any) -> tor
     if index.numel():
         return torch.embedding(weight, index, *arguments)
     return weight.index_select(0, index.flatten()).view(*index.shape, weight.size(1))
+
+
+def repeat(x: torch.Tensor, times: Sequence[int]) -> torch.Tensor:
+    """Return x repeated along its dims, on a rank too that has none of the repetitions.
+
+    times: per dim, the last ones if they are fewer, as of `torch.tile`. Of no repetitions, torch's
+    gradient of x would depend on nothing, where that of other ranks depends on what comes in.
+
+    >>> repeat(torch.ones(1, 2), (0, 3)).shape
+    torch.Size([0, 6])
+    """
+    result = x.tile([max(count, 1) for count in times])
+    for dim, count in enumerate(times, start=result.dim() - len(times)):
+        result = result if count else result.narrow(dim, 0, 0)
+    return result
 
 
 def layer_norm(x: torch.Tensor, shape: Any, *arguments: Any) -> torch.Tensor:

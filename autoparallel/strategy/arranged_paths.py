@@ -138,8 +138,8 @@ class ArrangedPaths:
                             starts.append(cell)
                             ends.append(end)
                             both.append(seconds)
-        # Where a gradient is reduced in a bucket with others, I->R comes first on the path: on as
-        # many axes at least as have to have I at the start and R at the end, whatever their order.
+        # Where a gradient is reduced in a bucket with others, I->R comes first on the path, on the
+        # axes that have I at the start and R at the end, and is cheaper than elsewhere.
         self._leads: list[tuple[tuple[int, ...], Array, NDArray[np.intp], Array]] = []
         for group in groups if together else ():
             count = np.array([sum(layout[a] == _I for a in group) for layout in layouts])
@@ -191,23 +191,26 @@ class ArrangedPaths:
         after: NDArray[np.intp],
         price: Array,
     ) -> Array:
-        """Return the table for paths that begin with I->R on as many axes of a group as must have
-        it.
+        """Return the table for paths that begin with I->R on some axes of a group: on those that
+        have I at the start and R at the end, which are as many at least as must be, in any order,
+        and as many at most as may be.
 
         count: of I in the group, per layout. after: the number of the layout after one such step.
         price: of it, in one pass or both.
         """
         ends = np.array([sum(target[axis] == _R for axis in group) for target in targets])
         fewest = np.maximum(count[:, None] + ends[None] - len(group), 0)
+        most = np.minimum(count[:, None], ends[None])
         columns = np.arange(len(targets))[None]
         rows = np.broadcast_to(np.arange(len(self.cells))[:, None], table.shape)
-        total = np.zeros_like(table)
+        total, least = np.zeros_like(table), np.full_like(table, np.inf)
         step = price.sum(axis=1)
-        for number in range(int(fewest.max(initial=0))):
-            leads = fewest > number
-            total = total + np.where(leads, step[rows], 0.0)
-            rows = np.where(leads, after[rows], rows)
-        return total + table[rows, columns]
+        for number in range(int(most.max(initial=0)) + 1):
+            able = (fewest <= number) & (number <= most)
+            least = np.where(able, np.minimum(least, total + table[rows, columns]), least)
+            total = total + step[rows]
+            rows = after[rows]
+        return least
 
     def seconds(self, targets: tuple[Layout, ...]) -> Array:
         """Return table[layout, target]: the least seconds of both passes."""

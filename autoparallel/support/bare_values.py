@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,10 @@ def container_kind(value: Any) -> Any:
     >>> container_kind(Closed())
     <class 'list'>
     """
-    return next(kind for kind in type(value).__mro__ if not is_made_class(kind))
+    kind = type(value)
+    if kind in _KINDS:  # nearly all are
+        return kind
+    return next(base for base in kind.__mro__ if not is_made_class(base))
 
 
 def plain_items(value: Any) -> list[Any]:
@@ -33,6 +37,8 @@ def plain_items(value: Any) -> list[Any]:
     >>> plain_items(Closed([1, 2])), plain_items({"a": 1})
     ([1, 2], [('a', 1)])
     """
+    if type(value) is dict:
+        return list(value.items())
     kind = container_kind(value)
     return list(kind.items(value) if issubclass(kind, dict) else kind.__iter__(value))
 
@@ -63,6 +69,8 @@ def plain_value(value: Any) -> Any:
     """
     return next((plain(value) for kind, plain in _PLAIN_VALUES if isinstance(value, kind)), None)
 
+
+_KINDS = frozenset({dict, OrderedDict, list, tuple, set, frozenset})
 
 _PLAIN_VALUES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (int, int.__int__),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autoparallel.errors import CaptureError
-from autoparallel.support.bare_values import container_kind, plain_contents, plain_items
+from autoparallel.support.bare_values import container_kind, plain_items
 from autoparallel.support.memory_writes import Watch, memory_of, place_of
 from autoparallel.support.object_state import moves_on, own_attributes, random_state, second_of
 from autoparallel.support.rng_state import restore, snapshot
@@ -170,9 +170,10 @@ class _Snapshot(Watch):
 
     def box(self, value: Any, depth: int) -> None:
         """Note a container that can be written to, and its contents."""
-        self.boxes.append((value, plain_items(value)))
-        for content in plain_contents(value):
-            self.look(content, depth + 1)
+        items = plain_items(value)
+        self.boxes.append((value, items))
+        for item in items:
+            self.look(item[1] if isinstance(value, dict) else item, depth + 1)
 
     def tensor(self, tensor: torch.Tensor) -> None:
         """Note the memory of a tensor, its gradient, and attributes that it was given."""
@@ -322,17 +323,19 @@ def _refill(box: Any, contents: list[Any]) -> None:
 
     Contents are compared by identity: equality of tensors is a tensor, and equal is not the same.
     """
-    kind, now = container_kind(box), plain_items(box)
-    if isinstance(box, dict):
-        if len(now) != len(contents) or any(
-            a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, contents, strict=True)
-        ):
-            kind.clear(box)
-            for key, value in contents:
-                kind.__setitem__(box, key, value)
-        return
-    if len(now) != len(contents) or any(a is not b for a, b in zip(now, contents, strict=True)):
-        kind.clear(box)
+    now, pairs = plain_items(box), isinstance(box, dict)
+    if len(now) == len(contents):
+        for one, other in zip(now, contents, strict=True):
+            if not (one[0] is other[0] and one[1] is other[1] if pairs else one is other):
+                break
+        else:
+            return
+    kind = container_kind(box)
+    kind.clear(box)
+    if pairs:
+        for key, value in contents:
+            kind.__setitem__(box, key, value)
+    else:
         (kind.update if isinstance(box, set) else kind.extend)(box, contents)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import custom_ops
@@ -20,6 +21,7 @@ from autoparallel.discovery.discover import ProbeError, discover
 from autoparallel.discovery.strategy_validation import derived, why_wrong
 from autoparallel.errors import UnsupportedOpError
 from autoparallel.graph.graph import Node, Ref, Value
+from autoparallel.placement import Shard
 from autoparallel.rewrite.emit import emit
 from autoparallel.rules import registry
 from autoparallel.rules.rule import OpCall, ShardingRule
@@ -109,6 +111,19 @@ def test_rules_of_ops_that_nobody_knows(call: Call, words: str) -> None:
         for strategy in derived(example, rule, world_size):
             wrong = why_wrong(example, strategy, world_size, rule, twice=True)
             assert not wrong, f"{strategy} on {world_size}: {wrong}"
+
+
+def test_gradients_of_nothing_depend_on_what_others_do() -> None:
+    """Else a rank without elements would leave out, in second derivatives, what others send."""
+    assert rule_of(probed("magnitude", x(4, 5))).takes_empty
+    call = probed("forgetful", x(4, 5))
+    rule = rule_of(call)
+    assert rule.discovered == "a b -> a b; linear in 0"
+    assert not rule.takes_empty
+    forgetting = replace(rule, takes_empty=True)
+    strategy = next(s for s in derived(call.example(), forgetting, 4) if s.operands[0] == Shard(1))
+    found = why_wrong(call.example(), strategy, 4, forgetting, twice=True)
+    assert found == "second derivative by seed 0: none comes on rank 3"
 
 
 REFUSED = {

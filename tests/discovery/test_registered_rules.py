@@ -129,6 +129,25 @@ def test_an_op_that_needs_elements_must_say_so() -> None:
     assert autoparallel.make_plan(Full(), 2, example_inputs=x).ops
 
 
+def test_a_rule_of_an_op_whose_gradients_of_nothing_are_constants() -> None:
+    """It must say so: in second derivatives, a rank with nothing would leave out what others
+    send."""
+
+    def rule(call: OpCall) -> ShardingRule:
+        return ShardingRule.parse("... -> ...", call, linear=[{0}])
+
+    class Forgetful(Full):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.probed.forgetful(self.inner(x))
+
+    x, target = torch.rand(4, 8), "probed.forgetful.default"
+    register_rule(target)(rule)
+    with pytest.raises(RuleError, match="second derivative by seed 0: none comes on rank"):
+        autoparallel.make_plan(Forgetful(), 2, example_inputs=x)
+    register_rule(target, replace=True, takes_empty=False)(rule)
+    assert autoparallel.make_plan(Forgetful(), 2, example_inputs=x).ops
+
+
 def test_rules_that_do_not_fit_the_call_are_refused() -> None:
     """By what does not fit."""
 

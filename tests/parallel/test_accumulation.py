@@ -12,6 +12,7 @@ import pytest
 import torch
 from broad_cases import broad
 from processes import run_processes
+from quick_links import QUICK_LINKS
 from torch import nn
 from traces import trace_ahead
 
@@ -159,8 +160,9 @@ def touched(module: nn.Module, split: bool) -> dict[str, dict[str, torch.Tensor]
 
 
 def on_ranks_touched(rank: int, demands: tuple[str, ...]) -> dict[str, Any]:
+    options: dict[str, Any] = {"constraints": demands, "hardware": QUICK_LINKS}
     module = autoparallel.autoparallelize(
-        plain(), mesh=Mesh(dp=2), example_inputs=(rows(),), constraints=demands
+        plain(), mesh=Mesh(dp=2), example_inputs=(rows(),), **options
     )
     found: dict[str, Any] = touched(module, split=True)
     put_off(module, split=True)

@@ -1,4 +1,4 @@
-"""Attention and look-ups on a rank that holds nothing have derivatives as on the others."""
+"""What a rank that holds nothing computes has derivatives as on the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from autoparallel.runtime.kernels import attention, embedding
+from autoparallel.runtime.kernels import attention, embedding, repeat
 
 SHAPES = [(0, 4, 5, 3), (2, 0, 5, 3), (2, 4, 0, 3), (0, 5, 3)]
 
@@ -49,5 +49,18 @@ def test_look_ups(rows: int) -> None:
     assert torch.equal(result, functional.embedding(index, weight, 1))
     given = torch.ones_like(result, requires_grad=True)
     (first,) = torch.autograd.grad(result, weight, given, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), given)
+    assert second.shape == result.shape
+
+
+@pytest.mark.parametrize("times", [(0, 3), (2, 0), (0, 0), (2, 3), (3,)])
+def test_repetitions(times: tuple[int, ...]) -> None:
+    """Of no repetitions, torch 2.13 gives zeros that depend on nothing as the gradient."""
+    x = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
+    result = repeat(x, times)
+    assert torch.equal(result, x.tile(times))
+    given = torch.randn_like(result, requires_grad=True)
+    (first,) = torch.autograd.grad(result, x, given, create_graph=True)
+    assert torch.allclose(first, torch.autograd.grad(x.tile(times), x, given)[0])
     (second,) = torch.autograd.grad(first.square().sum(), given)
     assert second.shape == result.shape

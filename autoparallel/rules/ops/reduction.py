@@ -230,6 +230,10 @@ def _reducing(call: OpCall, kernel: str, times: int) -> Kernel:
 
 
 _PLACES = ("topk", "kthvalue", "sort", "mode", "cummax", "cummin")
+# Of no elements, torch's gradients of these depend on other tensors than those of some elements do.
+_NEED_ELEMENTS = {
+    f"aten.{name}.default" for name in ("cummax", "cummin", "cumprod", "logcumsumexp")
+}
 
 
 @rule(*(f"aten.{name}.default" for name in _PLACES), "aten.sort.stable")
@@ -240,7 +244,8 @@ def ordered(call: OpCall) -> ShardingRule:
     dim = call.argument(position, "dim", -1) % max(len(call.operands[0].shape), 1)
     left, right, sizes = _reduction(call, {dim})
     whole = frozenset(left[dim] if left else ())
-    return ShardingRule((left,), (right,) * 2, sizes, whole=whole)
+    takes_empty = call.node.target not in _NEED_ELEMENTS
+    return ShardingRule((left,), (right,) * 2, sizes, whole=whole, takes_empty=takes_empty)
 
 
 @rule("aten._fft_r2c.default", "aten._fft_c2c.default", "aten._fft_c2r.default", takes_empty=False)
@@ -304,4 +309,5 @@ def along_dim(call: OpCall) -> ShardingRule:
         whole=whole - set(kernels),
         linear=passes,
         kernels=kernels,
+        takes_empty=call.node.target not in _NEED_ELEMENTS,
     )

@@ -141,7 +141,7 @@ def expand(call: OpCall) -> ShardingRule:
 def repeat(call: OpCall) -> ShardingRule:
     """Dims are repeated as a whole: the repetitions are the outer loop, which stays whole.
 
-    Repetitions of a dim of size 1 are all there is of it, so they can be split.
+    Repetitions of a dim of size 1 are all there is of it, so they can be split: into none, too.
     """
     operand, result = call.operands[0], call.results[0]
     offset = len(result.shape) - len(operand.shape)
@@ -176,6 +176,7 @@ def repeat(call: OpCall) -> ShardingRule:
         whole=frozenset(whole),
         linear=SUM_PASSES,
         local_args=local_args,
+        function="repeat" if any(name[0] == "r" for name in sizes.keys() - whole) else "",
     )
 
 
