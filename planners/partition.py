@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,10 +75,10 @@ def quickest_cut(
 ) -> tuple[tuple[int, ...], float]:
     """Return the cut by which a whole takes least, of those that are tried, and a bound.
 
-    seconds, sends, owners: as of `partition`. first: a cut to begin with: no run has more work than
-    the longest of it, and none sends more. told: says of a cut how many seconds the whole takes,
-    and how often each run is on the path that takes so long: a row for each kind of its work, and
-    one for what is sent where it starts. kinds: the seconds of each piece by kind; those of all its
+    seconds, sends, owners: as of `partition`. first: a cut to begin with: no run is longer than the
+    longest of it, and none sends more. told: says of a cut how many seconds the whole takes, and
+    how often each run is on the path that takes so long: a row for each kind of its work, and one
+    for what is sent where it starts. kinds: the seconds of each piece by kind; those of all its
     work if there is but one.
     The whole takes as long as the longest of its paths, so no less than a mean of paths. The cut
     that is best by the mean of all paths so far is tried next (fictitious play, Brown 1951): what
@@ -89,14 +90,16 @@ def quickest_cut(
     ((0, 3), 5.0)
     """
     most = max((sends[start] for start in first[1:]), default=0.0)
-    # What is sent while others work makes no run longer: the paths say what it takes.
-    free = [0.0 if each <= most else math.inf for each in sends]
-    chain = _Chain(seconds, free, len(first), owners, None)
-    sent = np.array([0.0, *sends[1:], 0.0])[chain.places]
+    sends = [each if each <= most else math.inf for each in sends]
+    chain = _Chain(seconds, sends, len(first), owners, None)
     work = np.array(kinds if len(kinds) else [seconds], dtype=float)
     before = np.concatenate([np.zeros((len(work), 1)), np.cumsum(work, axis=1)], axis=1)
     before = before[:, chain.places]
-    limit = max(np.add.reduceat(seconds, first)) * (1 + _ROUNDING)
+    at = np.searchsorted(chain.places, [*first, len(sends)])
+    limit = max(
+        float(chain.lengths(run, end - start)[start])
+        for run, (start, end) in enumerate(pairwise(at.tolist()))
+    ) * (1 + _ROUNDING)
     widths = chain.widths(limit)
     known: dict[tuple[int, ...], tuple[float, _Floats]] = {}
     bound, cut, paths = 0.0, first, np.zeros((len(work) + 1, len(first)))
@@ -107,7 +110,7 @@ def quickest_cut(
         # What each run would take if it had all work before each place.
         taken = paths[:-1].T @ before
         begins = np.concatenate([-taken[:1], taken[:-1] - taken[1:]])
-        begins += paths[-1][:, None] * sent
+        begins += paths[-1][:, None] * chain.cost
         cut = chain.least_sent(widths, limit, begins)
         at = np.searchsorted(chain.places, cut)
         bound = max(bound, float(begins[np.arange(len(cut)), at].sum() + taken[-1, -1]))

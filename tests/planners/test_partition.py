@@ -54,7 +54,7 @@ def test_work_that_takes_no_time_is_cut() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_whole_takes_no_less_than_the_bound(seed: int) -> None:
-    """Of all cuts whose runs have no more work than those of the first one, and send no more."""
+    """Of all cuts whose runs are no longer than those of the first one, and that send no more."""
     draw = np.random.default_rng(seed)
     count, runs = int(draw.integers(5, 10)), int(draw.integers(2, 5))
     kinds = draw.choice([0.5, 1.0], (2, count))
@@ -70,16 +70,15 @@ def test_a_whole_takes_no_less_than_the_bound(seed: int) -> None:
 
     first = partition(seconds, sends, runs)
     chosen, bound = quickest_cut(seconds, sends, first, told, kinds)
-    free = [0.0] * count
-    longest = max(lengths(seconds, free, first))
+    longest = max(lengths(seconds, sends, first))
     most = max(sends[start] for start in first[1:])
     every = [
         told((0, *inner))[0]
         for inner in itertools.combinations(range(1, count), runs - 1)
-        if max(lengths(seconds, free, (0, *inner))) <= longest + 1e-9
+        if max(lengths(seconds, sends, (0, *inner))) <= longest + 1e-9
         and max(sends[start] for start in inner) <= most
     ]
     assert bound <= min(every) + 1e-9
     assert min(every) - 1e-9 <= told(chosen)[0] <= told(first)[0]
     assert told(chosen)[0] <= min(every) * 1.001
-    assert max(lengths(seconds, free, chosen)) <= longest + 1e-9
+    assert max(lengths(seconds, sends, chosen)) <= longest + 1e-9
