@@ -20,7 +20,7 @@ HiGHS; `exhaustive` is the oracle for small problems. `partition` cuts a chain o
 from planners import coarsening, conditioning, exact, exhaustive, ilp, lagrangian
 from planners.exact import least_among, min_marginals
 from planners.greedy_orders import TooWideError
-from planners.partition import partition
+from planners.partition import partition, quickest_cut
 from planners.problem import Problem, Spent
 from planners.solution import InfeasibleError, OverLimitError, Solution
 from planners.table_memo import Memo
@@ -48,4 +48,5 @@ __all__ = [
     "least_among",
     "min_marginals",
     "partition",
+    "quickest_cut",
 ]

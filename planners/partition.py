@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planners.solution import InfeasibleError
 
-__all__ = ["partition"]
+__all__ = ["partition", "quickest_cut"]
 
 _Floats = NDArray[np.float64]
 _Places = NDArray[np.intp]
 
 # The weight of squares of lengths, beside the least that a cut sends.
 _EVEN = 1e-3
+# Cuts are as good as each other within this share, and sums differ by no more than that.
+_CLOSE, _ROUNDING = 1e-4, 1e-9
 # Runs count as no shorter than this: its square is a number that can be divided by.
 _LEAST = 1e-150
 
@@ -59,6 +62,63 @@ def partition(
             limit = longest * near
             return chain.least_sent(chain.widths(limit), limit)
     raise InfeasibleError(what=f"{len(seconds)} pieces of work have no cut into {runs} runs")
+
+
+def quickest_cut(
+    seconds: Sequence[float],
+    sends: Sequence[float],
+    first: tuple[int, ...],
+    told: Callable[[tuple[int, ...]], tuple[float, _Floats]],
+    kinds: Sequence[_Floats] = (),
+    owners: Sequence[Collection[int] | None] | None = None,
+    rounds: int = 8,
+) -> tuple[tuple[int, ...], float]:
+    """Return the cut by which a whole takes least, of those that are tried, and a bound.
+
+    seconds, sends, owners: as of `partition`. first: a cut to begin with: no run is longer than the
+    longest of it, and none sends more. told: says of a cut how many seconds the whole takes, and
+    how often each run is on the path that takes so long: a row for each kind of its work, and one
+    for what is sent where it starts. kinds: the seconds of each piece by kind; those of all its
+    work if there is but one.
+    The whole takes as long as the longest of its paths, so no less than a mean of paths. The cut
+    that is best by the mean of all paths so far is tried next (fictitious play, Brown 1951): what
+    it takes by that mean is a bound on all cuts.
+
+    >>> def told(starts):  # two runs, of which the second counts twice
+    ...     return starts[1] + 2.0 * (4 - starts[1]), np.array([[1.0, 2.0], [0.0, 0.0]])
+    >>> quickest_cut([1.0] * 4, [0.0] * 4, (0, 1), told)
+    ((0, 3), 5.0)
+    """
+    most = max((sends[start] for start in first[1:]), default=0.0)
+    sends = [each if each <= most else math.inf for each in sends]
+    chain = _Chain(seconds, sends, len(first), owners, None)
+    work = np.array(kinds if len(kinds) else [seconds], dtype=float)
+    before = np.concatenate([np.zeros((len(work), 1)), np.cumsum(work, axis=1)], axis=1)
+    before = before[:, chain.places]
+    at = np.searchsorted(chain.places, [*first, len(sends)])
+    limit = max(
+        float(chain.lengths(run, end - start)[start])
+        for run, (start, end) in enumerate(pairwise(at.tolist()))
+    ) * (1 + _ROUNDING)
+    widths = chain.widths(limit)
+    known: dict[tuple[int, ...], tuple[float, _Floats]] = {}
+    bound, cut, paths = 0.0, first, np.zeros((len(work) + 1, len(first)))
+    for number in range(1, rounds + 1):
+        if cut not in known:
+            known[cut] = told(cut)
+        paths += (known[cut][1] - paths) / number
+        # What each run would take if it had all work before each place.
+        taken = paths[:-1].T @ before
+        begins = np.concatenate([-taken[:1], taken[:-1] - taken[1:]])
+        begins += paths[-1][:, None] * chain.cost
+        cut = chain.least_sent(widths, limit, begins)
+        at = np.searchsorted(chain.places, cut)
+        bound = max(bound, float(begins[np.arange(len(cut)), at].sum() + taken[-1, -1]))
+        # What is no better is not worth runs that are less equal.
+        best = min(known, key=lambda each: known[each][0] * (1 + _CLOSE * (each != first)))
+        if known[best][0] <= bound * (1 + _CLOSE):
+            break
+    return best, min(bound, known[best][0])
 
 
 class _Chain:
@@ -125,17 +185,26 @@ class _Chain:
             least = following
         return float(least[-1])
 
-    def least_sent(self, widths: int, limit: float) -> tuple[int, ...]:
+    def least_sent(
+        self, widths: int, limit: float, begins: _Floats | None = None
+    ) -> tuple[int, ...]:
         """Return the starts of runs of which none is longer than `limit`, and that send least.
 
         Of cuts that send as much, the runs are as equal as can be.
+        begins: what counts in place of what is sent: for each run, a row of seconds by the place
+        where it starts.
         """
-        sent = self.cost[self.cost > 0]
-        weight = _EVEN * (sent.min() if len(sent) else 1.0) / max(limit, _LEAST) ** 2
+        if begins is None:
+            sent = self.cost[self.cost > 0]
+            most = _EVEN * (sent.min() if len(sent) else 1.0)
+            begins = np.broadcast_to(self.cost, (self.runs, len(self.cost)))
+        else:
+            most = _ROUNDING * limit
+        weight = most / max(limit, _LEAST) ** 2
         total = np.full(len(self.places), math.inf)
         total[0] = 0.0
         came: list[_Places] = []
-        for run in range(self.runs):
+        for run, begin in enumerate(begins):
             following = np.full(len(self.places), math.inf)
             chosen = np.zeros(len(self.places), dtype=np.intp)
             # The first start of equal ones is taken.
@@ -143,7 +212,7 @@ class _Chain:
                 length = self.lengths(run, width)
                 able = length <= limit
                 uneven = weight * np.where(able, length, 0.0) ** 2
-                table = total[:-width] + self.cost[:-width] + uneven
+                table = total[:-width] + begin[:-width] + uneven
                 table = np.where(able, table, math.inf)
                 better = table < following[width:]
                 following[width:][better] = table[better]

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autoparallel.analysis.pipeline import send_seconds
-from autoparallel.analysis.pipeline_walk import StageSeconds, Timed, walk
+from autoparallel.analysis.pipeline_walk import SEND, StageSeconds, Timed, longest_path, walk
 from autoparallel.analysis.step_rates import peak_of, tokens_and_unit
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE, Event, Timeline
 from autoparallel.cost.hardware import Hardware, find_hardware, presets
@@ -15,13 +18,14 @@ from autoparallel.cost.links import Link
 from autoparallel.errors import PlanError
 from autoparallel.mesh import MICROBATCH
 from autoparallel.plan import Pipeline, Plan
-from autoparallel.runtime.schedule_orders import FORWARD, WEIGHTS, schedule_order
+from autoparallel.runtime.schedule_orders import BACKWARD, FORWARD, INPUTS, WEIGHTS, schedule_order
 from autoparallel.support.units import rate_text, seconds_text
 
 __all__ = [
     "PipelineTimeline",
     "link_of_stages",
     "passes_of",
+    "path_of",
     "pipeline_timeline",
     "step_of",
     "timeline_of_stages",
@@ -166,6 +170,25 @@ def step_of(pipeline: Pipeline, passes: Sequence[Timed]) -> tuple[float, float, 
     # The loss comes to all ranks before any of them goes on.
     step = max(end + after for after in once)
     return step, end, 1 - busy / (end * pipeline.ranks) if end else 0.0
+
+
+def path_of(pipeline: Pipeline, passes: Sequence[Timed]) -> NDArray[np.float64]:
+    """Return how often the work of each stage is waited for until a step is over, a row for each
+    kind of work: forward passes, those of backward passes' seconds that go on to the stage before,
+    those that gradients of weights take, what is done once, and what is sent where it starts.
+
+    The step takes what this work together takes, and no less where stages take other times.
+
+    Example: `path_of(plan.pipeline, passes_of(plan.pipeline, link))[0]`
+    """
+    path = np.zeros((5, pipeline.stages))
+    rows = {FORWARD: (0,), BACKWARD: (1, 2), INPUTS: (1,), WEIGHTS: (2,), SEND: (4,)}
+    for (kind, stage), count in longest_path(passes).items():
+        path[rows[kind], stage] += count
+    places = [pipeline.rank_of(stage) for stage in range(pipeline.stages)]
+    last = np.bincount(places, pipeline.once_seconds).argmax()
+    path[3] = [place == last for place in places]
+    return path
 
 
 def timeline_of_stages(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -10,15 +11,20 @@ from autoparallel.runtime.message_orders import Messages
 from autoparallel.runtime.schedule_orders import BACKWARD, FORWARD, INPUTS, WEIGHTS, Pass
 
 __all__ = [
+    "SEND",
     "Held",
     "StageMessages",
     "StageSeconds",
     "Timed",
     "held",
     "held_together",
+    "longest_path",
     "most_held",
     "walk",
 ]
+
+# What a pass waits for beside other passes.
+SEND = "send"
 
 _Order = Sequence[Sequence[Pass]]
 
@@ -118,6 +124,57 @@ def walk(order: _Order, stages: Sequence[StageSeconds]) -> tuple[Timed, ...]:
     if sum(next_pass) < sum(map(len, order)):
         raise ValueError("a schedule that waits for itself")
     return tuple(timed)
+
+
+def longest_path(passes: Sequence[Timed]) -> Counter[tuple[str, int]]:
+    """Return how many passes of each kind and stage come one after the other until the last one
+    ends, none of them beginning later than it has to; and under SEND, how often one waits for what
+    is sent between a stage and the one before it.
+
+    passes: as of `walk`. The step takes what these take together, and no less than that where
+    stages take other times.
+
+    >>> from autoparallel.runtime.schedule_orders import schedule_order
+    >>> passes = walk(schedule_order("gpipe", 2, 1, 3), [StageSeconds(1.0, 2.0)] * 2)
+    >>> sorted(longest_path(passes).items())
+    [(('B', 0), 3), (('B', 1), 1), (('F', 0), 1), (('F', 1), 3)]
+    """
+    before: dict[Pass, Timed] = {}
+    sent_before: dict[Pass, Timed] = {}
+    makers: dict[tuple[bool, int, int], Timed] = {}
+    latest: dict[int, Timed] = {}
+    latest_sent: dict[int, Timed] = {}
+    for each in passes:
+        if each.rank in latest:
+            before[each.work] = latest[each.rank]
+        latest[each.rank] = each
+        if each.arrived > each.sent:
+            if each.rank in latest_sent:
+                sent_before[each.work] = latest_sent[each.rank]
+            latest_sent[each.rank] = each
+        if each.work.kind != WEIGHTS:
+            makers[each.work.kind == FORWARD, each.work.stage, each.work.microbatch] = each
+    path: Counter[tuple[str, int]] = Counter()
+    now: Timed | None = max(passes, key=lambda each: each.end)
+    while now is not None:
+        stage, kind = now.work.stage, now.work.kind
+        path[kind, stage] += 1
+        forward = kind == FORWARD
+        key = forward, stage - 1 if forward else stage + 1, now.work.microbatch
+        maker, behind = makers.get(key), before.get(now.work)
+        waits = behind is None or behind.end < now.start
+        if kind == WEIGHTS or maker is None or not waits or maker.arrived < now.start:
+            now = behind
+            continue
+        # A rank sends one thing after the other.
+        while maker.arrived > maker.sent:
+            path[SEND, max(maker.work.stage, stage)] += 1
+            if maker.sent == maker.end:
+                break
+            maker = sent_before[maker.work]
+            stage = maker.work.stage + (1 if maker.work.kind == FORWARD else -1)
+        now = maker
+    return path
 
 
 @dataclass(frozen=True, slots=True)

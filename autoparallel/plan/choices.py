@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from autoparallel.options import rank_of_stage
@@ -221,9 +222,22 @@ class Pipeline:
         """Return numbers and schedule as one line."""
         parts = f"{self.microbatches} micro-batch{'es' if self.microbatches > 1 else ''}"
         wait = f"which wait {self.bubble:.1%} of the time"
+        if self.enough <= self.ranks / 2:
+            wait += f", most for one that takes longest: pp={self.enough} would be about as fast"
         each = self.stages // self.ranks
         shared = f" ({each} on each rank)" if each > 1 else ""
         return f"{self.stages} stages{shared}, {parts}, {self.schedule}, {wait}"
+
+    @property
+    def enough(self) -> int:
+        """The number of ranks that would do as much, if stages were cut evenly among them: with
+        many micro-batches, all wait for the rank that works longest.
+
+        >>> Pipeline(4, 4, 8, "1f1b", ("a", "b", "c", "d"), (1.0, 9.0, 1.0, 4.0), (), 0.7).enough
+        2
+        """
+        works = [sum(self.seconds[stage] for stage in self.of_rank(r)) for r in range(self.ranks)]
+        return math.ceil(sum(works) / max(works)) if any(works) else self.ranks
 
     def of_rank(self, rank: int) -> tuple[int, ...]:
         """Return the stages that a rank computes, in order. rank: its place on the axis pp."""

@@ -29,6 +29,7 @@ from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
 from autoparallel.planning.eased_plans import Eased
+from autoparallel.planning.quickest_stages import MOST_PASSES, quickest_starts
 from autoparallel.planning.short_chains import Asked, ShortChains, TooLargeError
 from autoparallel.planning.stage_chain import StageChain, mixed, most_saved
 from autoparallel.planning.stage_estimates import Estimate, is_better
@@ -39,8 +40,6 @@ from planners import InfeasibleError
 
 __all__ = ["Estimator"]
 
-# Steps of more passes than these are told by a formula.
-_MOST_PASSES = 20_000
 # By how much an estimate from other meshes may be beyond the limit, to be looked at.
 _NEARLY = 1.1
 # What all bytes that stay are charged, one after the other, as shares of a plan's seconds.
@@ -302,52 +301,33 @@ class Estimator:
         return best
 
     def _cut(self, of: Asked, chain: StageChain) -> NDArray[np.intp]:
-        """Return where the stages of a chain start."""
+        """Return where the stages of a chain start: of cuts that are as even, where the step is
+        shortest.
+        """
         limit = self.options.memory_limit
         room = math.inf if limit is None else limit
-        return np.array(chain.cut(of.schedule.together, of.schedule.ranks, room))
+        most, ranks = of.schedule.together, of.schedule.ranks
+        even = chain.cut(most, ranks, room)
+        times = chain.times(len(even), of.alone)
+        return np.array(quickest_starts(even, times, of.pipeline, chain.bytes, room))
 
     def _told(
         self, of: Asked, chain: StageChain, starts: NDArray[np.intp], recompute: str
     ) -> Estimate:
         """Return the estimate of a chain whose stages start at these places."""
-        most, places = of.schedule.together, of.schedule.ranks
-        ranks, stages = of.shares.ranks, len(most)
+        most, ranks, stages = of.schedule.together, of.schedule.ranks, len(starts)
         ends = np.array([*starts[1:], len(chain.seconds)])
-
-        def summed(each: NDArray[np.float64]) -> tuple[float, ...]:
-            """Return the sum of each stage."""
-            return tuple(map(float, np.add.reduceat(each, starts)))
-
-        sent = [int(chain.nbytes[end]) for end in ends[:-1]]
-        # Stages of several ranks go back in whole passes.
-        alone = of.inside.world_size == 1
-        pipeline = Pipeline(
-            stages,
-            ranks,
-            of.count,
-            of.options.order,
-            (),
-            summed(chain.seconds),
-            (*sent, 0),
-            0.0,
-            summed(chain.forward),
-            summed(chain.weights) if alone else (0.0,) * stages,
-            summed(chain.once),
-            (0, *sent),
-        )
-        busy = tuple(map(Busy, summed(chain.busy_forward), summed(chain.busy_backward)))
+        pipeline = chain.times(stages, of.alone).pipeline(of.pipeline, starts.tolist())
+        works = [
+            np.add.reduceat(each, starts) for each in (chain.busy_forward, chain.busy_backward)
+        ]
+        busy = tuple(map(Busy, *(work.tolist() for work in works)))
         hardware = find_hardware(self.options.hardware)
         pipeline = at_own_paces(pipeline, busy, hardware, of.inside.world_size)
-        sizes = chain.bytes.sizes(most)
-        of_rank = [chain.bytes.besides] * ranks
-        for stage, rank in enumerate(places):
-            size = float(sizes(stage, starts[stage], ends[stage]))
-            of_rank[rank] += size - chain.bytes.besides
-        if of.schedule.passes <= _MOST_PASSES:
+        if of.schedule.passes <= MOST_PASSES:
             step = step_of(pipeline, passes_of(pipeline, chain.link))[0]
         else:
-            step = _long_step(pipeline, places)
+            step = _long_step(pipeline, ranks)
         # What stands once, such as a head, keeps as much whatever the way.
         of_blocks = np.where(chain.block >= 0, chain.bytes.kept, 0.0)
         kept = StageBytes(
@@ -356,7 +336,7 @@ class Estimator:
         saved = max(float(kept(n, starts[n], ends[n])) for n in range(stages))
         return Estimate(
             step,
-            max(of_rank),
+            chain.bytes.needs(most, ranks, starts.tolist()),
             recompute,
             saved,
             schedule=of.options.order,

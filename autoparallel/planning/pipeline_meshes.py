@@ -129,14 +129,14 @@ def _with_stages(
     limit = options.memory_limit
     every: list[tuple[Estimate, Mesh]] = []
     best: tuple[Estimate, Mesh] | None = None
-    fewest, each = 2, 1
+    fewest, each, more = 2, 1, 0
     for tensor in _widths(world_size, per_node):
         ladder = [
             pp
             for pp in range(fewest, estimator.blocks // options.each_rank + 1)
             if world_size % (pp * tensor) == 0
         ]
-        found = _of_width(estimator, ladder, tensor, world_size, options, each)
+        found, more = _of_width(estimator, ladder, tensor, world_size, options, each, more)
         if not found:
             continue
         every, of_width = every + found, found[0]
@@ -178,10 +178,13 @@ def _of_width(
     world_size: int,
     options: Options,
     each: int,
-) -> list[tuple[Estimate, Mesh]]:
-    """Return estimates of so many ranks on the inner axis and their meshes, the best one first.
+    more: int,
+) -> tuple[list[tuple[Estimate, Mesh]], int]:
+    """Return estimates of so many ranks on the inner axis and their meshes, the best one first, and
+    `more` of that one.
 
-    ladder: numbers of stages, in order. each: as of `best_order`. Every number that is about twice
+    ladder: numbers of stages, in order. each: as of `best_order`. more: 1 where more micro-batches
+    were better with another number of ranks. Every number that is about twice
     the one before it is looked at as long as they are better, and then those beside the best. Where
     not everything can be kept there, so are more micro-batches, as a rank keeps less of smaller
     ones; if they are better, those beside it are looked at with more micro-batches as well.
@@ -201,15 +204,15 @@ def _of_width(
         return tried[pp, more]
 
     best: tuple[Estimate, Mesh] | None = None
-    place, least, worse = -1, 0.0, 0
+    place, least, worse, most = -1, 0.0, 0, 0
 
     def look(number: int, more: int = 0) -> bool:
         """Look at a place of the ladder; say whether it is the best so far."""
-        nonlocal best, place
+        nonlocal best, place, most
         found = at(ladder[number], more)
         better = found is not None and (best is None or is_better(found[0], best[0], limit))
         if better:
-            best, place = found, number
+            best, place, most = found, number, more
         return better
 
     def look_beside(more: int) -> None:
@@ -239,9 +242,9 @@ def _of_width(
     if best is not None:
         look_beside(0)
         keeps_less = limit is not None and not options.microbatches and not best[0].keeps_all
-        if keeps_less and look(place, 1):
+        if (keeps_less or more) and look(place, 1):
             look_beside(1)
-    return _best_first((each for each in tried.values() if each is not None), limit)
+    return _best_first((each for each in tried.values() if each is not None), limit), most
 
 
 def _evenness(blocks: int, ranks: int) -> float:

@@ -26,7 +26,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH, Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
-from autoparallel.plan import Plan
+from autoparallel.plan import Pipeline, Plan
 from autoparallel.planning.eased_plans import Eased
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.schedule_figures import ScheduleFigures, figures_of, shares_of
@@ -67,6 +67,17 @@ class Asked:
     count: int
     pins: Mapping[str, Layout]
     options: Options
+
+    @property
+    def alone(self) -> bool:
+        """True where stages have one rank each: those of several go back in whole passes."""
+        return self.inside.world_size == 1
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline, of which nothing is told yet that its cuts decide."""
+        ranks, each = self.shares.ranks, self.options.each_rank
+        return Pipeline(ranks * each, ranks, self.count, self.options.order, (), (), (), 0.0)
 
     @property
     def schedule(self) -> ScheduleFigures:

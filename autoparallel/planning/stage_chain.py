@@ -14,6 +14,7 @@ from autoparallel.analysis.stage_paces import busy_of
 from autoparallel.analysis.timeline import StagePasses
 from autoparallel.cost.links import Link
 from autoparallel.graph.shortened import Shortened
+from autoparallel.planning.quickest_stages import StageTimes
 from autoparallel.planning.stage_work import StageBytes, StageWork, cut_within, fewer_places
 
 __all__ = ["StageChain", "chain_of", "mixed", "most_saved", "stays_of"]
@@ -53,6 +54,22 @@ class StageChain:
         """Return where stages start. most: micro-batches of which each keeps activations. ranks: of
         each stage. limit: bytes of a rank, within which they stay if they can.
         """
+        sends, seconds = self._sends(len(most)), self.seconds.tolist()
+        return cut_within(seconds, sends, most, ranks, self.bytes, limit)
+
+    def times(self, stages: int, alone: bool) -> StageTimes:
+        """Return the seconds of the ops by kind of work, to be cut into so many stages.
+
+        alone: whether each has one rank, so that gradients of weights may be computed later.
+        """
+        weights = self.weights if alone else np.zeros_like(self.weights)
+        kinds = self.forward, self.seconds - self.forward - weights, weights, self.once
+        return StageTimes(kinds, self.nbytes.tolist(), self._sends(stages), self.link)
+
+    def _sends(self, stages: int) -> list[float]:
+        """Return the seconds that a cut into so many stages sends before each op; infinite where
+        there may be none.
+        """
         sends = {size: send_seconds(size, self.link) for size in set(self.nbytes.tolist())}
         allowed = [
             math.inf if place and (not size or joined) else sends[size]
@@ -60,9 +77,7 @@ class StageChain:
                 zip(self.nbytes[:-1].tolist(), self.joined.tolist(), strict=True)
             )
         ]
-        seconds = self.seconds.tolist()
-        allowed = fewer_places(allowed, len(most), seconds)
-        return cut_within(seconds, allowed, most, ranks, self.bytes, limit)
+        return fewer_places(allowed, stages, self.seconds.tolist())
 
 
 def chain_of(

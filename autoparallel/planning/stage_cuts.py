@@ -23,6 +23,7 @@ from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import MICROBATCH
 from autoparallel.parallel.pipeline_schedules import joins_weights_once
 from autoparallel.plan import Pipeline, Plan
+from autoparallel.planning.quickest_stages import StageTimes, quickest_starts
 from autoparallel.planning.schedule_figures import figures_of
 from autoparallel.planning.stage_work import StageWork, cut_within, fewer_places
 from autoparallel.rewrite.stages import Stage, cut_plan
@@ -73,9 +74,12 @@ def cut_into_stages(
         sizes = None if limit is None else work.bytes_of()
         most = math.inf if limit is None else limit
         try:
-            places = cut_within(work.seconds, allowed, together, rank_of, sizes, most, owners)
+            even = cut_within(work.seconds, allowed, together, rank_of, sizes, most, owners)
         except InfeasibleError as error:
             raise _no_cut(plan, stages, work) from error
+        times = StageTimes(work.kinds(_devices(plan) == 1), work.nbytes, allowed, link)
+        empty = Pipeline(stages, ranks, microbatches, plan.options.order, (), (), (), 0.0)
+        places = quickest_starts(even, times, empty, sizes, most, owners)
     starts = tuple(work.names[place] for place in places)
     ends = (*places[1:], len(work.names))
     plan = replace(
@@ -133,7 +137,7 @@ def _told(
         + (send_seconds(tied[stage.number], link) if tied[stage.number] else 0.0)
         for stage, each in zip(stages, passes, strict=True)
     ]
-    devices = math.prod(size for name, size in plan.mesh.axes if name != MICROBATCH)
+    devices = _devices(plan)
     alone = devices == 1
     pipeline = replace(
         pipeline,
@@ -157,6 +161,11 @@ def _told(
         device_nbytes=0,
         memory=(),
     )
+
+
+def _devices(plan: Plan) -> int:
+    """Return the number of devices that compute a stage."""
+    return math.prod(size for name, size in plan.mesh.axes if name != MICROBATCH)
 
 
 def _put_off(stage: Stage, passes: StagePasses, alone: bool) -> float:

@@ -77,7 +77,7 @@ def cut_within(
     Raises InfeasibleError where there is no cut.
     """
     even = partition(seconds, allowed, len(held), owners, near=_NEAR)
-    if sizes is None or sizes.fit(held, ranks, limit, even):
+    if sizes is None or sizes.needs(held, ranks, even) <= limit:
         return even
     places = [place for place, cost in enumerate(allowed) if math.isfinite(cost)]
     if not sizes.may_fit(held, ranks, limit, places):
@@ -93,7 +93,8 @@ class StageWork:
     """The ops that stages compute, in order, and what a cut before each of them sends.
 
     names: of the ops. seconds: of each with the conversions that it is the first to read, and its
-    share of what is done once a step. nbytes: that a rank sends where a stage starts with the op.
+    share of what is done once a step. ahead: the share of its seconds that the forward pass takes.
+    nbytes: that a rank sends where a stage starts with the op.
     joined: whether the op is recomputed together with the one before it.
     """
 
@@ -105,6 +106,10 @@ class StageWork:
         self.place = {name: number for number, name in enumerate(self.names)}
         choices = {op.name: op for op in plan.ops}
         self.seconds = [choices[name].seconds for name in self.names]
+        self.ahead = [
+            choices[name].forward_seconds / max(choices[name].seconds, 1e-300)
+            for name in self.names
+        ]
         for row in plan.conversions:
             reader = self.place.get(row.readers[0], len(self.names) - 1)
             self.seconds[reader] += row.seconds
@@ -124,6 +129,17 @@ class StageWork:
             other is not None and name in groups and groups.get(other) == groups[name]
             for other, name in pairs
         ]
+
+    def kinds(self, alone: bool) -> tuple[NDArray[np.float64], ...]:
+        """Return the seconds of the ops by kind of work, as of `path_of`.
+
+        alone: whether a stage has one rank, so that gradients of weights may be computed later:
+        half of what goes back, as for products.
+        """
+        seconds = np.array(self.seconds)
+        forward = seconds * np.array(self.ahead)
+        weights = (seconds - forward) / 2 if alone else np.zeros_like(seconds)
+        return forward, seconds - forward - weights, weights, np.zeros_like(seconds)
 
     def _crossing(self) -> list[float]:
         """Return, for each op, the bytes of the values that are made before it and read from it on.
@@ -272,18 +288,16 @@ class StageBytes:
 
         return able
 
-    def fit(
-        self, held: Sequence[int], ranks: Sequence[int], limit: float, starts: Sequence[int]
-    ) -> bool:
-        """Return whether the stages of every rank together fit in its limit.
+    def needs(self, held: Sequence[int], ranks: Sequence[int], starts: Sequence[int]) -> float:
+        """Return the bytes of the rank that needs most.
 
-        held, ranks, limit: see `limits`. starts: of the stages, the first at 0.
+        held, ranks: see `limits`. starts: of the stages, the first at 0.
         """
         size_of, used = self.sizes(held), [self.besides] * (max(ranks) + 1)
         for run, (start, end) in enumerate(pairwise((*starts, len(self.stays)))):
             size = size_of(run, np.array(start), np.array(end))
             used[ranks[run]] += float(size) - self.besides
-        return max(used) <= limit
+        return max(used)
 
     def sizes(
         self, held: Sequence[int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from torch import nn
 
 import autoparallel
 from autoparallel.analysis.pipeline_step import PipelineTimeline
-from autoparallel.analysis.pipeline_walk import StageSeconds, held, most_held, walk
+from autoparallel.analysis.pipeline_walk import (
+    SEND,
+    StageSeconds,
+    held,
+    longest_path,
+    most_held,
+    walk,
+)
 from autoparallel.analysis.training_step import COMMUNICATION, COMPUTE
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
@@ -49,6 +57,40 @@ def test_steps_by_hand(schedule: str, each: int, seconds: float) -> None:
         before = Pass(one.work.stage - 1, "F", one.work.microbatch)
         if one.work.kind == "F" and before in done:
             assert one.start >= done[before]
+
+
+@pytest.mark.parametrize("send", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("schedule", "each"), [("1f1b", 2), ("zero_bubble", 1), ("zbv", 2), ("dualpipev", 2)]
+)
+def test_the_longest_path_is_the_step(schedule: str, each: int, send: float) -> None:
+    """What passes take one after the other; and a bound on steps in which stages take others."""
+    draw = random.Random(each)
+    order = schedule_order(schedule, 3, each, 8)
+
+    def stages() -> list[StageSeconds]:
+        """Return stages of which each takes something else."""
+        return [
+            StageSeconds(draw.uniform(1, 2), 3.0, draw.uniform(1, 2), 0.0, send, send)
+            for _ in range(3 * each)
+        ]
+
+    def along(seconds: list[StageSeconds]) -> float:
+        """Return what the path takes with other stages."""
+        total = 0.0
+        for (kind, stage), count in path.items():
+            one = seconds[stage]
+            halves = {"I": one.backward - one.weights, "W": one.weights, SEND: send}
+            total += count * {"F": one.forward, "B": one.backward, **halves}[kind]
+        return total
+
+    first = stages()
+    passes = walk(order, first)
+    path = longest_path(passes)
+    assert along(first) == pytest.approx(max(one.end for one in passes))
+    for _ in range(10):
+        others = stages()
+        assert along(others) <= max(one.end for one in walk(order, others)) + 1e-9
 
 
 def test_sends_and_waits() -> None:

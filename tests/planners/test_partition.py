@@ -4,9 +4,10 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 
-from planners import InfeasibleError, partition
+from planners import InfeasibleError, partition, quickest_cut
 
 
 def lengths(seconds: list[float], sends: list[float], starts: tuple[int, ...]) -> list[float]:
@@ -49,3 +50,35 @@ def test_no_cut_has_a_shorter_longest_run(seed: int) -> None:
 def test_work_that_takes_no_time_is_cut() -> None:
     """Nothing is divided by a length of zero."""
     assert len(partition([0.0] * 4, [0.0] * 4, 2)) == 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_whole_takes_no_less_than_the_bound(seed: int) -> None:
+    """Of all cuts whose runs are no longer than those of the first one, and that send no more."""
+    draw = np.random.default_rng(seed)
+    count, runs = int(draw.integers(5, 10)), int(draw.integers(2, 5))
+    kinds = draw.choice([0.5, 1.0], (2, count))
+    seconds, sends = kinds.sum(axis=0).tolist(), draw.choice([0.1, 0.4], count).tolist()
+    # A whole is the longest of these paths: how often each run's work of each kind is on them.
+    paths = draw.integers(0, 4, (3, 3, runs)).astype(float)
+
+    def told(starts: tuple[int, ...]) -> tuple[float, np.ndarray]:
+        rows = [np.add.reduceat(kind, starts) for kind in kinds]
+        rows.append(np.array([0.0, *(sends[start] for start in starts[1:])]))
+        wholes = (paths * np.array(rows)).sum(axis=(1, 2))
+        return float(wholes.max()), paths[wholes.argmax()]
+
+    first = partition(seconds, sends, runs)
+    chosen, bound = quickest_cut(seconds, sends, first, told, kinds)
+    longest = max(lengths(seconds, sends, first))
+    most = max(sends[start] for start in first[1:])
+    every = [
+        told((0, *inner))[0]
+        for inner in itertools.combinations(range(1, count), runs - 1)
+        if max(lengths(seconds, sends, (0, *inner))) <= longest + 1e-9
+        and max(sends[start] for start in inner) <= most
+    ]
+    assert bound <= min(every) + 1e-9
+    assert min(every) - 1e-9 <= told(chosen)[0] <= told(first)[0]
+    assert told(chosen)[0] <= min(every) * 1.001
+    assert max(lengths(seconds, sends, chosen)) <= longest + 1e-9

@@ -36,7 +36,7 @@ def searched(monkeypatch: pytest.MonkeyPatch, table: dict[tuple[int, int], float
 
     monkeypatch.setattr(pipeline_meshes, "best_order", order)
     whole: Any = SimpleNamespace(blocks=16)
-    found = pipeline_meshes._of_width(whole, [2, 4, 8, 16], 8, 128, LIMITED, 1)
+    found, _ = pipeline_meshes._of_width(whole, [2, 4, 8, 16], 8, 128, LIMITED, 1, 0)
     pairs = [(dict(mesh.axes)["pp"], estimate.seconds) for estimate, mesh in found]
     return pairs, looked
 
@@ -53,6 +53,23 @@ def test_smaller_micro_batches_are_looked_at_beside_the_best(
     found, looked = searched(monkeypatch, {**seconds, (4, 1): 9.5, (8, 1): 7.0})
     assert found[0] == (4, 9.0)
     assert [place for place in looked if place[1]] == [(4, 1)]
+
+
+def test_smaller_micro_batches_are_looked_at_with_fewer_ranks_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where they were better with more ranks to a stage's tensors, also if all can be kept."""
+    seconds = {(4, 0): 9.0, (4, 1): 8.0, (2, 0): 8.5, (2, 1): 7.0, (1, 0): 9.0, (1, 1): 7.5}
+
+    def order(_: Any, pp: int, inside: Mesh, *rest: Any) -> Estimate | None:
+        tensor = dict(inside.axes).get("tp", 1)
+        return estimate(seconds[tensor, rest[-1]], "full" if tensor == 4 else "none")
+
+    monkeypatch.setattr(pipeline_meshes, "best_order", order)
+    monkeypatch.setattr(pipeline_meshes, "_widths", lambda *_: [4, 2, 1])
+    whole: Any = SimpleNamespace(blocks=2)
+    found = pipeline_meshes._with_stages(whole, 8, LIMITED)
+    assert [each.seconds for each, _ in found] == [7.0, 7.5, 8.0]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_stages_of_a_rank_share_its_limit() -> None:
     held, ranks = (6, 6, 2, 2), (0, 1, 0, 1)
     seconds, allowed = [1.0] * 8, [0.0] * 8
     assert cut_within(seconds, allowed, held, ranks, sizes, 16.0) == (0, 2, 4, 6)
-    assert not sizes.fit(held, ranks, 15.0, (0, 2, 4, 6))
+    assert sizes.needs(held, ranks, (0, 2, 4, 6)) == 16.0
     assert list(sizes.limits(held, ranks, 16.0)) == [12.0, 12.0, 4.0, 4.0]
     # What does not fit as equal stages fits as unequal ones.
     cut = cut_within(seconds, allowed, (6, 1), (0, 1), sizes, 18.0)

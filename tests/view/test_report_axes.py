@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -182,3 +183,19 @@ def test_ranks_that_hold_nothing_are_told(rows: int, idle: int) -> None:
     assert len(lines) == (1 if idle else 0)
     told = f"{idle} of 8 ranks hold nothing of input, whose dim 0 has {rows} elements"
     assert all(told in line for line in lines)
+
+
+@pytest.mark.parametrize("stages", [2, 6])
+def test_more_stages_than_there_is_work_for_are_told(stages: int) -> None:
+    """Layers of which one takes longest are no work for six stages: all wait for that one."""
+    sizes = (2048, 2048, 8, 8, 8, 8, 8)
+    layers = [torch.nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    plan = autoparallel.make_plan(
+        torch.nn.Sequential(*layers),
+        mesh=Mesh(pp=stages),
+        example_inputs=torch.ones(4096, 2048),
+        microbatches=8,
+        hardware="dgx-a100",
+    )
+    for text in (str(plan), plan_text(plan)):
+        assert ("pp=3 would be about as fast" in " ".join(text.split())) == (stages > 2)
