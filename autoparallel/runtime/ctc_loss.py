@@ -48,9 +48,12 @@ def _shape(
     target_lengths: torch.Tensor,
     *options: Any,
 ) -> torch.Tensor:
-    """Return losses without numbers, for a trace."""
+    """Return losses without numbers, for a trace. Raises ValueError for other numbers of lengths
+    than of sequences.
+    """
     for lengths in (score_lengths, target_lengths):
-        torch._check(lengths.shape[0] == scores.shape[1])
+        if lengths.shape[0] != scores.shape[1]:
+            raise ValueError(f"{lengths.shape[0]} lengths of {scores.shape[1]} sequences")
     return scores.new_empty(scores.shape[1:2])
 
 
