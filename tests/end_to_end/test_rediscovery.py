@@ -15,6 +15,7 @@ import torch
 from broad_cases import broad, share_of
 from families import HIDDEN, TRANSFORMERS, VOCABULARY, build, inputs_for, loss_and_logits
 from processes import run_processes
+from quick_links import QUICK_LINKS
 from releases import attention_without_heads
 
 import autoparallel
@@ -40,6 +41,7 @@ def both_ways(name: str, layers: int) -> tuple[Plan, Plan]:
         2,
         example_inputs=inputs_for(name, BATCH, SEQUENCE),
         sequence_parallel=False,
+        hardware=QUICK_LINKS,
     )
     assert whole.captured is not None
     options = replace(whole.options, sequence_parallel=True)
