@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import relative_error, worst_gradient
+from releases import places_of_no_dims
 from torch import nn
 
 import autoparallel
@@ -85,6 +86,7 @@ def inputs(seed: int) -> torch.Tensor:
     return torch.randn(4, 9, 4, dtype=torch.float64, generator=generator)
 
 
+@places_of_no_dims
 @pytest.mark.parametrize("form", ["backwards", "forwards", "in_lists", "looked_up"])
 def test_a_roll_by_a_value_is_a_look_up(form: str) -> None:
     """Planned for inputs of some delays, it is right for others, on 2 and 3 ranks."""

@@ -12,6 +12,7 @@ __all__ = [
     "attention_without_heads",
     "float_indices_are_refused",
     "lstm_states",
+    "places_of_no_dims",
     "tried_under_autocast",
     "whole_tensors_differentiated_twice",
 ]
@@ -21,6 +22,10 @@ attention_without_heads = pytest.mark.skipif(
 )
 attention_in_float64_without_data = pytest.mark.skipif(
     RELEASE < (2, 13), reason="without data, this torch takes statistics of float64 for float32"
+)
+places_of_no_dims = pytest.mark.skipif(
+    RELEASE < (2, 13),
+    reason="a trace by this torch has no place in x[tensor of no dims]",
 )
 lstm_states = pytest.mark.skipif(
     RELEASE < (2, 13), reason="this torch gives the last state of an LSTM a dim too many"
