@@ -40,7 +40,8 @@ class StageMemory:
     saved: what each micro-batch keeps until its backward pass: what autograd saves, what comes from
     the stage before, and what goes to the next one. sent: of the last, what is kept for that alone;
     in some schedules, some releases of torch let go of it when it has arrived.
-    messages: what comes and goes of one micro-batch, and what a pass takes beyond all these.
+    came: of what is saved, what comes from the stage before. messages: what comes and goes of one
+    micro-batch, and what a pass takes beyond all these.
     returned: of the last stage, what the caller gets of one micro-batch. parameters: those of its
     plan. in_halves: whether it may compute gradients of weights later than others. assumed: see
     Account.
@@ -49,6 +50,7 @@ class StageMemory:
     items: tuple[Item, ...]
     saved: tuple[Item, ...]
     sent: tuple[Item, ...]
+    came: tuple[Item, ...]
     messages: StageMessages
     returned: int
     parameters: tuple[ParameterChoice, ...]
@@ -65,6 +67,12 @@ class StageMemory:
         sent = sum(item.nbytes for item in self.sent)
         saved = tuple(item for item in self.saved if item not in self.sent)
         return replace(self, saved=saved, sent=(), messages=replace(self.messages, sent=sent))
+
+    def behind_its_own(self) -> StageMemory:
+        """Return the bytes of a stage behind one of the same rank: what comes from that one lies
+        where that one keeps it.
+        """
+        return replace(self, saved=tuple(item for item in self.saved if item not in self.came))
 
 
 def memory_of_stages(stages: Sequence[Stage]) -> tuple[StageMemory, ...]:
@@ -91,6 +99,7 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
         items += resident(whole, plan, values[parameter.name].requires_grad)
     saved: list[Item] = []
     sent: list[Item] = []
+    came: list[Item] = []
     received = back = gradients = 0
     is_last = stage.number == len(stages) - 1
     out = set() if is_last else {walk.locals[number].storage for number in walk.returned}
@@ -103,6 +112,7 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
             received += storage.nbytes
             back += storage.nbytes if values[storage.name].requires_grad else 0
             saved.append(item)
+            came.append(item)
         elif storage.kind == "activation":
             # The library holds on to what was sent, at which the backward pass begins.
             if number in every:
@@ -131,6 +141,7 @@ def _memory_of(stage: Stage, stages: Sequence[Stage], seen: dict[Any, Any]) -> S
         tuple(items),
         tuple(saved),
         tuple(sent),
+        tuple(came),
         StageMessages(
             received,
             gradients,
@@ -201,6 +212,11 @@ def memory_of_ranks(
     accounts = []
     if not KEEPS_WHAT_IS_SENT and not sends_by_table(*_numbers_of(plan.pipeline)):
         stages = [stage.letting_go() for stage in stages]
+    rank_of = plan.pipeline.rank_of
+    stages = [
+        stage.behind_its_own() if number and rank_of(number) == rank_of(number - 1) else stage
+        for number, stage in enumerate(stages)
+    ]
     sizes = [stage.messages for stage in stages]
     order = [
         [
