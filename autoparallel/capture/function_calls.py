@@ -8,7 +8,6 @@ from typing import Any
 from autoparallel.capture.custom_functions import FunctionOp
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.errors import CaptureError
-from autoparallel.graph.aliasing import owner_of
 from autoparallel.graph.graph import Node, Ref
 
 __all__ = ["FunctionCalls"]
@@ -57,15 +56,12 @@ class FunctionCalls:
         for node, function, after in self.shared:
             names = [node.operands()[at] for row in function.examined.sources for at in row]
             names += [value.name for value in node.results]
-            owners = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in names}
-            for later in builder.nodes[after:]:
-                written = builder.writes.get(later.name, ())
-                hit = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in written}
-                if owners & hit:
-                    raise CaptureError(
-                        f"the autograd.Function {function.name} returns a view of its operand, "
-                        "which is written to",
-                        where=later.line,
-                        why="its op returns new memory, which would not follow",
-                        fix="return x.clone() in its forward, or write to another tensor",
-                    )
+            later = builder.first_write(names, after)
+            if later is not None:
+                raise CaptureError(
+                    f"the autograd.Function {function.name} returns a view of its operand, "
+                    "which is written to",
+                    where=later.line,
+                    why="its op returns new memory, which would not follow",
+                    fix="return x.clone() in its forward, or write to another tensor",
+                )

@@ -139,6 +139,22 @@ class GraphBuilder:
             for name in names
         )
 
+    def memory_of(self, name: str) -> str:
+        """Return the name of the value in whose memory a value lies."""
+        return owner_of(owner_of(name, self.overwritten), self.views)
+
+    def first_write(self, names: Iterable[str], after: int) -> Node | None:
+        """Return the first node that writes to memory of some values; None where none does.
+
+        after: the number of nodes before it at least.
+        """
+        owners = {self.memory_of(name) for name in names}
+        for later in self.nodes[after:]:
+            written = self.writes.get(later.name, ())
+            if any(self.memory_of(name) in owners for name in written):
+                return later
+        return None
+
     def follow(self, node: Node, flows: bool) -> None:
         """Remember whose memory a call writes to or shares, for `carries` to follow.
 
@@ -148,7 +164,7 @@ class GraphBuilder:
         for name in writes if node.results else ():
             self.overwritten[node.results[0].name] = name
             if flows:
-                owner = owner_of(owner_of(name, self.overwritten), self.views)
+                owner = self.memory_of(name)
                 self.trained_memory.add(owner)
         if node.results and shares_memory(node.target):
             operand = node.operands()[0]

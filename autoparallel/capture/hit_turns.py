@@ -15,7 +15,6 @@ import torch
 
 from autoparallel.capture.branch_ways import ValueBranchError
 from autoparallel.capture.graph_builder import GraphBuilder, written_by
-from autoparallel.graph.aliasing import owner_of
 from autoparallel.graph.graph import Graph, Node, Ref
 
 __all__ = ["HitTurns"]
@@ -97,7 +96,7 @@ class HitTurns:
         made = {value.name for node in nodes for value in node.results}
         inside = {node.name for node in nodes}
         for node in nodes:
-            owners = {self.owner(name) for name in written_by(node)}
+            owners = {self.builder.memory_of(name) for name in written_by(node)}
             if owners <= made:
                 continue
             place = _BY_ROWS.get(node.target)
@@ -113,10 +112,6 @@ class HitTurns:
             outside = [node for node in graph.readers[name] if node.name not in inside]
             if outside or name in kept:
                 raise _unproven(graph.producers[name], "what a turn computes is used after it")
-
-    def owner(self, name: str) -> str:
-        """Return the value whose memory a value is."""
-        return owner_of(owner_of(name, self.builder.overwritten), self.builder.views)
 
     def is_of_rows(self, graph: Graph, name: str, turn: _Turn) -> bool:
         """Return whether an index has rows only where the condition holds for the turn's place."""

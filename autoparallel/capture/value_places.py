@@ -11,7 +11,6 @@ from typing import Any
 from autoparallel.capture.counted_splits import ITEMS, is_only_for
 from autoparallel.capture.graph_builder import GraphBuilder
 from autoparallel.errors import CaptureError
-from autoparallel.graph.aliasing import owner_of
 from autoparallel.graph.graph import Node, Ref, Value
 
 __all__ = ["ValuePlaces"]
@@ -90,17 +89,14 @@ class ValuePlaces:
         builder = self.builder
         for node, after in self.made:
             names = (node.result.name, node.operands()[0])
-            owners = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in names}
-            for later in builder.nodes[after:]:
-                written = builder.writes.get(later.name, ())
-                hit = {owner_of(owner_of(n, builder.overwritten), builder.views) for n in written}
-                if owners & hit:
-                    raise CaptureError(
-                        "the forward writes to a part whose place is read out of a tensor",
-                        where=later.line,
-                        why="the part has memory of its own in a graph, which would not follow",
-                        fix="write by index_put_, or to another tensor",
-                    )
+            later = builder.first_write(names, after)
+            if later is not None:
+                raise CaptureError(
+                    "the forward writes to a part whose place is read out of a tensor",
+                    where=later.line,
+                    why="the part has memory of its own in a graph, which would not follow",
+                    fix="write by index_put_, or to another tensor",
+                )
 
 
 def _selects(user: Any, node: Any) -> bool:

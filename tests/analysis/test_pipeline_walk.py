@@ -64,7 +64,7 @@ def test_steps_by_hand(schedule: str, each: int, seconds: float) -> None:
     ("schedule", "each"), [("1f1b", 2), ("zero_bubble", 1), ("zbv", 2), ("dualpipev", 2)]
 )
 def test_the_longest_path_is_the_step(schedule: str, each: int, send: float) -> None:
-    """What passes take one after the other; and a bound on steps in which stages take others."""
+    """Passes on it take the step, one after the other, and bound steps in which stages differ."""
     draw = random.Random(each)
     order = schedule_order(schedule, 3, each, 8)
 

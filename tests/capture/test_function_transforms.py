@@ -305,7 +305,7 @@ def handed(layer: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 def kept(layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    """What is handed back as it was has the graph that it had."""
+    """A tensor that is handed back as it was has the graph that it had."""
 
     def row(x: torch.Tensor) -> torch.Tensor:
         y = layer.row(x)
@@ -336,7 +336,7 @@ def test_what_is_around_and_within_is_the_users(
 
 
 def test_a_mode_around_sees_what_is_within() -> None:
-    """What is planned in a mode of the user's does what the mode does, in transforms too."""
+    """A model planned in a mode of the user's does what the mode does, in transforms too."""
 
     def sine(layer: Layer, x: torch.Tensor) -> torch.Tensor:
         made: torch.Tensor = vmap(lambda row: torch.sin(layer.row(row)))(x)

@@ -49,7 +49,7 @@ def test_an_assignment_to_begin_with_changes_nothing_but_the_way(kind: str) -> N
 def test_single_states_are_improved_where_nothing_else_ends_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is left stays too wide here: the best that was found is no worse than any beside it."""
+    """The rest stays too wide here: the best that was found is no worse than any beside it."""
     kind = conditioning._Conditioning
     asked: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What a rank that holds nothing computes has derivatives as on the others."""
+"""Derivatives of what a rank that holds nothing computes are there as on the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What paths cost in whatever order equal axes have their placements bounds every path."""
+"""The prices of paths in whatever order equal axes have their placements bound every path."""
 
 from __future__ import annotations
 
