@@ -221,6 +221,15 @@ def test_what_has_arrived_is_let_go_of(name: str, monkeypatch: pytest.MonkeyPatc
     assert (sooner < first) == name.startswith("gpipe")
 
 
+def test_what_a_rank_hands_on_to_itself_is_there_once() -> None:
+    """Where a V turns, the next stage reads it where the first one keeps it."""
+    first, last = memory_of_pipeline(planned("zero bubble, a V"))
+    assert "stage 2" not in {item.where for item in last.items}
+    # It comes from another rank here, and there.
+    assert "stage 1" in {item.where for item in last.items}
+    assert "stage 3" in {item.where for item in first.items}
+
+
 def test_stages_fit_in_a_limit() -> None:
     """And what does not fit is told by the stage, with what it would take."""
     roomy = planned("gpipe")

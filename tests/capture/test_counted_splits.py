@@ -90,6 +90,10 @@ class Routed(nn.Module):
         order = chosen.flatten().sort(0, descending=True).indices
         return self.products(x, weights, chosen, counts, order)
 
+    def of_fewer_rows(self, x, weights, chosen, counts, order):
+        """There is one row less than is counted: it fails unsplit."""
+        return self.each(self.up, x[order // CHOICES][:-1], counts.tolist())
+
     def written_in_between(self, x, weights, chosen, counts, order):
         """The counts are read before they are changed."""
         sizes = counts.tolist()
@@ -144,6 +148,11 @@ def test_rows_that_are_split_by_expert_are_one_op(form: str, count: int) -> None
         with expert_families.only("experts_summed", "experts_summed"):
             plan = search(traced.captured, traced.model, Mesh(tp=world_size), Options())
         require_right(model, plan, inputs(seed))
+
+
+def test_rows_that_are_not_those_that_were_counted() -> None:
+    with pytest.raises(CaptureError, match="expects split_sizes to sum exactly to 23"):
+        autoparallel.make_plan(Routed("of_fewer_rows").double(), 2, example_inputs=(inputs(0),))
 
 
 @pytest.mark.parametrize("form", ["written_in_between", "sorted_backwards"])
