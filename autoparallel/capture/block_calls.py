@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from autoparallel.capture.equal_blocks import token_of
-from autoparallel.support.pytree import Skeleton
-from autoparallel.support.torch_private import expression_of
+from autoparallel.capture.equal_blocks import state_of, token_of
+from autoparallel.support.pytree import Skeleton, flatten
+from autoparallel.support.rng_state import python_numbers
+from autoparallel.support.torch_private import expression_of, storage_key
 
 __all__ = ["AGAIN", "KEYS", "MARKS", "OPAQUE", "RESULTS", "Traced"]
-__all__ += ["constants_of", "containers_of", "same_tensors"]
+__all__ += ["constants_of", "effects_of", "same_tensors"]
 
 # The names of the ops below: the marks before and behind a block that is traced, the opaque call in
 # the place of one that is not, and the stand-in of an input in a second call of the model.
@@ -92,6 +95,39 @@ def same_tensors(first: tuple[torch.Tensor, ...], second: list[torch.Tensor]) ->
     )
 
 
+def effects_of(
+    block: nn.Module, tensors: Sequence[torch.Tensor], skeleton: Skeleton, arguments: Any
+) -> Callable[[Any], str]:
+    """Return what says of a call's result, after the call, what it has done that a graph of it
+    would not say; empty where the graph says it all.
+
+    block: that is about to be called with `arguments`. tensors, skeleton: of them, see `flatten`.
+    """
+    # In-place writes raise the versions of inputs; all else is compared before and after.
+
+    def held() -> tuple[Any, ...]:
+        """Return what the block holds and is called with."""
+        versions = [tensor._version for tensor in tensors]
+        return versions, state_of(block), token_of(arguments, {}, depth=2), python_numbers()
+
+    before = held()
+
+    def effect(result: Any) -> str:
+        """Return what the call has done."""
+        if held() != before:
+            return "changes what it is called with or what it holds"
+        outputs, shape = flatten(result)
+        given = {id(tensor) for tensor in tensors}
+        storages = {storage_key(tensor) for tensor in tensors}
+        if any(storage_key(one) in storages for one in outputs if id(one) not in given):
+            return "returns a view of what it is called with"
+        if _containers_of(shape) & _containers_of(skeleton):
+            return "returns an object that it is called with"
+        return ""
+
+    return effect
+
+
 def _looks(tensor: torch.Tensor) -> Any:
     """Return all of a tensor but its numbers and its memory."""
     sizes = [_expression(size) for size in (*tensor.shape, *tensor.stride())]
@@ -123,8 +159,8 @@ def _token(skeleton: Skeleton) -> Any:
     return (skeleton.kind, type(skeleton.sample), keys, *map(_token, skeleton.children))
 
 
-def containers_of(skeleton: Skeleton) -> set[int]:
+def _containers_of(skeleton: Skeleton) -> set[int]:
     """Return the ids of the containers in a structure that a block could write to."""
     fixed = skeleton.kind in ("tensor", "constant", "namedtuple")
     itself = set() if fixed or isinstance(skeleton.sample, tuple) else {id(skeleton.sample)}
-    return itself.union(*map(containers_of, skeleton.children))
+    return itself.union(*map(_containers_of, skeleton.children))

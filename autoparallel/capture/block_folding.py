@@ -3,9 +3,11 @@
 While the model is traced, the first and the last block of a group run as ever, between two marks
 in the program. The others are hidden: their forward becomes one call of `autoparallel::block`
 whose results look like the first one's, and their parameters are not seen by the tracer. The
-importer then copies the marked region to each opaque call. Whatever could make the blocks differ
-raises Unfoldable, and the caller traces the whole model instead. So does a hidden block that is
-entered otherwise than by its call, or not at all: the tracer would take its weights for constants.
+importer then copies the marked region to each opaque call. Where a hidden block is called as none
+before it, with other sizes or strides, the first block runs once more with what it is called with:
+that is copied alone. Whatever could make the blocks differ raises Unfoldable, and the caller traces
+the whole model instead. So does a hidden block that is entered otherwise than by its call, or not
+at all: the tracer would take its weights for constants.
 """
 
 from __future__ import annotations
@@ -24,13 +26,11 @@ from autoparallel.capture.block_calls import (
     RESULTS,
     Traced,
     constants_of,
-    containers_of,
+    effects_of,
     same_tensors,
 )
-from autoparallel.capture.equal_blocks import Group, state_of, token_of, watched_class
+from autoparallel.capture.equal_blocks import Group, state_of, watched_class
 from autoparallel.support.pytree import flatten, rebuild
-from autoparallel.support.rng_state import python_numbers
-from autoparallel.support.torch_private import storage_key
 
 __all__ = ["Folding", "Unfoldable"]
 
@@ -57,7 +57,8 @@ class Folding:
     (path, block) by the id of the block's dict, by which a block is known whatever its class.
     traced: the traced calls of each group, by the group's number. After the trace, `calls` gives
     the block's path and the traced call for the key of every opaque call, `marks` the block's path
-    for the key of every mark, and `twins` the traced calls that must turn out like an earlier one.
+    for the key of every mark, and `twins` the traced calls that must turn out like an earlier one;
+    `patterns` has the keys of marks around what is only copied.
     failure: the first reason to give up. running: whether the model's forward is at work.
 
     Example: `with folding.installed(), folding.forward(): model(x)`, inside of torch.export.
@@ -74,6 +75,7 @@ class Folding:
         self.calls: dict[int, tuple[str, Traced]] = {}
         self.twins: dict[int, Traced] = {}
         self.marks: dict[int, str] = {}
+        self.patterns: dict[int, None] = {}
         self._inside = False
 
     def fail(self, reason: str, *paths: str) -> Unfoldable:
@@ -124,13 +126,16 @@ class Folding:
         return [state_of(block, depth=0) for block in self.hidden.values()]
 
     def repeats(self) -> tuple[tuple[str, ...], ...]:
-        """Return, for every block that was copied, its path and those of its copies."""
+        """Return, for every block that was copied, its path and those of its copies; for what was
+        traced to be copied alone, those of several copies.
+        """
         copies: dict[int, list[str]] = {}
         for path, traced in self.calls.values():
-            paths = copies.setdefault(traced.key, [traced.path])
+            itself = [] if traced.key in self.patterns else [traced.path]
+            paths = copies.setdefault(traced.key, itself)
             if path not in paths:
                 paths.append(path)
-        return tuple(map(tuple, copies.values()))
+        return tuple(tuple(paths) for paths in copies.values() if len(paths) > 1)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -274,26 +279,19 @@ class Folding:
         call does more than a graph of it would say.
         """
         tensors, skeleton = flatten((args, kwargs))
+        effect = effects_of(block, tensors, skeleton, (args, kwargs))
         constants = constants_of(skeleton)
-        # In-place writes raise the versions of inputs; all else is compared before and after.
-        versions = [tensor._version for tensor in tensors]
-        before = (state_of(block), token_of((args, kwargs), {}, depth=2), python_numbers())
         twin = self._find(group, tensors, constants)
         key = next(KEYS)
         self.marks[key] = path
         torch.ops.autoparallel.enter(tensors, key)
         result = run(*args, **kwargs)
-        after = (state_of(block), token_of((args, kwargs), {}, depth=2), python_numbers())
-        if after != before or [tensor._version for tensor in tensors] != versions:
-            raise self.fail(f"{path} changes what it is called with or what it holds")
+        done = effect(result)
+        if done:
+            raise self.fail(f"{path} {done}")
         outputs, shape = flatten(result)
         known = {id(tensor): index for index, tensor in enumerate(tensors)}
         made = tuple(tensor for tensor in outputs if id(tensor) not in known)
-        storages = {storage_key(tensor) for tensor in tensors}
-        if any(storage_key(tensor) in storages for tensor in made):
-            raise self.fail(f"{path} returns a view of what it is called with")
-        if containers_of(shape) & containers_of(skeleton):
-            raise self.fail(f"{path} returns an object that it is called with")
         torch.ops.autoparallel.leave(made, key)
         count = itertools.count()
         origins = tuple(
@@ -311,19 +309,33 @@ class Folding:
     def _call(self, group: int, path: str, args: Any, kwargs: Any) -> Any:
         """Record an opaque call in the place of a hidden block, and return results for it.
 
-        group: number of the block's group. Raises Unfoldable where no traced block was called so:
-        a block whose call matches no traced block is traced itself in the next attempt.
+        group: number of the block's group.
         """
         tensors, skeleton = flatten((args, kwargs))
         traced = self._find(group, tensors, constants_of(skeleton))
-        if traced is None:
-            raise self.fail(f"{path} is called as no block before it", path)
+        traced = traced or self._pattern(group, args, kwargs)
         key = next(KEYS)
         RESULTS[key] = traced.made
         self.calls[key] = (path, traced)
         results = torch.ops.autoparallel.block(tensors, key)
         leaves = [tensors[~index] if index < 0 else results[index] for index in traced.origins]
         return rebuild(traced.result, leaves)
+
+    def _pattern(self, group: int, args: Any, kwargs: Any) -> Traced:
+        """Trace the first block of a group with what a hidden one is called with, as none before
+        it: what becomes of that is copied to the hidden one, and is not in the graph itself.
+        """
+        path, block = self.groups[group].members[0]
+        plain: Any = type(block).__base__
+        self._inside = True
+        try:
+            run = functools.partial(plain.forward, block)
+            self._trace(group, path, block, run, args, kwargs)
+        finally:
+            self._inside = False
+        traced = self.traced[group][-1]
+        self.patterns[traced.key] = None
+        return traced
 
     def _find(self, group: int, tensors: list[torch.Tensor], constants: Any) -> Traced | None:
         """Return the traced call of the group that was made alike, None where there is none."""

@@ -227,6 +227,17 @@ class Regions:
             renamed[names[tensor]] = names[copies[inner]]
         return renamed
 
+    def without_patterns(self, graph: Graph) -> Graph:
+        """Return the graph without the nodes that are there only to be copied.
+
+        graph: with its nodes in the builder's order.
+        """
+        regions = [self.regions[key] for key in self.folding.patterns]
+        left_out = {
+            node.name for region in regions for node in graph.nodes[region.start : region.stop]
+        }
+        return replace(graph, nodes=tuple(n for n in graph.nodes if n.name not in left_out))
+
     def check(self, graph: Graph) -> None:
         """Raise Unfoldable where a node outside of a region reads what the block did not return.
 

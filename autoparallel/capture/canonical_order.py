@@ -27,11 +27,11 @@ _Frames = Mapping[str, tuple[str, ...]]
 _Item = list[Node]
 
 
-def in_canonical_order(graph: Graph, builder: GraphBuilder) -> Graph:
+def in_canonical_order(graph: Graph, builder: GraphBuilder, anew: bool = False) -> Graph:
     """Return the same program with the independent calls of each statement in order of first use.
 
     graph: as traced. builder: has built it, and knows the statement and the unnumbered name of each
-    call.
+    call. anew: whether nodes were left out, so that names are given anew in any case.
     Calls change places only within one statement of one forward, run once or several times in a
     row, and only if none of them reads what another computes. Statements that write in place or
     draw random numbers stay as they are: there the order has a meaning. Names and the numbers of
@@ -41,7 +41,7 @@ def in_canonical_order(graph: Graph, builder: GraphBuilder) -> Graph:
     Example: `in_canonical_order(graph, builder).fingerprint`.
     """
     calls = _Arrangement(graph, builder.frames).in_order(list(graph.calls))
-    if calls == list(graph.calls):
+    if calls == list(graph.calls) and not anew:
         return graph
     return _renamed(graph, calls, builder.bases)
 

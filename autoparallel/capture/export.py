@@ -39,6 +39,7 @@ from autoparallel.capture.intricate_sizes import (
 )
 from autoparallel.capture.module_tensors import first_paths
 from autoparallel.capture.refused_models import export_failure
+from autoparallel.capture.rehearsed_blocks import computing_groups
 from autoparallel.capture.repeated_calls import SeenCalls
 from autoparallel.capture.side_effects import (
     refuse_backward_hooks,
@@ -65,7 +66,7 @@ from autoparallel.support.torch_private import (
 __all__ = ["Captured", "capture"]
 
 _log = logging.getLogger(__name__)
-# A block whose call matches no traced block is traced itself in the next of three attempts.
+# A block that is entered otherwise than by a call is traced itself in the next of three attempts.
 _ATTEMPTS = 3
 
 
@@ -120,13 +121,18 @@ def capture(
         *(Switches(), NO_WAYS, Asked(guesses, likely), seen or SeenCalls()),
     )
     asked = wanted.asked
+    groups: tuple[Group, ...] | None = None
     while True:
         opened = len(asked.functions)
         # Of equal blocks one alone would be traced, and go its own ways.
         folds = fold and not asked.in_blocks
         try:
             with plain_surroundings(device):
-                captured = _folded(wanted) if folds else _traced(wanted, _unfolded(), True)
+                if folds:
+                    groups = computing_groups(wanted) if groups is None else groups
+                    captured = _folded(wanted, groups)
+                else:
+                    captured = _traced(wanted, _unfolded(), True)
             if find_ways is None or not asked.has_guessed():
                 return captured
             ways = find_ways()
@@ -135,7 +141,7 @@ def capture(
             _log.info("traced again: the example run goes other ways than were guessed")
             asked.take()
             asked.guesses = False
-            wanted = replace(wanted, ways=ways)
+            wanted, groups = replace(wanted, ways=ways), None
         except IntricateSizes as reason:
             _log.info("dims of the inputs are fixed: %s", reason)
             wanted = replace(wanted, fixed=wanted.fixed | reason.dims)
@@ -153,25 +159,24 @@ def capture(
             if not told and not guessed:
                 raise
             asked.guesses = False
-            wanted = replace(wanted, ways=ways)
+            wanted, groups = replace(wanted, ways=ways), None
 
 
-def _folded(wanted: Wanted) -> Captured:
-    """Return a trace in which equal blocks were traced once, if that can be."""
+def _folded(wanted: Wanted, groups: tuple[Group, ...]) -> Captured:
+    """Return a trace in which equal blocks were traced once, if that can be.
+
+    groups: of equal blocks that probably only compute.
+    """
     apart: frozenset[str] = frozenset()
-    groups: tuple[Group, ...] = ()
-    for _ in range(_ATTEMPTS):
+    for _ in range(_ATTEMPTS if groups else 0):
         try:
-            groups = find_groups(wanted.model, called=True)
-            if not groups:
-                break
             return _traced(wanted, Folding(groups, apart))
         except Unfoldable as reason:
             _log.info("blocks are traced one by one: %s", reason)
             wanted.asked.in_blocks |= reason.branches
             if not reason.paths:
                 break
-            apart |= set(reason.paths)
+            apart |= frozenset(reason.paths)
         except (IntricateSizes, ValueBranchError):
             raise  # the full trace branches there, too
         except Exception as error:
@@ -180,7 +185,7 @@ def _folded(wanted: Wanted) -> Captured:
             # Whatever it is, the full trace has it too, and then it is explained.
             _log.info("blocks are traced one by one: %r", error)
             break
-    return _traced(wanted, _unfolded(), one_by_one=bool(groups))
+    return _traced(wanted, _unfolded(), one_by_one=bool(find_groups(wanted.model, called=True)))
 
 
 def _unfolded() -> Folding:

@@ -136,7 +136,9 @@ class Importer:
         graph = Graph(tuple(self.builder.nodes), tuple(outputs), tuple(mutations))
         self.regions.check(graph)
         self.turns.require_no_trace(graph)
-        return in_canonical_order(graph.verify(), self.builder).verify()
+        graph = self.regions.without_patterns(graph).verify()
+        anew = bool(self.folding.patterns)
+        return in_canonical_order(graph, self.builder, anew).verify()
 
     def attributes(self, signature: Any, module: Any) -> None:
         """Add the nodes of parameters and buffers, in the model's order, and those of constants.
