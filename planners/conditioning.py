@@ -35,6 +35,8 @@ _ROUNDS = 6
 _ATTEMPTS = 4
 # A bound so near to the cost, as a share of it, is the cost but for rounding.
 _ROUNDING = 1e-9
+# How far copies of a variable are brought to each other in a round.
+_SHARE = 0.6
 # Greedy orders differ a little between the problems that are solved; they may need larger tables.
 LEEWAY = 64
 _LESS = 4
@@ -178,7 +180,8 @@ class _Conditioning:
     cutset: names of variables. limit: entries of the largest table. multipliers: of an earlier
     search, to begin with; afterwards those of the best bound. known: the bound of that search.
     best: the cheapest assignment so far. bound: no assignment costs less, as far as is proven.
-    least: bounds on the cost with each state of each variable, once they are known.
+    least: bounds on the cost with each state of each variable, once they are known. marginals: of
+    the copies, at the multipliers. tried: the states that the cutset was fixed to.
     """
 
     problem: Problem
@@ -190,6 +193,8 @@ class _Conditioning:
     known: float = -np.inf
     bound: float = -np.inf
     least: dict[str, Table] = field(default_factory=dict)
+    marginals: dict[str, Table] = field(default_factory=dict)
+    tried: dict[tuple[tuple[str, int], ...], None] = field(default_factory=dict)
 
     def run(self, rounds: int) -> None:
         """Relax and fix in so many rounds; then find the marginals that rule out states."""
@@ -203,24 +208,33 @@ class _Conditioning:
                 multipliers[copy] = self.multipliers[copy] if known else zeros
         gap = np.inf if self.best is None or not self.multipliers else self.best.cost - self.known
         self.multipliers = multipliers
-        for round_number in range(rounds):
+        share = _SHARE
+        for _ in range(rounds):
             before = self.bound
-            states = self.relax(multipliers)
+            marginals = self.relax(multipliers)
             if self.bound > before:
-                self.multipliers = dict(multipliers)
-            votes = {name: self.vote(name, states) for name in self.cutset}
-            self.attempt(votes)
-            if not self.update(multipliers, states, round_number):
+                self.multipliers, self.marginals = multipliers, marginals
+            else:
+                share /= 2  # too far: from the best multipliers, a shorter way
+            for vote in (self.cheapest, self.most_frequent):
+                self.attempt({name: vote(name, marginals) for name in self.cutset})
+            multipliers = self.averaged(share)
+            if self.is_proven or not multipliers:
                 break
             if current().is_over and self.best is not None:
                 return
             if gap < np.inf and self.best is not None and self.best.cost - self.bound <= gap / 2:
                 break  # enough to rule out more than the last time
         if self.best is None:
-            self.attempt(self.dive(multipliers))
-        if self.best is None or self.best.cost - self.bound <= _ROUNDING * abs(self.best.cost):
-            return
-        self.bound_states()
+            self.attempt(self.dive(self.multipliers))
+        if self.best is not None and not self.is_proven:
+            self.bound_states()
+
+    @property
+    def is_proven(self) -> bool:
+        """True if no assignment costs less than the best, but for rounding."""
+        best = self.best
+        return best is not None and best.cost - self.bound <= _ROUNDING * abs(best.cost)
 
     def bound_states(self) -> None:
         """Bound the cost with each state of each variable, at the multipliers of the best bound."""
@@ -294,14 +308,16 @@ class _Conditioning:
         """Return the number of states of a copy's variable."""
         return self.problem.variable(self.copies_of[copy]).size
 
-    def relax(self, multipliers: dict[str, Table]) -> Mapping[str, int]:
-        """Solve the relaxed problem with the copies charged by the multipliers; raise the bound."""
-        solution = exact.solve(
-            self.charged(multipliers), max_table_entries=self.limit, memo=self.memo
+    def relax(self, multipliers: Mapping[str, Table]) -> dict[str, Table]:
+        """Return the least cost of the relaxed problem with each state of each copy, charged by the
+        multipliers; raise the bound.
+        """
+        copies = [copy for copies in self.copies.values() for copy in copies]
+        marginals = exact.min_marginals(
+            self.charged(multipliers), copies, max_table_entries=self.limit, memo=self.memo
         )
-        self.relaxed_cost = solution.cost
-        self.bound = max(self.bound, solution.cost)
-        return solution.assignment
+        self.bound = max(self.bound, float(next(iter(marginals.values())).min()))
+        return marginals
 
     def charged(self, multipliers: Mapping[str, Table]) -> Problem:
         """Return the relaxed problem with the copies charged by the multipliers."""
@@ -309,19 +325,25 @@ class _Conditioning:
             {copy: self.relaxed.variable(copy).unary + multipliers[copy] for copy in multipliers}
         )
 
-    def vote(self, name: str, states: Mapping[str, int]) -> int:
-        """Return the state that most copies of a variable take, the lowest of several."""
-        copy_states = [states[copy] for copy in self.copies[name]] or [
-            int(np.argmin(self.problem.variable(name).unary))
-        ]
-        counts = np.bincount(copy_states)
-        return int(np.argmax(counts))
+    def cheapest(self, name: str, marginals: Mapping[str, Table]) -> int:
+        """Return the state of a variable that its copies take at the least cost together."""
+        tables = [marginals[copy] for copy in self.copies[name]]
+        return int(np.argmin(sum(tables) if tables else self.problem.variable(name).unary))
+
+    def most_frequent(self, name: str, marginals: Mapping[str, Table]) -> int:
+        """Return the state that is the best one for most copies, the lowest of several."""
+        best = [int(np.argmin(marginals[copy])) for copy in self.copies[name]]
+        return int(np.argmax(np.bincount(best))) if best else self.cheapest(name, marginals)
 
     def attempt(self, fixed: dict[str, int]) -> bool:
-        """Solve with the cutset fixed and adopt the result if it is the best so far.
+        """Solve with the cutset fixed, once, and adopt the result if it is the best so far.
 
         Returns whether it is.
         """
+        states = tuple(fixed.items())
+        if states in self.tried:
+            return False
+        self.tried[states] = None
         try:
             solution = exact.solve(
                 self.problem.pinned(fixed), max_table_entries=self.limit, memo=self.memo
@@ -333,34 +355,29 @@ class _Conditioning:
         self.best = solution
         return True
 
-    def update(
-        self, multipliers: dict[str, Table], states: Mapping[str, int], round_number: int
-    ) -> bool:
-        """Charge copies that differ from the others for it; say whether any does.
+    def averaged(self, share: float) -> dict[str, Table]:
+        """Return multipliers that bring the copies of each variable nearer to each other; none
+        where all copies are alike.
 
-        A step of the subgradient method on the dual, with Polyak's length: the gap over the squared
-        norm, shrinking by the round.
+        Each state of a copy is charged by what it costs less than on average over the copies, times
+        the share. The charges of one variable's copies add up to zero, so that they cancel where
+        the copies agree and the bound stays valid. Done for one variable at a time and in full,
+        this never lowers the bound (Globerson & Jaakkola 2007); a share of it mostly raises it far
+        sooner than steps along a subgradient.
         """
-        steps: dict[str, Table] = {}
-        norm = 0.0
+        multipliers = dict(self.multipliers)
+        apart = False
         for copies in self.copies.values():
-            if len({states[copy] for copy in copies}) <= 1:
-                continue
-            indicators = {copy: np.eye(self.size(copy))[states[copy]] for copy in copies}
-            # The charges of one variable's copies add up to zero, so that they cancel where the
-            # copies agree and the bound stays valid.
-            mean = sum(indicators.values()) / len(copies)
-            for copy, indicator in indicators.items():
-                steps[copy] = indicator - mean
-                norm += float((steps[copy] ** 2).sum())
-        if not steps:
-            return False
-        known = self.best.cost if self.best is not None else abs(self.relaxed_cost) * 1.1
-        gap = max(known - self.relaxed_cost, 1e-6 * abs(known))
-        length = gap / norm / (1 + round_number / 4)
-        for copy, step in steps.items():
-            multipliers[copy] = multipliers[copy] + length * step
-        return True
+            tables = np.array([self.marginals[copy] for copy in copies])
+            # What one copy cannot be, none can.
+            possible = np.isfinite(tables).all(axis=0)
+            charges = np.zeros(tables.shape)
+            left = tables[:, possible]
+            charges[:, possible] = left.mean(axis=0) - left
+            apart = apart or bool((np.abs(charges) > _ROUNDING * abs(self.bound)).any())
+            for copy, charge in zip(copies, charges, strict=True):
+                multipliers[copy] = multipliers[copy] + share * charge
+        return multipliers if apart else {}
 
     def dive(self, multipliers: dict[str, Table]) -> dict[str, int]:
         """Fix the cutset one by one, to states that the relaxed problem still allows.

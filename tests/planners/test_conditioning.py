@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from planners import Factor, Problem, Variable, conditioning, exact
+from planners.table_memo import Memo
 
 
 def loop(steps: int, hubs: int, states: int, seed: int) -> Problem:
@@ -62,10 +63,38 @@ def test_single_states_are_improved_where_nothing_else_ends_it(
 
     monkeypatch.setattr(kind, "finished", noting("finished", None))
     monkeypatch.setattr(kind, "improve", noting("improve", kind.improve))
-    problem = loop(16, 5, 6, 1)
+    problem = loop(12, 4, 6, 2)
     names = conditioning.cutset(problem, 4**2)
     solution = conditioning.solve(problem, max_table_entries=4**2)
     assert asked == [*["finished"] * 4, "improve", "finished"]
     for name in names:
         others = {other: solution.assignment[other] for other in names if other != name}
         assert exact.solve(problem.pinned(others)).cost == pytest.approx(solution.cost, rel=1e-9)
+
+
+def sheet(side: int, states: int, seed: int) -> Problem:
+    """A square of variables, each of which shares a table with those beside it."""
+    rng = np.random.default_rng(seed)
+    places = [(row, column) for row in range(side) for column in range(side)]
+    variables = tuple(Variable(str(place), rng.random(states)) for place in places)
+    factors = [
+        Factor((str((row, column)), str(other)), rng.random((states, states)))
+        for row, column in places
+        for other in ((row + 1, column), (row, column + 1))
+        if other in places
+    ]
+    return Problem(variables, tuple(factors))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_few_rounds_bring_the_copies_together(seed: int) -> None:
+    """Steps along a subgradient leave the bound more than 2% below."""
+    problem = sheet(6, 4, seed)
+    names = list(conditioning.cutset(problem, 4**2))
+    search = conditioning._Conditioning(problem, names, 4**5, Memo(), {})
+    search.run(6)
+    optimum = exact.solve(problem).cost
+    assert 0.98 * optimum < search.bound < optimum * (1 + 1e-9)
+    for copies in search.copies.values():
+        total = sum(search.multipliers[copy] for copy in copies)
+        assert np.abs(total).max() < 1e-9
