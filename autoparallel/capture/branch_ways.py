@@ -133,7 +133,7 @@ class Asked:
     ask inside, of which a mode sees nothing as long as they are not opened. guesses: whether truth
     values that no ways tell of are guessed. likely: the ways that are guessed; other lines are
     guessed by what they ask for. guessed: the guesses of each call, by line. in_blocks: whether one
-    of several equal blocks has asked.
+    of several equal blocks has asked. unanswered: whether a line had no answer, not even a guess.
     """
 
     def __init__(self, guesses: bool = False, likely: Ways = NO_WAYS) -> None:
@@ -141,11 +141,12 @@ class Asked:
         self.functions: dict[Any, None] = {}
         self.guesses, self.likely = guesses, likely
         self.guessed: list[dict[Way, tuple[bool, ...]]] = []
-        self.in_blocks = False
+        self.in_blocks = self.unanswered = False
 
     def take(self) -> frozenset[Way]:
         """Return the lines, and forget them: none of them asks again in a trace that has ways."""
         lines, self.lines, self.guessed = frozenset(self.lines), {}, []
+        self.unanswered = False
         return lines
 
     def has_guessed(self) -> bool:
@@ -324,6 +325,7 @@ class TakeWays(TorchFunctionMode):
             return answers[count]
         self.asked.lines[place] = None
         if guess is None or self.ways or not self.asked.guesses:
+            self.asked.unanswered = True
             return None
         self.decided()
         likely = self.asked.likely.get(place, ())

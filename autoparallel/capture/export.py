@@ -148,16 +148,18 @@ def capture(
         except AliasError:
             raise
         except CaptureError:
-            guessed, unanswered = asked.has_guessed(), asked.take()
             # The run tells the same again: only functions that are opened now may change a trace.
-            again = not wanted.ways or len(asked.functions) > opened
-            if find_ways is None or not unanswered or not again:
+            opens = len(asked.functions) > opened
+            if find_ways is None or not asked.lines or (wanted.ways and not opens):
                 raise
             ways = wanted.ways or find_ways()
-            told = any(answer is not None for line in unanswered for answer in ways.get(line, ()))
-            # A way that was guessed wrongly ends somewhere else than the forward does.
-            if not told and not guessed:
+            told = any(answer is not None for line in asked.lines for answer in ways.get(line, ()))
+            # A way that was guessed wrongly ends somewhere else than the forward does. One that was
+            # guessed right ends here again, but where hidden blocks may be the reason.
+            confirmed = not (asked.unanswered or groups or opens) and asked.is_right(ways)
+            if confirmed if asked.has_guessed() else not told:
                 raise
+            asked.take()
             asked.guesses = False
             wanted, groups = replace(wanted, ways=ways), None
 

@@ -304,3 +304,31 @@ def test_checks_are_guessed_and_equal_blocks_fold_between_them(
         parity(model, made, other)
     three = autoparallel.make_plan(model, 3, example_inputs=(x,))
     parity(model, autoparallel.simulate(model, example_inputs=(x,), plan=three), x)
+
+
+class Refused(nn.Module):
+    """A check, and then what no trace can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.mix(x)
+        assert torch.isfinite(y).all()
+        return (y * float(y.detach().numpy().shape[0])).square().mean()
+
+
+def test_a_trace_that_fails_behind_a_right_guess_is_not_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted, export = [], torch.export.export
+    monkeypatch.setattr(
+        torch.export, "export", lambda *args, **kwargs: counted.append(1) or export(*args, **kwargs)
+    )
+    model, x = Refused().double(), numbers(5, WIDTH)
+    plan = autoparallel.make_plan(model, 2, example_inputs=(x,))
+    assert [one.path for one in plan.breaks] == [""]
+    # The model, and the layer in it.
+    assert len(counted) == 2
+    parity(model, autoparallel.simulate(model, example_inputs=(x,), plan=plan), x)
