@@ -129,7 +129,8 @@ def capture(
         try:
             with plain_surroundings(device):
                 if folds:
-                    groups = computing_groups(wanted) if groups is None else groups
+                    if groups is None:
+                        groups = computing_groups(wanted, args, kwargs)
                     captured = _folded(wanted, groups)
                 else:
                     captured = _traced(wanted, _unfolded(), True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -25,19 +25,22 @@ __all__ = ["computing_groups"]
 _log = logging.getLogger(__name__)
 
 
-def computing_groups(wanted: Wanted) -> tuple[Group, ...]:
+def computing_groups(
+    wanted: Wanted, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Group, ...]:
     """Return the groups of equal blocks that only compute, as far as a run of the model tells.
 
-    Example: `Folding(computing_groups(wanted), frozenset())`.
+    args, kwargs: of the call, as it is made.
+
+    Example: `Folding(computing_groups(wanted, (x,), {}), frozenset())`.
     """
     groups = find_groups(wanted.model, called=True)
     if not groups:
         return ()
     rehearsal = _Rehearsal(groups)
-    bound = wanted.bound
     try:
         with rehearsal.installed():
-            census_of(wanted.model, bound.args, bound.kwargs, wanted.part, "meta", wanted.ways)
+            census_of(wanted.model, args, kwargs, wanted.part, "meta", wanted.ways)
     except Exception as error:  # the forward is anyone's code, and may fail in any way
         _log.info("blocks are rehearsed in part: %r", error)
     for reason in rehearsal.failed.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -95,6 +96,35 @@ def test_blocks_that_do_more_than_compute_leave_others_hidden(hidden: list[int],
     assert hidden == [LAYERS - 2]
     assert captured.repeats == (tuple(f"1.blocks.{number}" for number in range(LAYERS - 1)),)
     both(model, sample())
+
+
+def with_a_default(forward: Any) -> Any:
+    """Return a forward that is given `scale` by name in any case, as libraries decorate theirs."""
+
+    @functools.wraps(forward)
+    def decorated(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, scale=kwargs.pop("scale", 2.0), **kwargs)
+
+    return decorated
+
+
+class Decorated(nn.Module):
+    """A Decorated model takes an argument by its name alone, though its signature says less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counting, self.others = Stack(Counting() for _ in range(3)), stack()
+
+    @with_a_default
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """x: (batch, places, WIDTH)."""
+        result: torch.Tensor = self.others(self.counting(x)) * scale
+        return result
+
+
+def test_the_run_makes_the_call_as_it_is_made(hidden: list[int]) -> None:
+    capture(Decorated(), (sample(),), {"scale": 3.0})
+    assert hidden == [LAYERS - 2]
 
 
 class Asking(nn.Module):
