@@ -35,8 +35,8 @@ def computing_groups(
     Example: `Folding(computing_groups(wanted, (x,), {}), frozenset())`.
     """
     groups = find_groups(wanted.model, called=True)
-    if not groups:
-        return ()
+    if not any(map(_may_do_more, groups)):
+        return groups
     rehearsal = _Rehearsal(groups)
     try:
         with rehearsal.installed():
@@ -46,6 +46,14 @@ def computing_groups(
     for reason in rehearsal.failed.values():
         _log.info("blocks are traced one by one: %s", reason)
     return tuple(group for number, group in enumerate(groups) if number not in rehearsal.failed)
+
+
+def _may_do_more(group: Group) -> bool:
+    """Return whether the blocks of a group are worth a run: they hold what a forward may write to,
+    or numbers that tell them apart.
+    """
+    _, block = group.members[0]
+    return bool(group.positions) or any(True for _ in block.buffers())
 
 
 class _Rehearsal:
