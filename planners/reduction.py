@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class ContradictionError(Exception):
         self.candidates = candidates
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Network:
     """The choices that are left to make, by variable index: states, and tables between them.
 
@@ -41,15 +42,15 @@ class Network:
     offset_terms: tuple[float, ...]
     blamed: dict[int, dict[int, None]]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """The number of states left, per variable."""
         return [len(states) for states in self.states]
 
-    @property
+    @cached_property
     def form(self) -> Form:
         """The numbers of states and the scopes, which elimination orders depend on."""
-        return tuple(self.sizes), tuple([scope for scope, _ in self.terms])
+        return Form(tuple(self.sizes), tuple([scope for scope, _ in self.terms]))
 
     def neighbors(self) -> list[dict[int, None]]:
         """Return, per variable, those it shares a table with, as keys of a dict.
@@ -87,11 +88,14 @@ def reduce(problem: Problem, memo: Memo, allowed: Sequence[int] | None = None) -
     offsets: list[float] = []
 
     def add(number: int, scope: tuple[int, ...]) -> None:
-        pieces = memo.pieces(number, tuple(domains[place] for place in scope))
+        pieces = memo.pieces(number, tuple([domains[place] for place in scope]))
         if pieces.offset:
             offsets.append(pieces.offset)
         for table, axes in pieces.tables:
-            terms.append((tuple(scope[axis] for axis in axes), table))
+            if len(axes) == len(scope):
+                terms.append((scope, table))  # axes are ascending
+            else:
+                terms.append((tuple([scope[axis] for axis in axes]), table))
 
     for place, number in enumerate(unaries):
         add(number, (place,))

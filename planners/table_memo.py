@@ -17,11 +17,6 @@ from numpy.typing import NDArray
 from planners.contraction import along, contract, others
 from planners.tables import Table
 
-# What an order of elimination depends on: each variable's number of states, and all scopes.
-# Orders are known by that and the scores that were tried, with their work where they were found.
-Form = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
-Orders = dict[tuple[Form, tuple[str, ...]], tuple[list[int], int]]
-
 # A table's number and, for each of its axes, the axis of the joint table it lies along.
 Operand = tuple[int, tuple[int, ...]]
 
@@ -30,6 +25,30 @@ Operand = tuple[int, tuple[int, ...]]
 # most are new, and a digest of all of a table takes as long as to make it.
 _SAMPLED_ENTRIES = 2**15
 _SAMPLE = 512
+
+
+class Form:
+    """What an order of elimination depends on; compares by content, and is hashed once.
+
+    sizes: each variable's number of states. scopes: of all tables.
+
+    >>> Form((2, 3), ((0, 1),)) == Form((2, 3), ((0, 1),)), Form((2,), ()) == Form((3,), ())
+    (True, False)
+    """
+
+    __slots__ = ("_hash", "scopes", "sizes")
+
+    def __init__(self, sizes: tuple[int, ...], scopes: tuple[tuple[int, ...], ...]) -> None:
+        self.sizes, self.scopes = sizes, scopes
+        self._hash = hash((sizes, scopes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Form) or self._hash != other._hash:
+            return False
+        return self is other or (self.sizes == other.sizes and self.scopes == other.scopes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +79,8 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self.orders: Orders = {}
+        # Of `schedules.Orders`, which this module knows nothing of.
+        self.orders: dict[Any, Any] = {}
         self.heavy: dict[Form, None] = {}
         self.compared: dict[tuple[int, int], Any] = {}
         self.undominated: dict[Any, NDArray[np.bool_]] = {}
