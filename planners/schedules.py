@@ -127,7 +127,7 @@ class Outline:
         buckets: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in order]
         for number, (scope, _) in enumerate(network.terms):
             buckets[min([position[variable] for variable in scope])].append((scope, number))
-        lines = []
+        lines: list[_Line] = []
         for variable, bucket in zip(order, buckets, strict=True):
             # A set is sorted at once, so that its order plays no part.
             others = {other for scope, _ in bucket for other in scope}
