@@ -67,11 +67,11 @@ class Memo:
     """Interned tables and remembered results; hand it to several solves to share their work.
 
     computed, reused: the numbers of eliminations that were done and that were looked up. orders:
-    the orders of elimination, for problems of the same form; `memo.emptied()` keeps these and drops
-    all tables, which else stay in memory as long as the memo lives. heavy: forms of problems whose
-    dominated states are worth dropping. compared: what is known of tables by the states that
-    dominate others in them, and undominated: the states that are left of a variable, see
-    `dominance`.
+    the orders of elimination, for problems of the same form; `memo.emptied()` keeps these, and what
+    is known of forms, and drops all tables, which else stay in memory as long as the memo lives.
+    heavy: forms of problems whose dominated states are worth dropping. compared: what is known of
+    tables by the states that dominate others in them, and undominated: the states that are left of
+    a variable, see `dominance`.
 
     >>> memo = Memo()
     >>> memo.table(np.zeros(3)), memo.table(np.ones(3)), memo.table(np.zeros(3))
@@ -82,6 +82,8 @@ class Memo:
         # Of `schedules.Orders`, which this module knows nothing of.
         self.orders: dict[Any, Any] = {}
         self.heavy: dict[Form, None] = {}
+        # Of `reduction`: what was found last for a problem of other tables.
+        self.reduced: list[Any] = []
         self.compared: dict[tuple[int, int], Any] = {}
         self.undominated: dict[Any, NDArray[np.bool_]] = {}
         self.tables: list[Table] = []
@@ -104,7 +106,7 @@ class Memo:
     def emptied(self) -> Memo:
         """Return a memo that knows what this one knows of the forms of problems, but no table."""
         memo = Memo()
-        memo.orders, memo.heavy = self.orders, self.heavy
+        memo.orders, memo.heavy, memo.reduced = self.orders, self.heavy, self.reduced
         return memo
 
     def table(self, table: Table) -> int:
@@ -129,6 +131,10 @@ class Memo:
             self._domain_by_content[content] = number
             self.domains.append(allowed)
         return number
+
+    def contents(self, domains: list[int]) -> tuple[bytes, ...]:
+        """Return the states of sets, given by number: of each set once, in order."""
+        return tuple([self.domains[domain].tobytes() for domain in dict.fromkeys(domains)])
 
     def finite_domain(self, unary: int) -> int:
         """Return the number of the set of states that a unary table allows (finite entries)."""

@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autoparallel.analysis.memory_account import Account
 from autoparallel.errors import MemoryLimitError
@@ -180,6 +184,8 @@ class _Moments:
         # By the call at whose backward bytes are counted, and by the shares of such moments.
         self._alone: dict[str, Problem] = {}
         self._means: dict[tuple[float, ...], Problem] = {}
+        # Of solutions, what they take at each moment.
+        self._usages: dict[Any, list[float]] = {}
 
     def problem(self, limit: float) -> Problem:
         """Return the problem within a limit, by bytes as they are counted now."""
@@ -225,9 +231,29 @@ class _Moments:
             return False
         if not self._halved(solution) and not self._another(solution, worst):
             return False
-        problem = self.problem(self.given)
-        known[:] = [replace(one, usage=usage_of(problem, one)) for one in known]
+        shares = self._shares_of_all()
+        known[:] = [replace(one, usage=float(self._used(one) @ shares)) for one in known]
         return True
+
+    def _shares_of_all(self) -> NDArray[np.float64]:
+        """Return how much the bytes of each moment count, of the first one first."""
+        shares = np.ones(1)
+        for one in self.shares:
+            shares = np.append(shares * (1 - one.share), one.share)
+        return shares
+
+    def _used(self, solution: Solution) -> NDArray[np.float64]:
+        """Return what a solution takes at each of the moments, which is told once."""
+        key = (
+            tuple(solution.assignment.values()),
+            solution.variable_alternatives,
+            solution.factor_alternatives,
+        )
+        used = self._usages.setdefault(key, [])
+        networks = [self.network, *(one.network for one in self.shares)]
+        for network in networks[len(used) :]:
+            used.append(usage_of(self._at(network), solution))
+        return np.array(used)
 
     def _halved(self, solution: Solution) -> bool:
         """Change the share of the latest moment, if the solution is over the limit there or before
