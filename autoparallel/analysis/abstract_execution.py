@@ -24,6 +24,7 @@ from autoparallel.placement import Layout, Movement, Shard, Step, whole_layout
 from autoparallel.plan import Conversion, Plan
 from autoparallel.plan.plan_cuts import cuts_of
 from autoparallel.rewrite.conversions import begun_ahead, begun_steps
+from autoparallel.rewrite.gaps import find_gaps
 from autoparallel.runtime.recompute import cuts_are_alike
 
 __all__ = ["AbstractExecution", "LocalTensor", "Moment", "Storage"]
@@ -71,7 +72,9 @@ class Moment:
     node: the call's name, empty for a redistribution. region: the number of the recomputed region
     that it belongs to, -1 if it is not run again in the backward pass. reads, makes: numbers of
     tensors. forward, backward: bytes that it needs in either pass besides the tensors that it reads
-    and makes.
+    and makes. filled: of a product, the redistribution during whose backward the gradient of its
+    weight is computed, so that the first operand and the result's gradient are kept until then; -1
+    where that is computed at once.
     """
 
     node: str
@@ -80,6 +83,7 @@ class Moment:
     makes: tuple[int, ...]
     forward: int = 0
     backward: int = 0
+    filled: int = -1
 
 
 class AbstractExecution:
@@ -120,6 +124,8 @@ class AbstractExecution:
         self.assumed: list[str] = []
         self.ahead: list[tuple[int, int]] = []
         self._begins = begun_ahead(plan)
+        # The moment of each gap's redistribution, as it was made last.
+        self._gaps, self._gap_moments = find_gaps(plan), dict[int, int]()
         self._begun: dict[tuple[str, tuple[Step, ...], str], int] = {}
         self._regions = {name: at for at, names in enumerate(recomputed) for name in names}
         # The region under way, and the values that have been made in it.
@@ -216,7 +222,7 @@ class AbstractExecution:
                 if key in self._begun:
                     copy = self._end(self._begun[key], region)
                 else:
-                    copy = self._step(self.graph.values[name], number, here, step, region)
+                    copy = self._step(self.graph.values[name], number, here, key[1], region)
                 self._converted[key] = copy
                 storage = self.locals[copy].storage
                 if again and self._drops and storage != first:
@@ -240,7 +246,7 @@ class AbstractExecution:
             there = self._converted if at < count else self._begun
             if key not in self._converted and key not in there:
                 there[key] = self._step(
-                    self.graph.values[name], number, here, step, region, begun=at == count
+                    self.graph.values[name], number, here, key[1], region, begun=at == count
                 )
             number, here = there.get(key, -1), step.applied(here)
 
@@ -277,15 +283,17 @@ class AbstractExecution:
         value: Value,
         number: int,
         here: Layout,
-        step: Step,
+        steps: tuple[Step, ...],
         region: int,
         begun: bool = False,
     ) -> int:
         """Add one move on one axis, and return the number of its result.
 
-        number, here: the tensor and its layout. region: that of the redistribution. begun: the move
-        is ended later, where what came is unpacked.
+        number, here: the tensor and its layout. steps: of its redistribution up to this move.
+        region: that of the redistribution. begun: the move is ended later, where what came is
+        unpacked.
         """
+        step = steps[-1]
         local, there = self.locals[number], step.applied(here)
         axis, source = step.axis, step.source
         grad = local.spec.requires_grad
@@ -315,8 +323,10 @@ class AbstractExecution:
             buffer = local.spec.nbytes
         result = fitted(replace(seen.results[0], requires_grad=grad), expected)
         self.storages[local.storage].read = len(self.moments)
-        has_own_gradient = is_copy or step.backward is not Movement.NONE
+        has_own_gradient = step.backward is not Movement.NONE
         moved = self._put(result, storage, result.nbytes if has_own_gradient else 0)
+        if gap := self._gaps.conversions.get((value.name, steps)):
+            self._gap_moments[gap] = len(self.moments)
         self.moments.append(Moment("", region, (number,), (moved,), buffer, buffer))
         return moved
 
@@ -370,5 +380,6 @@ class AbstractExecution:
             makes.append(self._put(result, storage_numbers[index], gradient))
             self._at[value.name], self._layouts[value.name] = makes[-1], layout
             self._inside[1].add(value.name)
-        moment = Moment(node.name, region, reads, tuple(makes), backward=seen.backward)
-        self.moments.append(moment)
+        filled = self._gap_moments.get(self._gaps.products.get(node.name, 0), -1)
+        backward = seen.backward
+        self.moments.append(Moment(node.name, region, reads, tuple(makes), 0, backward, filled))

@@ -120,7 +120,7 @@ class Liveness:
         for index, its_region in enumerate(self.region):
             ends[its_region] = index
         returned = {execution.locals[number].storage for number in execution.returned}
-        started = self._started()
+        started, late = self._started(), self._late()
         for number, storage in enumerate(execution.storages):
             if storage.kind != "activation":
                 continue
@@ -128,24 +128,39 @@ class Liveness:
             if number in returned:
                 alive(0, count, storage.nbytes)
             elif self.savers[number]:
-                alive(min(self.savers[number]), count, storage.nbytes)
+                alive(min(*self.savers[number], late.get(number, count)), count, storage.nbytes)
             if self.again[number]:
                 last = max(*self.again[number], started.get(number, -1))
                 its_region = self.region[storage.born]
                 alive(
-                    min(self.again[number]),
+                    min(*self.again[number], late.get(number, count)),
                     max(last, ends[its_region] if its_region != -1 else 0),
                     storage.nbytes,
                 )
-        lasts = self._lasts()
+        in_place = self._summed_in_place()
+        lasts = self._lasts(in_place)
         # The backward pass runs from the last moment to the first: a gradient is there from its
-        # last reader's backward down to that of the moment that made the tensor.
+        # last reader's backward down to that of the moment that made the tensor, or of the gap that
+        # the product has left it to.
         for index, moment in enumerate(execution.moments):
+            first = index if moment.filled < 0 else moment.filled
             for number in moment.makes:
                 last = lasts[number]
-                if last >= 0:
-                    alive(index, last, execution.locals[number].gradient)
+                if last >= 0 and number not in in_place:
+                    alive(first, last, execution.locals[number].gradient)
         return _alive(change, [moment.backward for moment in execution.moments])
+
+    def _late(self) -> dict[int, int]:
+        """Return, for each storage that a product has left to a gap, the moment at whose backward
+        that gap is.
+        """
+        late: dict[int, int] = {}
+        for index, moment in enumerate(self.execution.moments):
+            if moment.filled >= 0:
+                storage = self.execution.locals[moment.reads[0]].storage
+                if index in self.execution.storages[storage].savers:
+                    late[storage] = min(late.get(storage, index), moment.filled)
+        return late
 
     def _started(self) -> dict[int, int]:
         """Return, for each storage that is gathered again ahead of its use, the moment at whose
@@ -159,12 +174,30 @@ class Liveness:
             if taken[at] >= 0
         }
 
-    def _lasts(self) -> list[int]:
+    def _summed_in_place(self) -> set[int]:
+        """Return the tensors whose gradients are summed over the ranks in their own memory: those
+        that only products read which fill the gap of their redistribution. They are one node of
+        autograd's graph with it, and nobody else holds the gradient.
+        """
+        execution, in_place = self.execution, set[int]()
+        for index, moment in enumerate(execution.moments):
+            if not moment.node and moment.makes:
+                readers = self.readers[moment.makes[0]]
+                filling = all(execution.moments[reader].filled == index for reader in readers)
+                # The gradients of parts and wholes differ in size: one of them is another tensor.
+                read, made = (execution.locals[each[0]] for each in (moment.reads, moment.makes))
+                if readers and filling and read.spec.nbytes == made.spec.nbytes:
+                    in_place.add(moment.makes[0])
+        return in_place
+
+    def _lasts(self, in_place: set[int]) -> list[int]:
         """Return, for each tensor, the moment at whose backward its gradient first exists; -1 for
         none.
 
-        The gradient of a view is that of its base, seen otherwise. Gradients come from the caller
-        for the loss or, where none is returned, for all that is returned.
+        in_place: tensors whose gradients become that of what they were moved from. The gradient of
+        a view is that of its base, seen otherwise, and that of a tensor whose gradient does not
+        move is that of what it was moved from. Gradients come from the caller for the loss or,
+        where none is returned, for all that is returned.
         """
         execution = self.execution
         lasts = [max(readers, default=-1) for readers in self.readers]
@@ -175,9 +208,12 @@ class Liveness:
         # A base's gradient exists as soon as that of any of its views.
         for moment in reversed(execution.moments):
             for result in moment.makes:
-                if execution.locals[result].gradient == 0:
+                if result in in_place:
+                    lasts[moment.reads[0]] = max(lasts[moment.reads[0]], lasts[result])
+                elif execution.locals[result].gradient == 0:
                     for operand in moment.reads:
-                        if execution.locals[operand].storage == execution.locals[result].storage:
+                        storages = {execution.locals[each].storage for each in (operand, result)}
+                        if not moment.node or len(storages) == 1:
                             lasts[operand] = max(lasts[operand], lasts[result])
         return lasts
 

@@ -30,6 +30,7 @@ from autoparallel.graph.attribute_read import ABSENT, SIMPLE, Answer, AttributeR
 from autoparallel.support.model_snapshot import lent, untouched
 from autoparallel.support.object_state import moves_on
 from autoparallel.support.one_at_a_time import planning
+from autoparallel.support.paused_collection import paused_collection
 
 __all__ = ["OuterVariables", "global_reads", "undisturbed"]
 
@@ -249,7 +250,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """At the end the model, and variables outside of it that its code may write to, are as before.
 
     Other threads that come here wait until then: they would take a variable for theirs that is
-    about to be put back.
+    about to be put back. Python's collector rests: traces and plans are objects that stay.
 
     >>> layer = nn.Linear(2, 2)
     >>> with undisturbed(layer):
@@ -257,7 +258,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     >>> hasattr(layer, "calls")
     False
     """
-    with planning.held():
+    with planning.held(), paused_collection():
         before, outer = _held.outer, OuterVariables(model)
         with untouched(model, *outer.objects.values()), outer.lent(), outer.restored():
             _held.outer = outer

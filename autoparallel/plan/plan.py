@@ -69,10 +69,11 @@ class Plan:
     the values that it reads are saved for the backward pass, and those that it makes are not.
     recompute: the blocks that they belong to, as (path, "selective" or "full"). remade: ops of such
     blocks whose results are not saved either, but made again one by one where the backward pass
-    needs them. memory: (category,
-    bytes) on the rank that needs most, as `memory_of` counts it; empty where nobody has counted
-    it. collectives: (phase, mesh axis, collective, number in one step), as `collective_totals`
-    counts them; None where nobody has.
+    needs them. fills_gaps: whether the gradient of a weight may wait for the collective of another
+    redistribution than that of the product's own operand, and be computed meanwhile; what it is
+    computed of is kept until then. memory: (category, bytes) on the rank that needs most, as
+    `memory_of` counts it; empty where nobody has counted it. collectives: (phase, mesh axis,
+    collective, number in one step), as `collective_totals` counts them; None where nobody has.
     pipeline: the stages that the ops are cut into; None where all ranks compute all ops. Layouts
     then have a first axis in time, whose places are the micro-batches, and none for the stages:
     what a stage computes, its ranks alone hold; see `stage_mesh`.
@@ -120,6 +121,7 @@ class Plan:
     recomputed: tuple[tuple[str, ...], ...] = ()
     recompute: tuple[tuple[str, str], ...] = ()
     remade: tuple[str, ...] = ()
+    fills_gaps: bool = True
     memory: tuple[tuple[str, int], ...] = ()
     collectives: tuple[tuple[str, str, str, int], ...] | None = None
     inputs: tuple[PlannedInput, ...] = ()

@@ -42,7 +42,7 @@ _KEYS = {
     *_TOLD,
     "device_nbytes",
     *"version mesh options parameters ops conversions outputs recomputed recompute memory".split(),
-    *"collectives inputs returned request breaks parts pipeline remade".split(),
+    *"collectives inputs returned request breaks parts pipeline remade fills_gaps".split(),
 }
 _OPTIONS = {field.name: str(field.type) for field in fields(Options)}
 
@@ -80,6 +80,8 @@ def rows_of_plan(plan: Any) -> dict[str, Any]:
             rows[name] = getattr(plan, name)
     if plan.remade:
         rows["remade"] = list(plan.remade)
+    if not plan.fills_gaps:
+        rows["fills_gaps"] = False
     if plan.collectives is not None:
         rows["collectives"] = [list(row) for row in plan.collectives]
     if plan.inputs or plan.returned:
@@ -121,6 +123,7 @@ def fields_of_rows(rows: Mapping[str, Any]) -> dict[str, Any]:
         recomputed=typed("tuple[tuple[str, ...], ...]", rows["recomputed"], "recomputed"),
         recompute=_table_of(rows["recompute"], "recompute", "str", "str"),
         remade=typed("tuple[str, ...]", rows.get("remade", []), "remade"),
+        fills_gaps=typed("bool", rows.get("fills_gaps", True), "fills_gaps"),
         memory=_table_of(
             [list(row) for row in _table(rows["memory"], "memory").items()],
             *("memory", "str", "int"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from autoparallel.analysis.memory_account import Account
 from autoparallel.errors import MemoryLimitError
@@ -242,14 +243,16 @@ def _read(
 ) -> tuple[Plan, Account]:
     """Return the plan of a solution, and all of its memory on the rank that needs most.
 
-    Where gathers that begin ahead of their use take too much, they begin where they are read.
+    What takes memory to hide collectives gives way to the limit: gradients of weights that wait for
+    collectives of other layers, then gathers that begin ahead of their use.
     """
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
     current().spend(len(network.graph.nodes) * _SECONDS_PER_NODE)
     account = judge(plan)
-    if account.total > allowed_nbytes(network) and any(row.begins for row in plan.conversions):
-        waiting = without_gathers_ahead(plan)
-        less = judge(waiting)
-        if less.total < account.total:
-            plan, account = waiting, less
+    for without in (partial(replace, fills_gaps=False), without_gathers_ahead):
+        thinner = without(plan)
+        if account.total > allowed_nbytes(network) and thinner != plan:
+            less = judge(thinner)
+            if less.total < account.total:
+                plan, account = thinner, less
     return replace(plan, memory=account.rows), account

@@ -59,7 +59,9 @@ def find_gaps(plan: Plan) -> Gaps:
     of the last two gaps gets one such gradient before the last one gets more. The gradient of a
     weight that is gathered has to be reduced afterwards, which needs something left to hide it: a
     gap that is left before the first product is none for it. A product that is made again by
-    itself leaves nothing to a gap: it is a function of tensors.
+    itself leaves nothing to a gap: it is a function of tensors. What a gradient is computed of is
+    kept until its gap; a plan that has no memory for that (`Plan.fills_gaps`) leaves a gradient to
+    the gap of the product's own operand alone, which comes right behind it.
     """
     if not plan.options.overlap:
         return Gaps()
@@ -92,7 +94,8 @@ def find_gaps(plan: Plan) -> Gaps:
             moved = known.get((op.reads[0], op.operands[0]))
             own = conversions.get((moved.value, moved.steps)) if moved else None
             gap = empty[0] if empty and own != last else last
-            if filled[gap - 1] < MOST_IN_GAP:
+            gap = gap if plan.fills_gaps else own or 0
+            if gap >= least and filled[gap - 1] < MOST_IN_GAP:
                 products[op.name] = gap
                 filled[gap - 1] += 1
     return Gaps(conversions, products, _summed(plan, known, products))

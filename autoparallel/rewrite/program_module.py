@@ -194,6 +194,9 @@ class _Reader:
             return
         several = self.value(statement.value)
         for index, name in enumerate(names):
+            # The program calls everything so that nobody reads.
+            if name == "_":
+                continue
             part = several
             if isinstance(several, fx.Node):
                 part = self.builder.add(

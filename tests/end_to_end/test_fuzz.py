@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 import pytest
+from broad_cases import share_of
 from fuzz_corpus import ON_SEVERAL_AXES, REGRESSIONS, WAYS
 from fuzz_draw import containing, programs, splits
 from fuzz_programs import Program
@@ -106,7 +107,7 @@ def ready(program: Program, way: Split) -> list[str]:
 
 
 @quiet
-@pytest.mark.parametrize("name", REGRESSIONS)
+@pytest.mark.parametrize("name", share_of(REGRESSIONS, 2))
 def test_what_failed_once(coverage: Coverage, name: str) -> None:
     subject = Subject(REGRESSIONS[name])
     for way in WAYS:

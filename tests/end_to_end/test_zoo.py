@@ -84,9 +84,8 @@ def each_once(names: list[str], first: int) -> list[tuple[str, int]]:
 
 
 # One of each kind is run by `make test`, as each costs another trace: experts, an encoder and a
-# decoder, images by attention and by convolutions, recurrences, a scan. GPT-2 and Llama are in
-# tests/end_to_end/test_parity.py.
-KEPT = ["deepseek-v3", "t5", "vit", "u-net", "lstm", "mamba"]
+# decoder, images, a recurrence, a scan. GPT-2 and Llama are in tests/end_to_end/test_parity.py.
+KEPT = ["deepseek-v3", "t5", "u-net", "lstm", "mamba"]
 WITHOUT_DROPOUT = one_of_each(each_once(NAMES, 0), lambda row: row[0] in KEPT)
 TWO_AXES = Mesh(dp=2, tp=2)
 EVERYWHERE = [(name, ranks) for name in NAMES for ranks in (*sorted(WORLD_SIZES), TWO_AXES)]

@@ -213,10 +213,14 @@ def test_halves_of_split_stages(names: tuple[str, ...]) -> None:
 
 # Those whose last stage uses weights for nothing that came in, or some several times.
 OTHERS = tuple(name for name, (kind, *_) in CASES.items() if kind in OWN)
-EVERY = tuple(name for name in CASES if name not in OTHERS)
+# And those that differ from another one in the stages of each rank, or in what runs again.
+MORE = ("gpipe, two on each", "zero bubble, two on each", "zero bubble, recomputed")
+EVERY = tuple(name for name in CASES if name not in (*OTHERS, *MORE))
 
 
-@pytest.mark.parametrize("names", [EVERY, *broad((OTHERS,))], ids=["every", "others"])
+@pytest.mark.parametrize(
+    "names", [EVERY, *broad((OTHERS,), (MORE,))], ids=["every", "others", "more"]
+)
 def test_schedules(names: tuple[str, ...]) -> None:
     """Losses and every gradient of some steps, by call and by `step`, and evaluation, with every
     schedule.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,14 +11,10 @@ import torch
 from torch import nn
 
 import autoparallel
-from autoparallel.analysis import training_step as step_module
 from autoparallel.analysis.communication import collective_totals
 from autoparallel.errors import PlanError
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Break, Plan
-from autoparallel.plan import choices as choices_module
-from autoparallel.plan import plan as plan_module
-from autoparallel.plan import plan_rows as rows_module
 from autoparallel.support.units import bytes_text, seconds_text
 from autoparallel.train.models import GPT, GPTConfig
 from autoparallel.view.report import plan_text
@@ -54,13 +48,6 @@ def limited(plan: Plan) -> Plan:
         recompute="full",
         example_inputs=inputs,
     )
-
-
-@pytest.mark.parametrize("module", [plan_module, choices_module, rows_module, step_module])
-def test_the_examples_run(module: ModuleType) -> None:
-    failed, attempted = doctest.testmod(module)
-    assert attempted > 0
-    assert failed == 0
 
 
 def test_a_plan_prints_as_a_dozen_lines(plan: Plan) -> None:

@@ -136,3 +136,18 @@ def test_plans_that_nobody_would_choose(seeds: range) -> None:
     captured, network = network_of(model, inputs, mesh, recompute="auto", memory_limit=10**12)
     for plan, _ in any_plans(captured, network, seeds):
         compare(model, replace(plan, captured=captured), captured, inputs)
+
+
+def test_a_program_may_have_many_things_that_nobody_reads() -> None:
+    """Such as the gaps of conversions that no other product fills, which all have the name "_"."""
+    with Float64():
+        model, inputs = build("gpt"), inputs_for("gpt")
+        plan = autoparallel.make_plan(
+            *(model, 2),
+            example_inputs=inputs,
+            constraints=["megatron on tp"],
+            sequence_parallel=False,
+        )
+        plan = replace(plan, fills_gaps=False)
+        assert autoparallel.export(plan, "python", model).text.count(", _ = ") > 1
+        compare(model, plan, plan.captured, inputs)
