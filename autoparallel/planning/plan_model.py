@@ -33,7 +33,6 @@ from autoparallel.planning.stage_cuts import with_memory
 from autoparallel.planning.traced_parts import search_parts
 from autoparallel.planning.whole_trace import trace_whole
 from autoparallel.rules.lookup import find_rule
-from autoparallel.support.paused_collection import paused_collection
 from planners.effort import Effort, current, effort
 
 __all__ = ["fastest_plan", "trace_model"]
@@ -72,7 +71,6 @@ def trace_model(
     return broken
 
 
-@paused_collection()
 def fastest_plan(
     model: nn.Module,
     traced: Captured | GraphBreaks,
