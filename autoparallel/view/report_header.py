@@ -40,6 +40,7 @@ def report_header(plan: Plan, words: Words) -> Table:
         ("method", plan.method),
         *_excess(plan),
         *_recomputed(plan),
+        *_waiting(plan),
         *_idle(plan),
         ("returns", returned_text(plan, (_returned(words, layout) for layout in plan.outputs))),
     ]
@@ -106,6 +107,19 @@ def _recomputed(plan: Plan) -> list[tuple[str, str]]:
     if plan.options.recompute not in lacking or plan.breaks:
         return []
     return [("recomputed", f"nothing: no block is repeated{lacking[plan.options.recompute]}")]
+
+
+def _waiting(plan: Plan) -> list[tuple[str, str]]:
+    """Tell where less of the communication is hidden for want of memory."""
+    if plan.fills_gaps:
+        return []
+    return [
+        (
+            "overlap",
+            "gradients of weights hide the collectives of their own inputs alone, for want of "
+            "memory to keep what they are computed of until those of other layers",
+        )
+    ]
 
 
 def _idle(plan: Plan) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ import autoparallel
 from autoparallel.analysis.memory import memory_of
 from autoparallel.plan import Plan
 from autoparallel.rewrite.gaps import find_gaps
+from autoparallel.view.report import plan_text
 
 INPUTS = inputs_for("gpt", batch=8, sequence=16)
 
@@ -75,3 +76,5 @@ def test_a_limit_takes_back_what_gaps_keep() -> None:
     within = planned(recompute="full", memory_limit=taken - 1)
     assert not within.fills_gaps
     assert sum(size for _, size in within.memory) < taken
+    for plan in (recomputed(), within):
+        assert ("for want" in plan_text(plan)) != plan.fills_gaps
