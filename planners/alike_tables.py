@@ -109,10 +109,14 @@ class AlikeTables:
         return alike_tables(self.variables, scopes, 0)
 
     @cached_property
+    def scopes(self) -> list[tuple[int, ...]]:
+        """The scope of every factor, as places of variables."""
+        return [tuple([self.index[name] for name in each.scope]) for each in self.factors]
+
+    @cached_property
     def of_factors(self) -> tuple[Alike, ...]:
         """The tables over several variables, whose numbers come behind those of the unary ones."""
-        scopes = [tuple([self.index[name] for name in each.scope]) for each in self.factors]
-        return alike_tables(self.factors, scopes, len(self.variables))
+        return alike_tables(self.factors, self.scopes, len(self.variables))
 
 
 def paid(

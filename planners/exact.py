@@ -14,9 +14,10 @@ import numpy as np
 from planners.dominance import Asked, without_dominated
 from planners.effort import current
 from planners.greedy_orders import SCORES, TooWideError
-from planners.ordering import Schedule, schedule
+from planners.ordering import schedule
 from planners.problem import Problem
 from planners.reduction import ContradictionError, Network, closure, reduce
+from planners.schedules import Schedule
 from planners.solution import InfeasibleError, Solution
 from planners.table_memo import Memo, Operand
 from planners.tables import Table
@@ -181,8 +182,7 @@ class _Elimination:
             asked = {}
         self.schedule = self._scheduled(max_table_entries, asked)
         if self.schedule.work > most_work:
-            largest = max(recipe.entries for recipe in self.schedule.recipes)
-            raise TooWideError(largest, max_table_entries)
+            raise TooWideError(self.schedule.largest, max_table_entries)
         current().spend(
             self.schedule.work * _SECONDS_PER_ENTRY
             + (len(problem.variables) + len(problem.factors)) * _SECONDS_PER_TABLE

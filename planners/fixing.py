@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,12 @@ from planners import exact
 from planners.problem import Problem
 from planners.solution import InfeasibleError
 from planners.table_memo import Memo
-from planners.tables import Alternative
+from planners.tables import Alternative, Prices
 
 # Min-marginals of more work, in table entries read, take longer than what they spare.
 _MOST_WORK = 2**27
 
-__all__ = ["forbid", "possible_states"]
+__all__ = ["forbid", "is_allowed", "possible_states"]
 
 
 def possible_states(
@@ -62,3 +63,18 @@ def forbid(problem: Problem, possible: dict[str, NDArray[np.bool_]]) -> Problem:
             variable = replace(variable, unary=unary, alternatives=ways)
         variables.append(variable)
     return replace(problem, variables=tuple(variables))
+
+
+def is_allowed(problem: Problem, assignment: Mapping[str, int]) -> bool:
+    """Return whether every variable may have its state, whatever the others have.
+
+    >>> from planners.variables import Variable
+    >>> problem = Problem((Variable("a", np.array([1.0, 2.0])),))
+    >>> [is_allowed(problem.pinned({"a": 1}), {"a": state}) for state in range(2)]
+    [False, True]
+    """
+    states = problem.states(assignment)
+    unary = (group for group in problem.alike() if len(group.scopes) == 1)
+    return all(
+        np.isfinite(Prices(group.ways).weighed(0.0))[group.entries(states)].all() for group in unary
+    )

@@ -27,7 +27,7 @@ from planners.charged_solutions import (
 from planners.dual_function import RELATIVE_ROUNDING, charged_cost, highest_meeting
 from planners.effort import current
 from planners.exact_or_conditioned import ExactOrConditioned
-from planners.fixing import forbid, possible_states
+from planners.fixing import forbid, is_allowed, possible_states
 from planners.greedy_orders import TooWideError
 from planners.integer_refinement import refine_by_integer_program
 from planners.local_improvement import KnownEntries, improve_within_limit, repair_to_limit
@@ -98,7 +98,7 @@ def solve(
         search.charged = charged.of(problem)
     for solution in known or ():
         # Bounds are of the limit that they were found within, and of the states allowed then.
-        if math.isfinite(problem.cost(solution.assignment)):
+        if is_allowed(problem, solution.assignment):
             search.consider(replace(solution, lower_bound=-math.inf))
     try:
         return search.run(charge_alone)

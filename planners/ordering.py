@@ -1,12 +1,9 @@
 """The order in which to eliminate the variables of a network, and the cost of each step.
 
-Nothing is computed on tables here: a schedule names every step by what goes into it, so that steps
-that will give the same table have the same recipe.
+Nothing is computed on tables here, see `schedules`.
 """
 
 import itertools
-import math
-from dataclasses import dataclass
 
 from planners.greedy_orders import (
     SCORES,
@@ -18,10 +15,8 @@ from planners.greedy_orders import (
 )
 from planners.interaction_graph import components, network_graph
 from planners.reduction import Network
-from planners.table_memo import Operand, Orders
+from planners.schedules import KnownOrder, Orders, Outline, Schedule
 
-# Predicted cost of a step, in table entries read: this fixed part and the entries of its tables.
-_ENTRIES_PER_STEP = 10_000
 # The time of finding and scheduling another order, per variable and in the same unit.
 _ENTRIES_PER_VARIABLE = 5_000
 # The most entries of all resulting tables together: 2 GiB of float64.
@@ -36,71 +31,6 @@ _LATER = ("thin", "thinner")
 _AS_GOOD = 1.5
 # One in so many variables may be new to it: states that were dominated there, and are not here.
 _MOST_NEW = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """One step of elimination up to renaming: the tables to add up, over one joint shape.
-
-    operands: tables with the axes of the joint table that they lie along; a table's number is one
-    of the network's, or -1 - r for the result of recipe r. shape: of the joint table; axis 0 is the
-    variable that is eliminated, and the result has the other axes.
-    """
-
-    operands: tuple[Operand, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """The number of entries of the resulting table."""
-        return math.prod(self.shape[1:])
-
-    @property
-    def work(self) -> int:
-        """The table entries that are read: tables are added up from the smallest on, so that the
-        sum grows as late as possible, and its least is taken.
-        """
-        shape = self.shape
-        total = [1] * len(shape)
-        read = math.prod(shape)
-        for axes in sorted(
-            (axes for _, axes in self.operands),
-            key=lambda axes: math.prod([shape[axis] for axis in axes]),
-        ):
-            for axis in axes:
-                total[axis] = shape[axis]
-            read += math.prod(total)
-        return read
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Eliminate one variable; the result is a table over its neighbours.
-
-    variable: its index. scope: indices of the neighbours, ascending. recipe: number of the recipe.
-    """
-
-    variable: int
-    scope: tuple[int, ...]
-    recipe: int
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """The steps of elimination in order; they share recipes when the network repeats itself."""
-
-    steps: tuple[Step, ...]
-    recipes: tuple[Recipe, ...]
-
-    @property
-    def width(self) -> int:
-        """The most variables that a step's result is a table over."""
-        return max([len(step.scope) for step in self.steps], default=0)
-
-    @property
-    def work(self) -> int:
-        """The predicted cost of all distinct recipes, in table entries read."""
-        return sum(_ENTRIES_PER_STEP + recipe.work for recipe in self.recipes)
 
 
 def schedule(
@@ -129,14 +59,18 @@ def schedule(
     """
     orders = {} if orders is None else orders
     form = network.form, scores
+    same = orders.get(form)
+    if same is not None:
+        known = same.outline.schedule(network)
+        if known.largest <= max_table_entries:
+            return known
     free = [variable for variable, size in enumerate(network.sizes) if size > 1]
     kept = dict.fromkeys(free)
     # The last order is of the most similar network; the first one mostly knows most variables. What
     # was found by fewer scores is no measure of what all of them find.
     sought_alike = [order for (_, sought), order in orders.items() if sought == scores]
-    same = [orders[form]] if form in orders else []
-    for earlier in (*same, *sought_alike[-1:], *sought_alike[:1]):
-        order = [variable for variable in earlier[0] if variable in kept]
+    for earlier in (*sought_alike[-1:], *sought_alike[:1]):
+        order = [variable for variable in earlier.order if variable in kept]
         had = dict.fromkeys(order)
         new = [variable for variable in free if variable not in had]
         if len(new) * _MOST_NEW <= len(free):
@@ -144,17 +78,16 @@ def schedule(
                 order = inserted(network, order, new, max_table_entries) if new else order
             except TooWideError:
                 continue
-            known = _schedule(network, order)
-            largest = max([recipe.entries for recipe in known.recipes], default=0)
-            most_work = math.inf if form in orders else _AS_GOOD * earlier[1]
-            if largest <= max_table_entries and known.work <= most_work:
-                orders[form] = order, earlier[1]
+            outline = Outline.of(network, order)
+            known = outline.schedule(network)
+            if known.largest <= max_table_entries and known.work <= _AS_GOOD * earlier.work:
+                orders[form] = KnownOrder(order, earlier.work, outline)
                 return known
     alone = {variable: place for place, variable in enumerate(free)}
     alike: dict[int, int] = {}
     search_work = _ENTRIES_PER_VARIABLE * len(free)
     best: Schedule | None = None
-    best_work, best_order = math.inf, list[int]()
+    best_order, best_outline = list[int](), Outline(())
     needed: list[int] = []
     hubs = hubs_of(network)
     # With hubs in their own places orders are found sooner, and mostly better ones.
@@ -166,7 +99,9 @@ def schedule(
         worthwhile = _WORTHWHILE[score]
         if hubs and not aside and score != SCORES[0]:
             worthwhile = max(_WORTHWHILE.values())
-        if best_work <= search_work * worthwhile or (best is None and score in _LATER):
+        if best is None and score in _LATER:
+            continue
+        if best is not None and best.work <= search_work * worthwhile:
             continue
         if by_class and not alike:
             alike = variable_classes(network, free)
@@ -179,21 +114,21 @@ def schedule(
         except TooWideError as error:
             needed.append(error.entries)
             continue
-        candidate = _schedule(network, order)
-        entries = sum(recipe.entries for recipe in candidate.recipes)
-        if entries > min(16 * max_table_entries, _MOST_ENTRIES):
-            needed.append(entries)
-        elif candidate.work < best_work:
-            best, best_work, best_order = candidate, candidate.work, order
+        outline = Outline.of(network, order)
+        candidate = outline.schedule(network)
+        if candidate.entries > min(16 * max_table_entries, _MOST_ENTRIES):
+            needed.append(candidate.entries)
+        elif best is None or candidate.work < best.work:
+            best, best_order, best_outline = candidate, order, outline
     if best is None:
         apart = _order_apart(network, max_table_entries)
         if apart is None:
             raise TooWideError(min(needed), max_table_entries)
-        best, best_order = _schedule(network, apart), apart
-    largest = max([recipe.entries for recipe in best.recipes], default=0)
-    if best.work > _MUCH_WORK and largest > max_table_entries // 4:
-        raise TooWideError(largest, max_table_entries // 4)
-    orders[form] = best_order, best.work
+        best_order, best_outline = apart, Outline.of(network, apart)
+        best = best_outline.schedule(network)
+    if best.work > _MUCH_WORK and best.largest > max_table_entries // 4:
+        raise TooWideError(best.largest, max_table_entries // 4)
+    orders[form] = KnownOrder(best_order, best.work, best_outline)
     return best
 
 
@@ -211,7 +146,7 @@ def _order_apart(network: Network, max_table_entries: int) -> list[int] | None:
     for part in parts:
         own = schedule(only(network, part), max_table_entries)
         order += [step.variable for step in own.steps]
-        entries += sum(recipe.entries for recipe in own.recipes)
+        entries += own.entries
     if entries > min(16 * max_table_entries, _MOST_ENTRIES):
         raise TooWideError(entries, max_table_entries)
     return order
@@ -226,33 +161,3 @@ def only(network: Network, variables: list[int]) -> Network:
     states = [own if v in kept else own[:1] for v, own in enumerate(network.states)]
     terms = [term for term in network.terms if kept.issuperset(term[0])]
     return Network(tuple(states), tuple(terms), (), {})
-
-
-def _schedule(network: Network, order: list[int]) -> Schedule:
-    """Return the steps of bucket elimination in the given order, by name only.
-
-    Every table waits in the bucket of the first of its variables to be eliminated, and so does
-    every result.
-    """
-    sizes = network.sizes
-    position = {variable: place for place, variable in enumerate(order)}
-    buckets: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in order]
-    for scope, table in network.terms:
-        buckets[min([position[variable] for variable in scope])].append((scope, table))
-    steps = []
-    recipes: dict[tuple[tuple[Operand, ...], tuple[int, ...]], int] = {}
-    for variable, bucket in zip(order, buckets, strict=True):
-        # A set is sorted at once, so that its order plays no part.
-        others = {other for scope, _ in bucket for other in scope}
-        others.discard(variable)
-        scope = tuple(sorted(others))
-        place = {variable: 0}
-        for other in scope:
-            place[other] = len(place)
-        operands = sorted([(table, tuple([place[v] for v in axes])) for axes, table in bucket])
-        shape = (sizes[variable], *[sizes[other] for other in scope])
-        recipe = recipes.setdefault((tuple(operands), shape), len(recipes))
-        steps.append(Step(variable, scope, recipe))
-        if scope:
-            buckets[min([position[other] for other in scope])].append((scope, -1 - recipe))
-    return Schedule(tuple(steps), tuple([Recipe(*recipe) for recipe in recipes]))

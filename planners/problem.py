@@ -143,9 +143,8 @@ class Problem:
         return other
 
     def scopes(self) -> list[tuple[int, ...]]:
-        """Return the scope of every factor, as indices of variables."""
-        index = self._index
-        return [tuple([index[name] for name in factor.scope]) for factor in self.factors]
+        """Return the scope of every factor, as indices of variables; the list is not to change."""
+        return self._alike.scopes
 
     def cost(self, assignment: Mapping[str, int]) -> float:
         """Return the cost of a complete assignment, without rounding on the way (math.fsum).
@@ -263,6 +262,7 @@ class Problem:
         # The constructor would examine all tables again.
         problem = object.__new__(Problem)
         alike = AlikeTables(variables, factors, self._index)
+        alike.scopes = self._alike.scopes
         if factors is self.factors:
             alike.of_factors = self._alike.of_factors
         for name, value in (

@@ -1,14 +1,17 @@
 """Exact reductions of a problem before it is solved: fewer states, variables and tables."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planners.problem import Problem
-from planners.table_memo import Form, Memo
+from planners.table_memo import Form, Memo, Operand
 
 # The scope of a table as variable indices, in the order of the table's axes, and its number.
 Term = tuple[tuple[int, ...], int]
@@ -26,7 +29,7 @@ class ContradictionError(Exception):
         self.candidates = candidates
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Network:
     """The choices that are left to make, by variable index: states, and tables between them.
 
@@ -41,15 +44,23 @@ class Network:
     offset_terms: tuple[float, ...]
     blamed: dict[int, dict[int, None]]
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """The number of states left, per variable."""
         return [len(states) for states in self.states]
 
-    @property
+    @cached_property
     def form(self) -> Form:
         """The numbers of states and the scopes, which elimination orders depend on."""
-        return tuple(self.sizes), tuple([scope for scope, _ in self.terms])
+        return Form(tuple(self.sizes), tuple([scope for scope, _ in self.terms]))
+
+    def priced(
+        self, offset_terms: tuple[float, ...], blamed: dict[int, dict[int, None]]
+    ) -> Network:
+        """Return the network of the same tables with other constants."""
+        network = Network(self.states, self.terms, offset_terms, blamed)
+        network.__dict__.update(sizes=self.sizes, form=self.form)  # cached
+        return network
 
     def neighbors(self) -> list[dict[int, None]]:
         """Return, per variable, those it shares a table with, as keys of a dict.
@@ -82,25 +93,78 @@ def reduce(problem: Problem, memo: Memo, allowed: Sequence[int] | None = None) -
     blamed: dict[int, dict[int, None]] = {}
     starts = [memo.finite_domain(number) for number in unaries] if allowed is None else allowed
     domains = _consistent_domains(list(starts), scopes, tables, memo, blamed)
+    items = _Items(len(unaries), [*unaries, *tables], scopes, domains, memo.contents(domains))
+    last: _Reduced | None = memo.reduced[0] if memo.reduced else None
+    if last is None or last.items != items:
+        last = _Reduced.of(items)
+    pieces = [memo.pieces(*item) for item in last.distinct]
+    offsets = [pieces[place].offset for place in last.places]
+    taken_apart = [each.tables for each in pieces]
+    if last.network is None or last.taken_apart != taken_apart:
+        distinct = dict.fromkeys(domains)
+        states_of_domain = {domain: np.flatnonzero(memo.domains[domain]) for domain in distinct}
+        states = tuple([states_of_domain[domain] for domain in domains])
+        last.network = Network(states, last.terms(taken_apart), (), {})
+        last.taken_apart = taken_apart
+    memo.reduced[:] = [last]
+    return last.network.priced(tuple([offset for offset in offsets if offset]), blamed)
 
-    terms: list[Term] = []
-    offsets: list[float] = []
 
-    def add(number: int, scope: tuple[int, ...]) -> None:
-        pieces = memo.pieces(number, tuple(domains[place] for place in scope))
-        if pieces.offset:
-            offsets.append(pieces.offset)
-        for table, axes in pieces.tables:
-            terms.append((tuple(scope[axis] for axis in axes), table))
+@dataclass(frozen=True, slots=True)
+class _Items:
+    """The tables of a problem by their numbers in a memo, with what is possible of them.
 
-    for place, number in enumerate(unaries):
-        add(number, (place,))
-    for scope, number in zip(scopes, tables, strict=True):
-        add(number, scope)
-    distinct = dict.fromkeys(domains)
-    states_of_domain = {domain: np.flatnonzero(memo.domains[domain]) for domain in distinct}
-    states = tuple(states_of_domain[domain] for domain in domains)
-    return Network(states, tuple(terms), tuple(offsets), blamed)
+    count: of variables, whose tables come first. scopes: of the others. domains: per variable.
+    contents: of the domains. Problems that differ in prices alone have equal ones, where the memos
+    that they are known to have been emptied before.
+    """
+
+    count: int
+    numbers: list[int]
+    scopes: list[tuple[int, ...]]
+    domains: list[int]
+    contents: tuple[bytes, ...]
+
+
+@dataclass(slots=True)
+class _Reduced:
+    """How the tables of a problem are reduced, as far as it does not depend on their entries.
+
+    distinct: numbers of tables with the domains that they are restricted to. places: of every
+    table's pair among these. taken_apart: the pieces of each distinct pair, and network: without
+    offsets, as they were last.
+    """
+
+    items: _Items
+    distinct: list[tuple[int, tuple[int, ...]]]
+    places: list[int]
+    taken_apart: list[tuple[Operand, ...]] = field(default_factory=list)
+    network: Network | None = None
+
+    @staticmethod
+    def of(items: _Items) -> _Reduced:
+        """Return how these tables are reduced."""
+        domains = items.domains
+        known: dict[tuple[int, tuple[int, ...]], int] = {}
+        scopes = [*((variable,) for variable in range(items.count)), *items.scopes]
+        pairs = [
+            (number, tuple([domains[variable] for variable in scope]))
+            for number, scope in zip(items.numbers, scopes, strict=True)
+        ]
+        places = [known.setdefault(pair, len(known)) for pair in pairs]
+        return _Reduced(items, list(known), places)
+
+    def terms(self, taken_apart: list[tuple[Operand, ...]]) -> tuple[Term, ...]:
+        """Return the terms, by the pieces of each distinct pair."""
+        scopes = [*((variable,) for variable in range(self.items.count)), *self.items.scopes]
+        return tuple(
+            [
+                # Axes are ascending: all of them are the scope itself.
+                (scope if len(axes) == len(scope) else tuple([scope[a] for a in axes]), table)
+                for scope, place in zip(scopes, self.places, strict=True)
+                for table, axes in taken_apart[place]
+            ]
+        )
 
 
 def _consistent_domains(

@@ -17,11 +17,6 @@ from numpy.typing import NDArray
 from planners.contraction import along, contract, others
 from planners.tables import Table
 
-# What an order of elimination depends on: each variable's number of states, and all scopes.
-# Orders are known by that and the scores that were tried, with their work where they were found.
-Form = tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]
-Orders = dict[tuple[Form, tuple[str, ...]], tuple[list[int], int]]
-
 # A table's number and, for each of its axes, the axis of the joint table it lies along.
 Operand = tuple[int, tuple[int, ...]]
 
@@ -30,6 +25,30 @@ Operand = tuple[int, tuple[int, ...]]
 # most are new, and a digest of all of a table takes as long as to make it.
 _SAMPLED_ENTRIES = 2**15
 _SAMPLE = 512
+
+
+class Form:
+    """What an order of elimination depends on; compares by content, and is hashed once.
+
+    sizes: each variable's number of states. scopes: of all tables.
+
+    >>> Form((2, 3), ((0, 1),)) == Form((2, 3), ((0, 1),)), Form((2,), ()) == Form((3,), ())
+    (True, False)
+    """
+
+    __slots__ = ("_hash", "scopes", "sizes")
+
+    def __init__(self, sizes: tuple[int, ...], scopes: tuple[tuple[int, ...], ...]) -> None:
+        self.sizes, self.scopes = sizes, scopes
+        self._hash = hash((sizes, scopes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Form) or self._hash != other._hash:
+            return False
+        return self is other or (self.sizes == other.sizes and self.scopes == other.scopes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +67,11 @@ class Memo:
     """Interned tables and remembered results; hand it to several solves to share their work.
 
     computed, reused: the numbers of eliminations that were done and that were looked up. orders:
-    the orders of elimination, for problems of the same form; `memo.emptied()` keeps these and drops
-    all tables, which else stay in memory as long as the memo lives. heavy: forms of problems whose
-    dominated states are worth dropping. compared: what is known of tables by the states that
-    dominate others in them, and undominated: the states that are left of a variable, see
-    `dominance`.
+    the orders of elimination, for problems of the same form; `memo.emptied()` keeps these, and what
+    is known of forms, and drops all tables, which else stay in memory as long as the memo lives.
+    heavy: forms of problems whose dominated states are worth dropping. compared: what is known of
+    tables by the states that dominate others in them, and undominated: the states that are left of
+    a variable, see `dominance`.
 
     >>> memo = Memo()
     >>> memo.table(np.zeros(3)), memo.table(np.ones(3)), memo.table(np.zeros(3))
@@ -60,8 +79,11 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self.orders: Orders = {}
+        # Of `schedules.Orders`, which this module knows nothing of.
+        self.orders: dict[Any, Any] = {}
         self.heavy: dict[Form, None] = {}
+        # Of `reduction`: what was found last for a problem of other tables.
+        self.reduced: list[Any] = []
         self.compared: dict[tuple[int, int], Any] = {}
         self.undominated: dict[Any, NDArray[np.bool_]] = {}
         self.tables: list[Table] = []
@@ -84,7 +106,7 @@ class Memo:
     def emptied(self) -> Memo:
         """Return a memo that knows what this one knows of the forms of problems, but no table."""
         memo = Memo()
-        memo.orders, memo.heavy = self.orders, self.heavy
+        memo.orders, memo.heavy, memo.reduced = self.orders, self.heavy, self.reduced
         return memo
 
     def table(self, table: Table) -> int:
@@ -109,6 +131,10 @@ class Memo:
             self._domain_by_content[content] = number
             self.domains.append(allowed)
         return number
+
+    def contents(self, domains: list[int]) -> tuple[bytes, ...]:
+        """Return the states of sets, given by number: of each set once, in order."""
+        return tuple([self.domains[domain].tobytes() for domain in dict.fromkeys(domains)])
 
     def finite_domain(self, unary: int) -> int:
         """Return the number of the set of states that a unary table allows (finite entries)."""

@@ -108,6 +108,8 @@ class SavedTensors:
         self._seen: dict[Any, Observed] = {}
         self._made: dict[Any, tuple[FakeTensorSpec, ...]] = {}
         self._saved: dict[Any, Saved] = {}
+        # By node: to look up what calls are by takes longer.
+        self._of: dict[str, Saved] = {}
         self._workspaces: dict[Any, int] = {}
         for node in graph.nodes:
             if node.kind == "call":
@@ -121,10 +123,12 @@ class SavedTensors:
 
     def of(self, name: str) -> Saved:
         """Return what the unsplit call of a node saves."""
-        key = self._keys[name]
-        if key not in self._saved:
-            self._saved[key] = _with_loops(self._cases[key], self._seen[key])
-        return self._saved[key]
+        if name not in self._of:
+            key = self._keys[name]
+            if key not in self._saved:
+                self._saved[key] = _with_loops(self._cases[key], self._seen[key])
+            self._of[name] = self._saved[key]
+        return self._of[name]
 
     def of_kernel(self, name: str, loop: str, world_size: int, second: str = "") -> Saved:
         """Return what a call saves if `loop` is split by its kernel over `world_size` ranks.

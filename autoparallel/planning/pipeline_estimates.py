@@ -24,11 +24,13 @@ from autoparallel.cost.hardware import find_hardware
 from autoparallel.errors import PlanError
 from autoparallel.graph.captured import Captured
 from autoparallel.graph.shortened import Shortened, shortened
+from autoparallel.graph.size_hints import with_larger_hints
 from autoparallel.mesh import Mesh
 from autoparallel.options import Options
 from autoparallel.placement import Layout
 from autoparallel.plan import Pipeline
 from autoparallel.planning.eased_plans import Eased
+from autoparallel.planning.least_pipeline import least_seconds, seconds_alone
 from autoparallel.planning.quickest_stages import MOST_PASSES, quickest_starts
 from autoparallel.planning.short_chains import Asked, ShortChains, TooLargeError
 from autoparallel.planning.stage_chain import StageChain, mixed, most_saved
@@ -53,11 +55,14 @@ class Estimator:
     """Estimates of pipelines of one model. captured: as micro-batches compute it.
 
     whole: its graph. short: the model with few of its equal blocks; None where it has no chain of
-    them, and there are no estimates. blocks: the number of blocks in chains.
+    them, and there are no estimates. blocks: the number of blocks in chains. beat: pipelines whose
+    steps can be no shorter are of no use, and are not estimated.
     """
 
     def __init__(self, captured: Captured, options: Options) -> None:
-        self.options, self.whole = options, captured.graph
+        self.options, self.captured, self.whole = options, captured, captured.graph
+        self.beat = math.inf
+        self._alone: float | None = None
         self.short: Shortened | None = shortened(captured.graph)
         self.blocks = 0
         # Seconds and bytes kept of all ways, on the first mesh with stages on which they were told,
@@ -95,13 +100,16 @@ class Estimator:
         options: Options | None = None,
     ) -> Estimate | None:
         """Return the estimate of the best way to recompute, among those that fit; of the one that
-        needs least where none does. None where there is no such pipeline, or no way to tell.
+        needs least where none does. None where there is no such pipeline, no way to tell, or none
+        can be shorter than `beat`.
 
         inside: the mesh of the ranks of a stage. shares: of a pipeline of so many micro-batches,
         count. pins: layouts of parameters, by path, over micro-batches. options: with another
         schedule or number of stages on each rank than the estimator's.
         """
         options = options or self.options
+        if self.beat < math.inf and self._least(inside, shares.ranks, count, options) >= self.beat:
+            return None
         key = inside, shares, count, options.order, options.each_rank, tuple((pins or {}).items())
         if key not in self._estimates:
             asked = Asked(inside, replace(shares, in_parts=True), count, pins or {}, options)
@@ -113,6 +121,13 @@ class Estimator:
                 self._shortest = min(self._shortest, found.seconds)
             self._estimates[key] = found
         return self._estimates[key]
+
+    def _least(self, inside: Mesh, ranks: int, count: int, options: Options) -> float:
+        """Return the least that a step takes; arguments as of `estimate`."""
+        if self._alone is None:
+            graph = with_larger_hints(self.captured, self.options.tokens)
+            self._alone = seconds_alone(graph, self.options)
+        return least_seconds(self._alone, options, ranks, inside, count)
 
     def _estimated(self, of: Asked) -> Estimate | None:
         """Return the estimate, which is not known yet."""

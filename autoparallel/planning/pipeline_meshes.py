@@ -54,10 +54,13 @@ def best_mesh(
     Example: `best_mesh(captured, 64, Options(data_parallel=True), plan.step)`
     """
     estimator = estimator_of(captured, options)
-    found = [] if estimator is None else _with_stages(estimator, world_size, options)
+    if estimator is None:
+        return None
+    estimator.beat = beat
+    found = _with_stages(estimator, world_size, options)
+    estimator.beat = math.inf
     if not found or not _fits(found[0][0], options) or found[0][0].seconds >= beat:
         return None
-    assert estimator is not None
     estimate, mesh = found[0]
     estimator.settle(mesh, estimate)
     return mesh, estimator
@@ -91,9 +94,12 @@ def likely_meshes(
             if nearest is not None and not is_better(estimate, nearest, limit):
                 break
             nearest = estimate
+    shortest = min((each.seconds for each, _ in found if _fits(each, options)), default=math.inf)
+    estimator.beat = shortest * _LIKELY
     for estimate, mesh in _with_stages(estimator, meshes[0].world_size, options):
         estimator.settle(mesh, estimate)
         found.append((estimate, mesh))
+    estimator.beat = math.inf
     found = [each for each in found if _fits(each[0], options)]
     if not found:
         return None

@@ -195,11 +195,11 @@ class _Builder:
         # out, or their number would multiply.
         several = sum(size > 1 for size in self.sizes) > 1
         splits = self.known.splits if self.known is not None else {}
+        axes = zip(self.sizes, self.in_time, strict=True)
         splits_by_size = {
             size: splits.get((size, several))
             or CandidateSplits(self.graph, rules, self.weights, self.options, size, several)
-            for size, in_time in zip(self.sizes, self.in_time, strict=True)
-            if not in_time
+            for size in dict.fromkeys(size for size, in_time in axes if not in_time)
         }
         self.network.splits = {(size, several): found for size, found in splits_by_size.items()}
         # The inputs' batch is what micro-batches are parts of, whatever else may be split.

@@ -32,8 +32,9 @@ from planners.interaction_graph import (
     network_graph,
     width_of_order,
 )
-from planners.ordering import schedule
+from planners.ordering import only, schedule
 from planners.reduction import ContradictionError, Network, reduce
+from planners.schedules import KnownOrder, Orders, Outline
 
 
 def grid(rows: int, columns: int, states: int, prefix: str = "v", seed: int = 0) -> Problem:
@@ -293,12 +294,33 @@ def test_an_order_by_one_score_is_not_taken_for_the_best(monkeypatch: pytest.Mon
     # A network with a few more variables takes the order, and puts these in their places.
     more = reduce(grid(4, 4, 3, seed=1), Memo())
     assert schedule(more, 2**20, orders).work == best.work
-    fewer = [step.variable for step in best.steps if step.variable != 5]
-    orders[next(reversed(orders))] = (fewer, best.work)
+    fewer = [variable for variable in range(16) if variable != 5]
+    less = only(more, fewer)
+    order = [step.variable for step in best.steps if step.variable != 5]
+    orders.clear()
+    orders[less.form, SCORES] = KnownOrder(order, best.work, Outline.of(less, order))
     known = schedule(more, 2**20, orders)
     assert sorted(step.variable for step in known.steps) == list(range(16))
     assert known.work <= 1.5 * best.work
     assert not sought
+
+
+def test_problems_of_one_form_are_scheduled_by_one_outline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the recipes of their own tables, and not anew where these have the same numbers."""
+    memo = Memo()
+    equal, other = (reduce(grid(4, 4, 3, seed=seed), memo) for seed in (0, 1))
+    assert equal.form == other.form
+    assert equal.terms != other.terms
+    orders: Orders = {}
+    first = schedule(equal, 2**20, orders)
+    monkeypatch.setattr(Outline, "of", None)
+    assert schedule(equal, 2**20, orders) is first
+    second = schedule(other, 2**20, orders)
+    assert [step.variable for step in second.steps] == [step.variable for step in first.steps]
+    monkeypatch.undo()
+    order = [step.variable for step in first.steps]
+    for network, known in ((equal, first), (other, second)):
+        assert Outline.of(network, order).schedule(network) == known
 
 
 def test_components_are_networkx_own() -> None:

@@ -20,7 +20,7 @@ from autoparallel.analysis.liveness import Liveness
 from autoparallel.analysis.memory import memory_of
 from autoparallel.mesh import Mesh
 from autoparallel.plan import Plan
-from autoparallel.planning import closest_plan
+from autoparallel.planning import counted_bytes
 from autoparallel.planning.network_solver import NetworkSolver
 from autoparallel.planning.solution_to_plan import plan_of_solution
 from autoparallel.strategy.cost_network import CostNetwork
@@ -138,7 +138,7 @@ def test_a_bound_is_that_of_the_limit_as_given(monkeypatch: pytest.MonkeyPatch) 
     """What attention takes for a moment does not fit: the limit is lowered, and its bound stays,
     where no other moment is counted.
     """
-    monkeypatch.setattr(closest_plan, "_MOST_MOMENTS", 0)
+    monkeypatch.setattr(counted_bytes, "_MOST_MOMENTS", 0)
     model = GPT(GPTConfig(1, 64, 8, 211, positions=1024, dropout=0.1)).bfloat16()
     inputs, mesh, limit = model.example_inputs(8), Mesh(dp=2, tp=2), 150 * 2**20
     _, network = network_of(model, inputs, mesh, memory_limit=limit, recompute="auto")
