@@ -78,7 +78,7 @@ def _at_once(tensor: torch.Tensor) -> torch.Tensor:
     parameters, because some are reduced on arrival, on all ranks together. In a compiled program
     they all arrive together.
     """
-    if tensor.grad_fn is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and tensor.grad_fn is not None:
         run_when_ready(tensor)
     return tensor
 

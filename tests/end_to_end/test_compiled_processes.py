@@ -34,19 +34,32 @@ def compared(rank: int, names: tuple[str, ...], backend: str, options: dict[str,
         module = autoparallel.apply_plan(model, eager.plan)
         compiled = torch.compile(module, backend=backend, fullgraph=True)
         found = [step(call, each, inputs) for call, each in ((eager, eager), (compiled, module))]
-        equal = len(found[0]) == len(found[1]) and all(map(same, *found))
+        equal = len(found[0]) == len(found[1]) and same_steps(*found)
         rows.append((name, equal, counters["stats"]["unique_graphs"], len(counters["graph_break"])))
     return rows
 
 
-def same(eager: torch.Tensor, compiled: torch.Tensor) -> bool:
-    """Whether two tensors are equal but for rounding.
+def same_steps(eager: list[torch.Tensor], compiled: list[torch.Tensor]) -> bool:
+    """Whether all tensors of two steps are equal but for rounding.
+
+    Some gradients are rounding alone: attention does not depend on the bias of keys, which adds the
+    same to all of a row's scores. What is so much smaller than the rest is nothing.
+    """
+    numbers = [t for t in eager if t.is_floating_point() and t.numel()]
+    least = max(torch.finfo(t.dtype).eps * float(t.abs().max()) for t in numbers)
+    return all(same(*pair, least) for pair in zip(eager, compiled, strict=True))
+
+
+def same(eager: torch.Tensor, compiled: torch.Tensor, least: float) -> bool:
+    """Whether two tensors are equal but for rounding. least: what is less is none.
 
     A product adds up in an order that depends on how its operands lie in memory, and that is the
     compiler's choice: in an eager program a split dim may lie outermost.
     """
     if not eager.is_floating_point() or not eager.numel():
         return torch.equal(eager, compiled)
+    if eager.abs().max() < least > compiled.abs().max():
+        return eager.shape == compiled.shape
     most = 16 * torch.finfo(eager.dtype).eps * eager.abs().max()
     return eager.shape == compiled.shape and bool((eager - compiled).abs().max() <= most)
 

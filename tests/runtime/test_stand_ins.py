@@ -241,3 +241,22 @@ def test_kernels_of_ops_that_refuse_nothing(name: str, world_size: int) -> None:
     assert difference([grad for _, grad, _ in made], whole[1], Shard(0)) == ""
     if whole[2] is not None:
         assert difference([grad for _, _, grad in made], whole[2], Partial()) == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("what", ["an operand", "a result"])
+def test_a_compiled_rank_without_rows_is_one_graph(what: str) -> None:
+    """Torch's compiler does not know what has made a tensor that is made in the graph."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        made = x * 2
+        if what == "an operand":
+            (made,) = standing.stand_ins_for([made], [[0]])
+            return made.sum()
+        return standing.silenced(made, torch.tensor(True)).sum()
+
+    x = torch.zeros(0, 3, requires_grad=True)
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    compiled(x).backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
