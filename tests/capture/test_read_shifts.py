@@ -120,6 +120,7 @@ def test_other_uses_of_a_value_are_refused(form: str) -> None:
         trace(Delayed(form).double(), (inputs(0),), {}, known=find_rule)
 
 
+@places_of_no_dims
 @pytest.mark.parametrize("form", ["written", "written_around"])
 def test_views_that_are_written_to_are_refused(form: str) -> None:
     with pytest.raises(CaptureError, match="part whose place is read out of a tensor"):
