@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from autoparallel.analysis.memory_account import Account
 from autoparallel.errors import MemoryLimitError
@@ -243,16 +242,22 @@ def _read(
 ) -> tuple[Plan, Account]:
     """Return the plan of a solution, and all of its memory on the rank that needs most.
 
-    What takes memory to hide collectives gives way to the limit: gradients of weights that wait for
-    collectives of other layers, then gathers that begin ahead of their use.
+    What takes memory to hide collectives gives way to the limit: gathers that begin ahead of their
+    use, and gradients of weights that wait for collectives of other layers, which there are where
+    there is room for them.
     """
     plan = plan_of_solution(captured, model, network.mesh, network, solution, 1.0)
     current().spend(len(network.graph.nodes) * _SECONDS_PER_NODE)
+    plan, allowed = replace(plan, fills_gaps=False), allowed_nbytes(network)
     account = judge(plan)
-    for without in (partial(replace, fills_gaps=False), without_gathers_ahead):
-        thinner = without(plan)
-        if account.total > allowed_nbytes(network) and thinner != plan:
-            less = judge(thinner)
-            if less.total < account.total:
-                plan, account = thinner, less
+    if account.total > allowed and any(row.begins for row in plan.conversions):
+        waiting = without_gathers_ahead(plan)
+        less = judge(waiting)
+        if less.total < account.total:
+            plan, account = waiting, less
+    if account.total <= allowed:
+        fuller = replace(plan, fills_gaps=True)
+        more = judge(fuller)
+        if more.total <= allowed:
+            plan, account = fuller, more
     return replace(plan, memory=account.rows), account

@@ -27,4 +27,9 @@ def paused_collection() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            # What was made meanwhile counts as old, as it would by now: it is looked through with
+            # the next full pass, and not at once. Objects that a user has frozen stay so.
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
