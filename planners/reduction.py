@@ -128,7 +128,7 @@ class _Items:
 
 @dataclass(slots=True)
 class _Reduced:
-    """How the tables of a problem are reduced, as far as it does not depend on their entries.
+    """A _Reduced object says how the tables of a problem are reduced, whatever their entries are.
 
     distinct: numbers of tables with the domains that they are restricted to. places: of every
     table's pair among these. taken_apart: the pieces of each distinct pair, and network: without

@@ -28,7 +28,8 @@ _SAMPLE = 512
 
 
 class Form:
-    """What an order of elimination depends on; compares by content, and is hashed once.
+    """A Form is all that an order of elimination depends on. It compares by content, and is hashed
+    once.
 
     sizes: each variable's number of states. scopes: of all tables.
 

@@ -56,8 +56,9 @@ for sequence_parallel in json.loads(sys.argv[1]):
 print(json.dumps(found))
 """
 
-# ZeRO-3, with copies that are dropped and gathered again: where they are read, and ahead.
-GATHERED = """
+# What scripts begin with that make `plans` of a GPT of this `config` for these `inputs`, and what
+# measures a step of each.
+BEFORE = """
 import gc, json
 from dataclasses import replace
 import torch
@@ -65,22 +66,13 @@ from autoparallel.support.torch_private import fake_process_group
 fake_process_group(0, 2)
 import autoparallel
 from autoparallel.analysis.memory import memory_of
-from autoparallel.cost.hardware import find_hardware
-from autoparallel.planning.gathers_ahead import with_gathers_ahead, without_gathers_ahead
 from autoparallel.train.models import GPT, GPTConfig
 from contenders.measuring import peak_nbytes
 torch.manual_seed(0)
-config = GPTConfig(layers=4, hidden=128, heads=4, vocabulary=256, positions=32, dropout=0.0)
-tokens = torch.randint(256, (2, 32))
-inputs = {"input_ids": tokens, "labels": tokens}
-mesh = autoparallel.Mesh(dp=2)
-plan = autoparallel.make_plan(
-    GPT(config), example_inputs=inputs, mesh=mesh, constraints=["fsdp on dp"], hardware="cpu"
-)
-rows = [replace(c, again="weight" in c.value and "," in c.shape) for c in plan.conversions]
-plan = without_gathers_ahead(replace(plan, conversions=tuple(rows)))
+"""
+MEASURED = """
 found = []
-for each in (plan, with_gathers_ahead(plan, find_hardware("cpu"))):
+for each in plans:
     model = autoparallel.apply_plan(GPT(config), each, check_inputs=0)
 
     def step():
@@ -97,18 +89,24 @@ for each in (plan, with_gathers_ahead(plan, find_hardware("cpu"))):
 print(json.dumps(found))
 """
 
+# ZeRO-3, with copies that are dropped and gathered again: where they are read, and ahead.
+GATHERED = """
+from autoparallel.cost.hardware import find_hardware
+from autoparallel.planning.gathers_ahead import with_gathers_ahead, without_gathers_ahead
+config = GPTConfig(layers=4, hidden=128, heads=4, vocabulary=256, positions=32, dropout=0.0)
+tokens = torch.randint(256, (2, 32))
+inputs = {"input_ids": tokens, "labels": tokens}
+mesh = autoparallel.Mesh(dp=2)
+plan = autoparallel.make_plan(
+    GPT(config), example_inputs=inputs, mesh=mesh, constraints=["fsdp on dp"], hardware="cpu"
+)
+rows = [replace(c, again="weight" in c.value and "," in c.shape) for c in plan.conversions]
+plan = without_gathers_ahead(replace(plan, conversions=tuple(rows)))
+plans = [plan, with_gathers_ahead(plan, find_hardware("cpu"))]
+"""
+
 # Blocks that are run again: the most memory is taken while one of them goes back.
 FILLED = """
-import gc, json
-from dataclasses import replace
-import torch
-from autoparallel.support.torch_private import fake_process_group
-fake_process_group(0, 2)
-import autoparallel
-from autoparallel.analysis.memory import memory_of
-from autoparallel.train.models import GPT, GPTConfig
-from contenders.measuring import peak_nbytes
-torch.manual_seed(0)
 config = GPTConfig(layers=2, hidden=64, heads=4, vocabulary=64, positions=64, dropout=0.0)
 tokens = torch.randint(64, (32, 64))
 inputs = {"input_ids": tokens, "labels": tokens}
@@ -116,23 +114,7 @@ plan = autoparallel.make_plan(
     GPT(config), 2, example_inputs=inputs, constraints=["megatron on tp"], recompute="full",
     sequence_parallel=False,
 )
-found = []
-for fills_gaps in (True, False):
-    each = replace(plan, fills_gaps=fills_gaps)
-    model = autoparallel.apply_plan(GPT(config), each, check_inputs=0)
-
-    def step():
-        output = model(**inputs)
-        output.loss.backward()
-        model.zero_grad(set_to_none=False)
-
-    step()
-    step()
-    gc.collect()
-    held = list(model.parameters())
-    held += [p.grad for p in held if p.grad is not None] + [tokens]
-    found.append((memory_of(each).total, peak_nbytes(step, held)))
-print(json.dumps(found))
+plans = [replace(plan, fills_gaps=fills_gaps) for fills_gaps in (True, False)]
 """
 
 
@@ -148,7 +130,7 @@ def ran(folder: Path, script: str, *arguments: str) -> Any:
 @pytest.mark.broad
 def test_what_is_gathered_ahead_takes_what_is_predicted(tmp_path: Path) -> None:
     """More than what is gathered where it is read, by as much as is in flight."""
-    (total, peak), (ahead_total, ahead_peak) = ran(tmp_path, GATHERED)
+    (total, peak), (ahead_total, ahead_peak) = ran(tmp_path, BEFORE + GATHERED + MEASURED)
     assert ahead_total > total
     assert ahead_peak - peak == pytest.approx(ahead_total - total, rel=0.01)
 
@@ -157,7 +139,7 @@ def test_a_gap_keeps_what_its_gradients_are_computed_of(tmp_path: Path) -> None:
     """The operand of a product and the gradient of its result, until the collective begins which
     the gradient of the weight hides.
     """
-    (total, peak), (least, lower) = ran(tmp_path, FILLED)
+    (total, peak), (least, lower) = ran(tmp_path, BEFORE + FILLED + MEASURED)
     assert peak - lower == pytest.approx(total - least, rel=0.05)
     assert peak > lower
 

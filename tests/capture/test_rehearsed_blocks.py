@@ -10,7 +10,7 @@ import torch
 from block_stacks import LAYERS, WIDTH, Block, Stack, both, numbered, sample, stack
 from torch import nn
 
-from autoparallel.capture import export
+from autoparallel.capture import export, rehearsed_blocks
 from autoparallel.capture.export import capture
 
 
@@ -145,3 +145,25 @@ class Asking(nn.Module):
 def test_a_model_that_cannot_be_run_before_is_traced_as_ever(hidden: list[int]) -> None:
     capture(Asking(), (sample(),), {})
     assert hidden == [LAYERS - 2]
+
+
+def test_blocks_that_hold_nothing_to_write_to_are_not_run_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run would tell nothing of them; with buffers, or with numbers of their own, it may."""
+    ran: list[nn.Module] = []
+    run = rehearsed_blocks.census_of
+
+    def noting(model: nn.Module, *others: Any) -> Any:
+        ran.append(model)
+        return run(model, *others)
+
+    monkeypatch.setattr(rehearsed_blocks, "census_of", noting)
+    plain, counting, counted = (
+        stack(),
+        nn.Sequential(Stack(Counting() for _ in range(3)), stack()),
+        nn.Sequential(numbered(Numbered), stack()),
+    )
+    for model in (plain, counting, counted):
+        capture(model, (sample(),), {})
+    assert ran == [counting, counted]

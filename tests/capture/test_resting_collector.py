@@ -14,11 +14,12 @@ from torch import nn
 import autoparallel
 from autoparallel.capture import global_reads
 from autoparallel.errors import CaptureError
+from autoparallel.support.paused_collection import paused_collection
 
 
 @pytest.fixture(params=[True, False], ids=["on", "off"])
 def is_on(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether it is on as planning begins, as a user may have turned it off."""
+    """Return whether the collector is on as planning begins: a user may have turned it off."""
     before = gc.isenabled()
     (gc.enable if request.param else gc.disable)()
     yield request.param
@@ -54,3 +55,20 @@ def test_it_rests_until_a_model_is_planned_or_refused(
     assert found
     assert not any(found)
     assert gc.isenabled() == is_on
+
+
+def test_what_is_made_meanwhile_is_old_and_what_is_frozen_stays_so() -> None:
+    """A pass over what is new, right after planning, would look through all that it has made."""
+    gc.unfreeze()  # what the tests have frozen as they began
+    try:
+        made = []
+        with paused_collection():
+            made += [[number] for number in range(5000)]
+        new = {id(one) for age in (0, 1) for one in gc.get_objects(age)}
+        assert new.isdisjoint(map(id, made))
+    finally:
+        gc.freeze()
+    frozen = gc.get_freeze_count()
+    with paused_collection():
+        pass
+    assert 0 < frozen <= gc.get_freeze_count()

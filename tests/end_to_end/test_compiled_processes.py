@@ -40,7 +40,7 @@ def compared(rank: int, names: tuple[str, ...], backend: str, options: dict[str,
 
 
 def same_steps(eager: list[torch.Tensor], compiled: list[torch.Tensor]) -> bool:
-    """Whether all tensors of two steps are equal but for rounding.
+    """Return whether all tensors of two steps are equal but for rounding.
 
     Some gradients are rounding alone: attention does not depend on the bias of keys, which adds the
     same to all of a row's scores. What is so much smaller than the rest is nothing.
@@ -51,7 +51,7 @@ def same_steps(eager: list[torch.Tensor], compiled: list[torch.Tensor]) -> bool:
 
 
 def same(eager: torch.Tensor, compiled: torch.Tensor, least: float) -> bool:
-    """Whether two tensors are equal but for rounding. least: what is less is none.
+    """Return whether two tensors are equal but for rounding. least: what is less is none.
 
     A product adds up in an order that depends on how its operands lie in memory, and that is the
     compiler's choice: in an eager program a split dim may lie outermost.
